@@ -1,0 +1,1 @@
+"""A small drawn world on which the three stages run in minutes."""
