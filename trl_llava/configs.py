@@ -1,0 +1,333 @@
+"""The dataclasses behind every recipe key: TRL's own, plus our fields and all checks that need more than one field.
+
+Fields that TRL already has keep TRL's names and defaults. A TRL field that cannot work with images is refused here with
+the reason, never ignored.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig
+
+with warnings.catch_warnings():
+    # The only release line that has PPO keeps it under `experimental`; pyproject.toml bounds it, so the notice is noise.
+    warnings.filterwarnings("ignore", message=".*trl.experimental.*")
+    from trl.experimental.ppo import PPOConfig
+
+Overlong = Literal["error", "drop"]
+_OVERLONG_HELP = (
+    "What to do with a row that is longer than the limit: 'error' names it and stops, 'drop' leaves it out and logs how "
+    "many were. Rows are never cut, because a cut through an image's tokens changes the image."
+)
+
+
+def _refuse(config: Any, neutral: dict[str, tuple[Any, str]]) -> None:
+    """Raises for the first field that is not at the only value that works.
+
+    Args:
+        config: A config object.
+        neutral: Field name -> (the only value that works, why).
+
+    Raises:
+        ValueError: If a field has another value.
+    """
+    for name, (value, reason) in neutral.items():
+        found = getattr(config, name)
+        if found != value:
+            raise ValueError(f"`{name}` must stay {value!r} (found {found!r}): {reason}.")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    """Raises for the first of these fields that is set and not above zero.
+
+    Args:
+        config: A config object.
+        *names: Names of number fields; `None` values pass.
+
+    Raises:
+        ValueError: If a field is zero or negative.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"`{name}` must be above 0, found {value!r}.")
+
+
+_ROWS_ARE_OURS = {
+    "pad_token": (None, "the pad token belongs to the processor; set `processor.tokenizer.pad_token` and save it"),
+    "train_sampling_strategy": (
+        "random",
+        "lengths are known only after a row's image has been decoded, which happens when its batch is made",
+    ),
+}
+
+
+@dataclass
+class LlavaScriptArguments(ScriptArguments):
+    """TRL's script arguments, plus where images and captions are and what to do with a row that cannot be used.
+
+    Raises:
+        ValueError: If a field is set that cannot work with checked rows.
+    """
+
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder that the image names in the rows are relative to."}
+    )
+    captions_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON file {image name: [captions]} whose captions are joined to the rows by image name."},
+    )
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error",
+        metadata={
+            "help": "A row that cannot be used: 'error' names it and stops, 'skip' leaves it out and counts it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _refuse(
+            self,
+            {
+                "dataset_streaming": (False, "all rows are checked before training starts"),
+                "ignore_bias_buffers": (False, "LLaVA models have no such buffers; the flag would do nothing"),
+            },
+        )
+
+
+@dataclass
+class LlavaModelConfig(ModelConfig):
+    """TRL's model config, plus the adapter to start from and what happens to the vision side.
+
+    `trust_remote_code` is not a recipe key of this class: TRL has it in the trainer configs, and the entry points copy
+    it from there.
+    """
+
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "LoRA adapter (Hub ID or folder) to continue training, instead of a fresh one."},
+    )
+    adapter_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `adapter_name_or_path`."}
+    )
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Keep the vision tower's weights as they are."})
+    freeze_projector: bool = field(
+        default=True, metadata={"help": "Keep the projector between vision tower and language model as it is."}
+    )
+    pad_to_square: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Pad images to a square in the image processor's mean colour before resizing, as the paper does. "
+            "None leaves the image processor as it was saved."
+        },
+    )
+    trust_remote_code: bool = field(default=False, init=False)
+
+
+@dataclass
+class LlavaSFTConfig(SFTConfig):
+    """TRL's SFT config with labels on the answers of all turns by default.
+
+    Raises:
+        ValueError: If a field is set that cannot work with images.
+    """
+
+    assistant_only_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the loss on the assistant's answers of all turns and their end-of-turn tokens. If False, "
+            "`completion_only_loss` decides: the last answer (True or None) or the whole text (False)."
+        },
+    )
+    overlong: Overlong = field(default="error", metadata={"help": _OVERLONG_HELP})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = "a row with an image is one sequence that is never cut or joined to another"
+        _refuse(
+            self,
+            {
+                "packing": (False, whole),
+                "eval_packing": (None, whole),
+                "padding_free": (False, "image rows are padded and masked; flattening them would mix their positions"),
+                "truncation_mode": ("keep_start", "rows are never truncated; see `overlong`"),
+                "dataset_text_field": (
+                    "text",
+                    "rows are conversations, not plain text; see README.md for the columns",
+                ),
+                "dataset_kwargs": (None, "rows are always checked, and already prepared rows pass unchanged"),
+                **_ROWS_ARE_OURS,
+            },
+        )
+        _require_positive(self, "max_length", "pad_to_multiple_of")
+
+    @property
+    def labels_on(self) -> Literal["answers", "completion", "all"]:
+        """Which tokens carry labels, as `SFTCollator` calls them.
+
+        `assistant_only_loss` and `completion_only_loss` together mean the answers inside the completion, and the
+        completion is one answer.
+
+        Returns:
+            "answers" (all turns), "completion" (the last answer) or "all".
+        """
+        if self.assistant_only_loss and not self.completion_only_loss:
+            return "answers"
+        return "all" if self.completion_only_loss is False else "completion"
+
+
+@dataclass
+class LlavaRewardConfig(RewardConfig):
+    """TRL's reward config, plus the judging turn that the reward model reads.
+
+    Raises:
+        ValueError: If a field is set that cannot work with images, or two fields contradict each other.
+    """
+
+    with_captions: bool = field(
+        default=True, metadata={"help": "Show the captions of the image to the reward model in the judging turn."}
+    )
+    caption_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the order of the captions, which is the same for both answers of a pair."},
+    )
+    overlong: Overlong = field(default="error", metadata={"help": _OVERLONG_HELP})
+    reward_centering: Literal["trl", "paper", "none"] = field(
+        default="trl",
+        metadata={
+            "help": "'trl': center_rewards_coefficient * mean((r1 + r0)^2), off while the coefficient is None. 'paper': "
+            "center_rewards_coefficient * |mean(r1 + r0)|, the coefficient being 0.001 while it is None. 'none': off."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse(self, _ROWS_ARE_OURS)
+        _require_positive(self, "max_length", "pad_to_multiple_of")
+        if self.reward_centering == "none" and self.center_rewards_coefficient is not None:
+            raise ValueError(
+                f"`center_rewards_coefficient={self.center_rewards_coefficient}` contradicts `reward_centering='none'`: "
+                "leave the coefficient out, or set `reward_centering` to 'trl' or 'paper'."
+            )
+
+
+@dataclass
+class LlavaPPOConfig(PPOConfig):
+    """TRL's PPO config, plus prompts with images, the factual reward's terms and the first-step health check.
+
+    With our fields at their defaults and text-only rows, training is TRL's.
+
+    Raises:
+        ValueError: If a field is set that cannot work, or two fields contradict each other.
+    """
+
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models and processors that ship their own Python code."}
+    )
+    # What is loaded
+    sft_model_path: str | None = field(  # type: ignore[assignment]  # TRL's default is a text model
+        default=None,
+        metadata={"help": "Stage 1: the adapter, or full model, that the policy starts from (Hub ID or folder)."},
+    )
+    sft_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `sft_model_path`."}
+    )
+    reward_model_path: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Stage 2: the FactualReward checkpoint (Hub ID or folder). Optional with `reward_funcs`."},
+    )
+    reward_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `reward_model_path`."}
+    )
+    value_model_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint the value model starts from. None: as `value_init` says."}
+    )
+    value_init: Literal["reward", "policy"] = field(
+        default="reward",
+        metadata={"help": "Backbone that the value model starts from; its head always starts at zero."},
+    )
+    # Prompts
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens, image tokens included. None: no limit."}
+    )
+    overlong: Overlong = field(default="error", metadata={"help": _OVERLONG_HELP})
+    # The score of a response
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions 'package.module:function' with TRL's signature, besides or instead of the reward "
+            "model."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of each reward: the reward model first if there is one, then `reward_funcs`. None: 1."
+        },
+    )
+    correctness_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the correctness term (paper: 2). None: off."}
+    )
+    yes_no: Literal["no_only", "both"] = field(
+        default="no_only",
+        metadata={"help": "Correctness of yes/no questions: the paper's bonus for 'No' only, or the same for 'Yes'."},
+    )
+    length_coef: float | None = field(
+        default=None, metadata={"help": "Weight of length / response_length (paper: -10). None: off."}
+    )
+    reward_bias: float = field(default=0.0, metadata={"help": "Added to every score."})
+    normalize_scores: Literal["first_batch"] | None = field(
+        default=None,
+        metadata={"help": "'first_batch': shift and scale the rewards by mean and spread of the first batch."},
+    )
+    # The loss
+    clamp_kl: bool = field(default=False, metadata={"help": "Clamp the per-token KL at 0 from below (paper: True)."})
+    reward_scale: float = field(
+        default=1.0, metadata={"help": "Factor on the per-token rewards unless they are whitened (paper: 10)."}
+    )
+    # Health
+    check_first_step: bool = field(
+        default=True, metadata={"help": "Stop with an explanation if the first step's KL is not 0 or its ratio not 1."}
+    )
+    first_step_kl_tolerance: float = field(
+        default=1e-3, metadata={"help": "Largest |KL| per response that the first step may show."}
+    )
+    first_step_ratio_tolerance: float = field(
+        default=1e-2, metadata={"help": "Largest |ratio - 1| that the first step may show."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        computed = "the trainer computes it from per_device_train_batch_size, gradient_accumulation_steps, " + (
+            "num_mini_batches and the number of processes; set those"
+        )
+        sizes = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
+        _refuse(self, {name: (None, computed) for name in (*sizes, "local_mini_batch_size", "mini_batch_size")})
+        _refuse(self, {"train_sampling_strategy": _ROWS_ARE_OURS["train_sampling_strategy"]})
+        _require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")
+        _require_positive(self, "local_rollout_forward_batch_size", "max_prompt_length", "temperature")
+        _require_positive(self, "missing_eos_penalty", "reward_scale")
+        self._check_batches()
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ValueError("`stop_token` and `stop_token_id` exclude each other: leave one of them out.")
+        if self.missing_eos_penalty is not None and self.stop_token is None and self.stop_token_id is None:
+            raise ValueError(
+                f"`missing_eos_penalty={self.missing_eos_penalty}` needs a stop token, or every response is penalised: "
+                "set `stop_token: eos`, or `stop_token_id`."
+            )
+
+    def _check_batches(self) -> None:
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        product = (
+            f"`per_device_train_batch_size` ({self.per_device_train_batch_size}) * `gradient_accumulation_steps` "
+            f"({self.gradient_accumulation_steps}) = {rows} rollouts per process"
+        )
+        if rows % self.num_mini_batches:
+            raise ValueError(
+                f"`num_mini_batches` ({self.num_mini_batches}) must divide {product}: change one of the three."
+            )
+        if self.whiten_rewards and rows // self.num_mini_batches < 8:
+            raise ValueError(
+                f"`whiten_rewards` needs at least 8 rollouts per process in a mini-batch: {product} in "
+                f"`num_mini_batches` ({self.num_mini_batches}) leaves {rows // self.num_mini_batches}."
+            )
