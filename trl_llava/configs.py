@@ -1,7 +1,7 @@
 """The dataclasses behind every recipe key: TRL's own, plus our fields and all checks that need more than one field.
 
-Fields that TRL already has keep TRL's names and defaults. A TRL field that cannot work with images is refused here with
-the reason, never ignored.
+Fields that TRL already has keep TRL's names and defaults. A TRL field that cannot work with images is refused here
+with the reason, never ignored.
 """
 
 import warnings
@@ -11,14 +11,17 @@ from typing import Any, Literal
 from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
 with warnings.catch_warnings():
-    # The only release line that has PPO keeps it under `experimental`; pyproject.toml bounds it, so the notice is noise.
+    # The only release line that has PPO keeps it under `experimental`; pyproject.toml bounds it: the notice is noise.
     warnings.filterwarnings("ignore", message=".*trl.experimental.*")
     from trl.experimental.ppo import PPOConfig
 
+# TRL's default for a field that transformers has renamed; nothing a user could change in a recipe silences it.
+warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+
 Overlong = Literal["error", "drop"]
 _OVERLONG_HELP = (
-    "What to do with a row that is longer than the limit: 'error' names it and stops, 'drop' leaves it out and logs how "
-    "many were. Rows are never cut, because a cut through an image's tokens changes the image."
+    "What to do with a row that is longer than the limit: 'error' names it and stops, 'drop' leaves it out and counts "
+    "it. Rows are never cut, because a cut through an image's tokens changes the image."
 )
 
 
@@ -80,9 +83,7 @@ class LlavaScriptArguments(ScriptArguments):
     )
     on_bad_row: Literal["error", "skip"] = field(
         default="error",
-        metadata={
-            "help": "A row that cannot be used: 'error' names it and stops, 'skip' leaves it out and counts it."
-        },
+        metadata={"help": "A row that cannot be used: 'error' names it and stops, 'skip' drops and counts it."},
     )
 
     def __post_init__(self) -> None:
@@ -153,7 +154,7 @@ class LlavaSFTConfig(SFTConfig):
                 "truncation_mode": ("keep_start", "rows are never truncated; see `overlong`"),
                 "dataset_text_field": (
                     "text",
-                    "rows are conversations, not plain text; see README.md for the columns",
+                    "rows are conversations; README.md names the columns",
                 ),
                 "dataset_kwargs": (None, "rows are always checked, and already prepared rows pass unchanged"),
                 **_ROWS_ARE_OURS,
@@ -195,7 +196,7 @@ class LlavaRewardConfig(RewardConfig):
     reward_centering: Literal["trl", "paper", "none"] = field(
         default="trl",
         metadata={
-            "help": "'trl': center_rewards_coefficient * mean((r1 + r0)^2), off while the coefficient is None. 'paper': "
+            "help": "'trl': center_rewards_coefficient * mean((r1 + r0)^2), off while that is None. 'paper': "
             "center_rewards_coefficient * |mean(r1 + r0)|, the coefficient being 0.001 while it is None. 'none': off."
         },
     )
@@ -206,7 +207,7 @@ class LlavaRewardConfig(RewardConfig):
         _require_positive(self, "max_length", "pad_to_multiple_of")
         if self.reward_centering == "none" and self.center_rewards_coefficient is not None:
             raise ValueError(
-                f"`center_rewards_coefficient={self.center_rewards_coefficient}` contradicts `reward_centering='none'`: "
+                f"`center_rewards_coefficient={self.center_rewards_coefficient}` contradicts reward_centering='none'; "
                 "leave the coefficient out, or set `reward_centering` to 'trl' or 'paper'."
             )
 
@@ -255,15 +256,13 @@ class LlavaPPOConfig(PPOConfig):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Reward functions 'package.module:function' with TRL's signature, besides or instead of the reward "
-            "model."
+            "help": "Reward functions 'package.module:function' with TRL's signature, besides or instead of the "
+            "reward model."
         },
     )
     reward_weights: list[float] | None = field(
         default=None,
-        metadata={
-            "help": "Weight of each reward: the reward model first if there is one, then `reward_funcs`. None: 1."
-        },
+        metadata={"help": "Weight of each reward: the reward model (if any), then `reward_funcs`. None: 1."},
     )
     correctness_coef: float | None = field(
         default=None, metadata={"help": "Weight of the correctness term (paper: 2). None: off."}
@@ -302,7 +301,7 @@ class LlavaPPOConfig(PPOConfig):
             "num_mini_batches and the number of processes; set those"
         )
         sizes = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
-        _refuse(self, {name: (None, computed) for name in (*sizes, "local_mini_batch_size", "mini_batch_size")})
+        _refuse(self, dict.fromkeys((*sizes, "local_mini_batch_size", "mini_batch_size"), (None, computed)))
         _refuse(self, {"train_sampling_strategy": _ROWS_ARE_OURS["train_sampling_strategy"]})
         _require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")
         _require_positive(self, "local_rollout_forward_batch_size", "max_prompt_length", "temperature")
@@ -312,7 +311,7 @@ class LlavaPPOConfig(PPOConfig):
             raise ValueError("`stop_token` and `stop_token_id` exclude each other: leave one of them out.")
         if self.missing_eos_penalty is not None and self.stop_token is None and self.stop_token_id is None:
             raise ValueError(
-                f"`missing_eos_penalty={self.missing_eos_penalty}` needs a stop token, or every response is penalised: "
+                f"`missing_eos_penalty={self.missing_eos_penalty}` needs a stop token, or all responses are penalised: "
                 "set `stop_token: eos`, or `stop_token_id`."
             )
 
