@@ -25,6 +25,19 @@ _OVERLONG_HELP = (
 )
 
 
+def _option(default: Any, text: str) -> Any:
+    """A dataclass field that a recipe can set.
+
+    Args:
+        default: Its default.
+        text: What `--help` says about it.
+
+    Returns:
+        The field; typed `Any` so that the annotation of the field holds.
+    """
+    return field(default=default, metadata={"help": text})
+
+
 def _refuse(config: Any, neutral: dict[str, tuple[Any, str]]) -> None:
     """Raises for the first field that is not at the only value that works.
 
@@ -74,16 +87,12 @@ class LlavaScriptArguments(ScriptArguments):
         ValueError: If a field is set that cannot work with checked rows.
     """
 
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Folder that the image names in the rows are relative to."}
+    image_folder: str | None = _option(None, "Folder that the image names in the rows are relative to.")
+    captions_file: str | None = _option(
+        None, "JSON file {image name: [captions]} whose captions are joined to the rows by image name."
     )
-    captions_file: str | None = field(
-        default=None,
-        metadata={"help": "JSON file {image name: [captions]} whose captions are joined to the rows by image name."},
-    )
-    on_bad_row: Literal["error", "skip"] = field(
-        default="error",
-        metadata={"help": "A row that cannot be used: 'error' names it and stops, 'skip' drops and counts it."},
+    on_bad_row: Literal["error", "skip"] = _option(
+        "error", "A row that cannot be used: 'error' names it and stops, 'skip' drops and counts it."
     )
 
     def __post_init__(self) -> None:
@@ -104,23 +113,16 @@ class LlavaModelConfig(ModelConfig):
     it from there.
     """
 
-    adapter_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "LoRA adapter (Hub ID or folder) to continue training, instead of a fresh one."},
+    adapter_name_or_path: str | None = _option(
+        None, "LoRA adapter (Hub ID or folder) to continue training, instead of a fresh one."
     )
-    adapter_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of `adapter_name_or_path`."}
-    )
-    freeze_vision_tower: bool = field(default=True, metadata={"help": "Keep the vision tower's weights as they are."})
-    freeze_projector: bool = field(
-        default=True, metadata={"help": "Keep the projector between vision tower and language model as it is."}
-    )
-    pad_to_square: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Pad images to a square in the image processor's mean colour before resizing, as the paper does. "
-            "None leaves the image processor as it was saved."
-        },
+    adapter_revision: str | None = _option(None, "Branch, tag or commit of `adapter_name_or_path`.")
+    freeze_vision_tower: bool = _option(True, "Keep the vision tower's weights as they are.")
+    freeze_projector: bool = _option(True, "Keep the projector between vision tower and language model as it is.")
+    pad_to_square: bool | None = _option(
+        None,
+        "Pad images to a square in the image processor's mean colour before resizing, as the paper does. "
+        "None leaves the image processor as it was saved.",
     )
     trust_remote_code: bool = field(default=False, init=False)
 
@@ -133,14 +135,12 @@ class LlavaSFTConfig(SFTConfig):
         ValueError: If a field is set that cannot work with images.
     """
 
-    assistant_only_loss: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute the loss on the assistant's answers of all turns and their end-of-turn tokens. If False, "
-            "`completion_only_loss` decides: the last answer (True or None) or the whole text (False)."
-        },
+    assistant_only_loss: bool = _option(
+        True,
+        "Compute the loss on the assistant's answers of all turns and their end-of-turn tokens. If False, "
+        "`completion_only_loss` decides: the last answer (True or None) or the whole text (False).",
     )
-    overlong: Overlong = field(default="error", metadata={"help": _OVERLONG_HELP})
+    overlong: Overlong = _option("error", _OVERLONG_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,10 +152,7 @@ class LlavaSFTConfig(SFTConfig):
                 "eval_packing": (None, whole),
                 "padding_free": (False, "image rows are padded and masked; flattening them would mix their positions"),
                 "truncation_mode": ("keep_start", "rows are never truncated; see `overlong`"),
-                "dataset_text_field": (
-                    "text",
-                    "rows are conversations; README.md names the columns",
-                ),
+                "dataset_text_field": ("text", "rows are conversations; README.md names the columns"),
                 "dataset_kwargs": (None, "rows are always checked, and already prepared rows pass unchanged"),
                 **_ROWS_ARE_OURS,
             },
@@ -185,20 +182,13 @@ class LlavaRewardConfig(RewardConfig):
         ValueError: If a field is set that cannot work with images, or two fields contradict each other.
     """
 
-    with_captions: bool = field(
-        default=True, metadata={"help": "Show the captions of the image to the reward model in the judging turn."}
-    )
-    caption_seed: int = field(
-        default=0,
-        metadata={"help": "Seed of the order of the captions, which is the same for both answers of a pair."},
-    )
-    overlong: Overlong = field(default="error", metadata={"help": _OVERLONG_HELP})
-    reward_centering: Literal["trl", "paper", "none"] = field(
-        default="trl",
-        metadata={
-            "help": "'trl': center_rewards_coefficient * mean((r1 + r0)^2), off while that is None. 'paper': "
-            "center_rewards_coefficient * |mean(r1 + r0)|, the coefficient being 0.001 while it is None. 'none': off."
-        },
+    with_captions: bool = _option(True, "Show the captions of the image to the reward model in the judging turn.")
+    caption_seed: int = _option(0, "Seed of the order of the captions, which is the same for both answers of a pair.")
+    overlong: Overlong = _option("error", _OVERLONG_HELP)
+    reward_centering: Literal["trl", "paper", "none"] = _option(
+        "trl",
+        "'trl': center_rewards_coefficient * mean((r1 + r0)^2), off while that is None. 'paper': "
+        "center_rewards_coefficient * |mean(r1 + r0)|, the coefficient being 0.001 while it is None. 'none': off.",
     )
 
     def __post_init__(self) -> None:
@@ -222,78 +212,49 @@ class LlavaPPOConfig(PPOConfig):
         ValueError: If a field is set that cannot work, or two fields contradict each other.
     """
 
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and processors that ship their own Python code."}
-    )
+    trust_remote_code: bool = _option(False, "Allow models and processors that ship their own Python code.")
     # What is loaded
-    sft_model_path: str | None = field(  # type: ignore[assignment]  # TRL's default is a text model
-        default=None,
-        metadata={"help": "Stage 1: the adapter, or full model, that the policy starts from (Hub ID or folder)."},
-    )
-    sft_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of `sft_model_path`."}
-    )
-    reward_model_path: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Stage 2: the FactualReward checkpoint (Hub ID or folder). Optional with `reward_funcs`."},
-    )
-    reward_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of `reward_model_path`."}
-    )
-    value_model_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint the value model starts from. None: as `value_init` says."}
-    )
-    value_init: Literal["reward", "policy"] = field(
-        default="reward",
-        metadata={"help": "Backbone that the value model starts from; its head always starts at zero."},
+    sft_model_path: str | None = _option(
+        None, "Stage 1: the adapter, or full model, that the policy starts from (Hub ID or folder)."
+    )  # type: ignore[assignment]
+    sft_model_revision: str | None = _option(None, "Branch, tag or commit of `sft_model_path`.")
+    reward_model_path: str | None = _option(
+        None, "Stage 2: the FactualReward checkpoint (Hub ID or folder). Optional with `reward_funcs`."
+    )  # type: ignore[assignment]
+    reward_model_revision: str | None = _option(None, "Branch, tag or commit of `reward_model_path`.")
+    value_model_path: str | None = _option(None, "Checkpoint the value model starts from. None: as `value_init` says.")
+    value_init: Literal["reward", "policy"] = _option(
+        "reward", "Backbone that the value model starts from; its head always starts at zero."
     )
     # Prompts
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens, image tokens included. None: no limit."}
-    )
-    overlong: Overlong = field(default="error", metadata={"help": _OVERLONG_HELP})
+    max_prompt_length: int | None = _option(None, "Longest prompt in tokens, image tokens included. None: no limit.")
+    overlong: Overlong = _option("error", _OVERLONG_HELP)
     # The score of a response
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions 'package.module:function' with TRL's signature, besides or instead of the "
-            "reward model."
-        },
+    reward_funcs: list[str] | None = _option(
+        None,
+        "Reward functions 'package.module:function' with TRL's signature, besides or instead of the reward model.",
     )
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Weight of each reward: the reward model (if any), then `reward_funcs`. None: 1."},
+    reward_weights: list[float] | None = _option(
+        None, "Weight of each reward: the reward model (if any), then `reward_funcs`. None: 1."
     )
-    correctness_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the correctness term (paper: 2). None: off."}
+    correctness_coef: float | None = _option(None, "Weight of the correctness term (paper: 2). None: off.")
+    yes_no: Literal["no_only", "both"] = _option(
+        "no_only", "Correctness of yes/no questions: the paper's bonus for 'No' only, or the same for 'Yes'."
     )
-    yes_no: Literal["no_only", "both"] = field(
-        default="no_only",
-        metadata={"help": "Correctness of yes/no questions: the paper's bonus for 'No' only, or the same for 'Yes'."},
-    )
-    length_coef: float | None = field(
-        default=None, metadata={"help": "Weight of length / response_length (paper: -10). None: off."}
-    )
-    reward_bias: float = field(default=0.0, metadata={"help": "Added to every score."})
-    normalize_scores: Literal["first_batch"] | None = field(
-        default=None,
-        metadata={"help": "'first_batch': shift and scale the rewards by mean and spread of the first batch."},
+    length_coef: float | None = _option(None, "Weight of length / response_length (paper: -10). None: off.")
+    reward_bias: float = _option(0.0, "Added to every score.")
+    normalize_scores: Literal["first_batch"] | None = _option(
+        None, "'first_batch': shift and scale the rewards by mean and spread of the first batch."
     )
     # The loss
-    clamp_kl: bool = field(default=False, metadata={"help": "Clamp the per-token KL at 0 from below (paper: True)."})
-    reward_scale: float = field(
-        default=1.0, metadata={"help": "Factor on the per-token rewards unless they are whitened (paper: 10)."}
-    )
+    clamp_kl: bool = _option(False, "Clamp the per-token KL at 0 from below (paper: True).")
+    reward_scale: float = _option(1.0, "Factor on the per-token rewards unless they are whitened (paper: 10).")
     # Health
-    check_first_step: bool = field(
-        default=True, metadata={"help": "Stop with an explanation if the first step's KL is not 0 or its ratio not 1."}
+    check_first_step: bool = _option(
+        True, "Stop with an explanation if the first step's KL is not 0 or its ratio not 1."
     )
-    first_step_kl_tolerance: float = field(
-        default=1e-3, metadata={"help": "Largest |KL| per response that the first step may show."}
-    )
-    first_step_ratio_tolerance: float = field(
-        default=1e-2, metadata={"help": "Largest |ratio - 1| that the first step may show."}
-    )
+    first_step_kl_tolerance: float = _option(1e-3, "Largest |KL| per response that the first step may show.")
+    first_step_ratio_tolerance: float = _option(1e-2, "Largest |ratio - 1| that the first step may show.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,7 +272,7 @@ class LlavaPPOConfig(PPOConfig):
             raise ValueError("`stop_token` and `stop_token_id` exclude each other: leave one of them out.")
         if self.missing_eos_penalty is not None and self.stop_token is None and self.stop_token_id is None:
             raise ValueError(
-                f"`missing_eos_penalty={self.missing_eos_penalty}` needs a stop token, or all responses are penalised: "
+                f"`missing_eos_penalty={self.missing_eos_penalty}` needs a stop token, or it hits all responses: "
                 "set `stop_token: eos`, or `stop_token_id`."
             )
 
