@@ -216,11 +216,11 @@ class LlavaPPOConfig(PPOConfig):
     # What is loaded
     sft_model_path: str | None = _option(
         None, "Stage 1: the adapter, or full model, that the policy starts from (Hub ID or folder)."
-    )  # type: ignore[assignment]
+    )
     sft_model_revision: str | None = _option(None, "Branch, tag or commit of `sft_model_path`.")
     reward_model_path: str | None = _option(
         None, "Stage 2: the FactualReward checkpoint (Hub ID or folder). Optional with `reward_funcs`."
-    )  # type: ignore[assignment]
+    )
     reward_model_revision: str | None = _option(None, "Branch, tag or commit of `reward_model_path`.")
     value_model_path: str | None = _option(None, "Checkpoint the value model starts from. None: as `value_init` says.")
     value_init: Literal["reward", "policy"] = _option(
