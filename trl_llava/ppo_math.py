@@ -208,7 +208,9 @@ def shape_rewards(
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (https://arxiv.org/abs/1506.02438, equation 16); episodes end at the last real token.
+    """Generalised advantage estimation (https://arxiv.org/abs/1506.02438, equation 16).
+
+    Episodes end at the last real token.
 
     Args:
         rewards: (B, R) float.

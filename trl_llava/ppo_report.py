@@ -1,0 +1,87 @@
+"""What a PPO step says of itself: metrics under TRL's names, and a table of sample answers with their rewards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+
+from trl_llava.ppo_math import Reduce
+from trl_llava.rollout import Rollout
+
+
+def step_metrics(
+    rollout: Rollout,
+    update_stats: dict[str, torch.Tensor],
+    kl_coef: float,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    reduce: Reduce,
+) -> dict[str, float]:
+    """The metrics of one step, over all processes.
+
+    Args:
+        rollout: the finished rollout.
+        update_stats: statistics by name, one entry per micro-batch.
+        kl_coef: weight of the KL penalty.
+        gather: concatenates a tensor over all processes.
+        reduce: sums a tensor over all processes.
+
+    Returns:
+        Name -> value: TRL's names, `rewards/<term>/mean` and `/std` for each reward term, `completions/mean_length`
+        in tokens (stop token included), and `completions/clipped_ratio`, the share of answers without a stop token.
+    """
+    kl = gather(rollout.kl.sum(1))
+    scores = gather(rollout.scores)
+    lengths = gather(rollout.mask.sum(1)).float()
+    non_score_reward = -kl_coef * kl.mean()
+    metrics = {
+        "objective/kl": kl.mean(),
+        "objective/entropy": gather(-rollout.logprobs.sum(1)).mean(),
+        "objective/non_score_reward": non_score_reward,
+        "objective/rlhf_reward": non_score_reward + scores.mean(),
+        "objective/scores": scores.mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/clipped_ratio": 1.0 - gather(rollout.stopped).float().mean(),
+        "val/num_eos_tokens": reduce(rollout.stopped.sum()),
+    }
+    for name, values in update_stats.items():
+        metrics[name] = gather(values).float().mean()
+    metrics["val/ratio_var"] = gather(update_stats["val/ratio"]).var() if len(update_stats["val/ratio"]) > 1 else 0.0
+    for name, values in rollout.terms.items():
+        everywhere = gather(values)
+        metrics[f"rewards/{name}/mean"] = everywhere.mean()
+        metrics[f"rewards/{name}/std"] = everywhere.std(unbiased=False)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def last_question(messages: list[dict[str, Any]]) -> str:
+    """The text of the last user turn.
+
+    Args:
+        messages: a conversation.
+
+    Returns:
+        Its text parts, joined.
+    """
+    content = [message["content"] for message in messages if message["role"] == "user"][-1]
+    return (
+        content if isinstance(content, str) else " ".join(part["text"] for part in content if part["type"] == "text")
+    )
+
+
+def sample_table(rollout: Rollout, answers: list[str]) -> pd.DataFrame:
+    """One row per answer: what was asked, what was said, and each reward term.
+
+    Args:
+        rollout: B scored answers.
+        answers: their texts.
+
+    Returns:
+        Columns `query`, `model response`, `score`, and one per reward term.
+    """
+    table: dict[str, list] = {
+        "query": [last_question(prompt) for prompt in rollout.columns["prompts"]],
+        "model response": answers,
+        "score": rollout.scores.tolist(),
+    }
+    return pd.DataFrame({**table, **{name: values.tolist() for name, values in rollout.terms.items()}})

@@ -1,0 +1,508 @@
+"""Stage 3: PPO whose policy, value and reward see the image."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ProgressCallback,
+    TrainerCallback,
+)
+from trl.experimental.ppo import PPOTrainer
+from trl.experimental.ppo.ppo_trainer import print_rich_table
+from trl.models.utils import unwrap_model_for_generation
+
+from trl_llava import ppo_math
+from trl_llava.adapters import active_adapter
+from trl_llava.collators import PromptCollator, drop_overlong
+from trl_llava.configs import LlavaPPOConfig
+from trl_llava.data import rows_from
+from trl_llava.health import check_finite, check_first_step_kl
+from trl_llava.passes import PolicyAndValue, generate, response_logits, response_values, token_logprobs
+from trl_llava.ppo_report import sample_table, step_metrics
+from trl_llava.ppo_update import PPOUpdate
+from trl_llava.rollout import ModelInputs, Rollout, chunks, pad_right
+from trl_llava.scoring import RewardFunction, Scorer
+
+
+@dataclass
+class PolicyAndValueCollator:
+    """Encode each batch twice: for the policy, and under "value" for a value model with a processor of its own.
+
+    Attributes:
+        policy: the policy's collator.
+        value: the value model's collator.
+    """
+
+    policy: PromptCollator
+    value: PromptCollator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Encode B rows.
+
+        Args:
+            rows: B rows.
+
+        Returns:
+            The policy's batch, and the value model's under "value".
+        """
+        return {**self.policy(rows), "value": self.value(rows)}
+
+
+class LlavaPPOTrainer(PPOTrainer):
+    """TRL's `PPOTrainer` with images: `train()` is rollout -> score -> advantages -> update -> log, masked everywhere.
+
+    Differs from TRL's in this: prompts are rows with images; the reward is a sum of callables with TRL's
+    reward-function signature instead of a model; the score lands on the last real token; a mini-batch is one optimizer
+    step, its loss the mean over its real tokens whatever the accumulation; gradients are clipped at `max_grad_norm`.
+
+    Args:
+        args: the config.
+        processing_class: the policy's processor (or tokenizer, for text-only rows).
+        model: the policy: a model with a language-modelling head, or a PEFT model around one.
+        ref_model: the reference; `None` with a PEFT policy, whose reference is the adapter `args.ref_adapter_name`, or
+            the bare base when that is `None` too.
+        reward_funcs: reward functions; called with `prompts`, `completions`, `completion_ids` and the rows' columns.
+        train_dataset: rows with `prompt` and `images`, in the project's or in TRL's format.
+        value_model: a `...ForSequenceClassification` with one label.
+        value_processing_class: the value model's processor, if it differs from the policy's.
+        data_collator: replaces `PromptCollator(processing_class)`.
+        eval_dataset: rows to answer for the table of samples.
+        optimizers: optimizer and scheduler, instead of those that `args` describes.
+        callbacks: further callbacks.
+        peft_config: wraps the policy in a fresh adapter.
+
+    Raises:
+        ValueError: if the data set holds less than one batch of rows.
+    """
+
+    def __init__(
+        self,
+        args: LlavaPPOConfig,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        model: PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        train_dataset: Dataset,
+        value_model: PreTrainedModel | PeftModel,
+        value_processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        data_collator: PromptCollator | None = None,
+        eval_dataset: Dataset | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
+        self.scorer = Scorer(args, [reward_funcs] if callable(reward_funcs) else reward_funcs)
+        self.phase_seconds: dict[str, float] = defaultdict(float)
+        train_dataset = drop_overlong(
+            rows_from(train_dataset, "prompt", name="train_dataset"), collator, args.overlong
+        )
+        if eval_dataset is not None:
+            eval_dataset = drop_overlong(
+                rows_from(eval_dataset, "prompt", name="eval_dataset"), collator, args.overlong
+            )
+        value_collator = None
+        if value_processing_class is not None and value_processing_class is not processing_class:
+            value_collator = PromptCollator(value_processing_class, max_prompt_length=None)
+        super().__init__(
+            args=args,
+            processing_class=self.tokenizer,
+            model=model,
+            ref_model=ref_model,
+            # TRL moves its reward model to the device; our reward functions hold and place their models themselves.
+            reward_model=nn.Identity(),
+            train_dataset=train_dataset,
+            value_model=value_model,
+            data_collator=collator if value_collator is None else PolicyAndValueCollator(collator, value_collator),
+            eval_dataset=eval_dataset,
+            optimizers=optimizers,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+        self.processing_class = self.callback_handler.processing_class = processing_class
+        if len(self.dataloader) == 0:
+            raise ValueError(
+                f"train_dataset has {len(train_dataset)} usable rows, fewer than the {args.batch_size} of one batch: "
+                "lower per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, self.suppressed)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Put both models under our own roof first: TRL calls this between building its wrapper and preparing it.
+
+        Args:
+            num_training_steps: number of PPO steps.
+        """
+        self.model = PolicyAndValue(self.policy_model, self.value_model)
+        # `disable_dropout_in_model` only finds modules; attention keeps its rate in an attribute.
+        for module in self.model.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+        if self.args.gradient_checkpointing:
+            for model in (self.policy_model, self.value_model):
+                model.gradient_checkpointing_enable(
+                    self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+                )
+        super().create_optimizer_and_scheduler(num_training_steps)
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train for `args.num_total_batches` steps.
+
+        Raises:
+            UnhealthyRunError: if KL or ratio are off at the first step, or a number is not finite.
+        """
+        self._begin()
+        batches = self._batches()
+        for step in range(1, self.args.num_total_batches + 1):
+            self.step_start = time.perf_counter()
+            self.phase_seconds.clear()
+            self.state.episode += self.args.batch_size
+            rollout = self.rollout(next(batches))
+            self.score(rollout, step)
+            self.compute_advantages(rollout, step)
+            update_stats = self.update(rollout, step)
+            self.log_step(rollout, update_stats)
+            self._end_step(step)
+        self._end()
+
+    def rollout(self, batch: dict[str, Any]) -> Rollout:
+        """Answer a batch of prompts, and ask policy, reference and value about every token of the answers.
+
+        Args:
+            batch: what the collator returns, B rows.
+
+        Returns:
+            The rollout, not yet scored.
+        """
+        device = self.accelerator.device
+        inputs = ModelInputs.from_batch(batch, device)
+        value_inputs = ModelInputs.from_batch(batch["value"], device) if "value" in batch else inputs
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        logprobs, ref_logprobs, values = [], [], []
+        with torch.no_grad():
+            with self.phase("generation"):
+                responses, mask = self._generate(inputs, self.args.temperature)
+            with self.phase("forward"), self.accelerator.autocast():
+                for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
+                    answers = (responses[rows], mask[rows])
+                    logprobs.append(self._logprobs(model.policy, inputs.select(rows), *answers))
+                    with self.reference(model.policy) as reference:
+                        ref_logprobs.append(self._logprobs(reference, inputs.select(rows), *answers))
+                    values.append(response_values(model.value_model, value_inputs.select(rows), *answers))
+        all_values = torch.cat(values)
+        return Rollout(
+            inputs=inputs,
+            value_inputs=value_inputs,
+            columns=batch["columns"],
+            responses=responses,
+            mask=mask,
+            stopped=self._stopped(responses, mask),
+            logprobs=torch.cat(logprobs),
+            ref_logprobs=torch.cat(ref_logprobs),
+            values=torch.where(mask, all_values, torch.zeros_like(all_values)),
+        )
+
+    def score(self, rollout: Rollout, step: int) -> None:
+        """Ask the reward functions for the score of every answer; fills `scores` and `terms`.
+
+        Args:
+            rollout: B answers.
+            step: the PPO step, counted from 1.
+
+        Raises:
+            UnhealthyRunError: if a reward is not finite.
+        """
+        with self.phase("score"):
+            ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            completions = [[{"role": "assistant", "content": text.strip()}] for text in texts]
+            rollout.scores, rollout.terms = self.scorer(
+                completions, ids, rollout.stopped, rollout.columns, step, reduce=self.sum_over_processes
+            )
+
+    def compute_advantages(self, rollout: Rollout, step: int) -> None:
+        """Turn scores and KL into whitened advantages and returns; fills `kl`, `advantages` and `returns`.
+
+        Args:
+            rollout: B scored answers.
+            step: the PPO step, counted from 1.
+
+        Raises:
+            UnhealthyRunError: if the KL is not 0 before the first update.
+        """
+        args, mask = self.args, rollout.mask
+        rollout.kl = ppo_math.kl_per_token(
+            rollout.logprobs, rollout.ref_logprobs, mask, args.kl_estimator, clamp=args.clamp_kl
+        )
+        check_finite("KL", rollout.kl.sum(1), step)
+        if args.check_first_step and self.state.global_step == 0:
+            check_first_step_kl(rollout.kl.sum(1).mean().item(), args.first_step_kl_tolerance)
+        scale = 1.0 if args.whiten_rewards else args.reward_scale
+        rewards = ppo_math.shape_rewards(rollout.scores, rollout.kl, mask, args.kl_coef, scale)
+        if args.whiten_rewards:
+            rewards = ppo_math.masked_whiten(rewards, mask, shift_mean=False, reduce=self.sum_over_processes)
+        advantages, rollout.returns = ppo_math.gae(rewards, rollout.values, mask, args.gamma, args.lam)
+        rollout.advantages = ppo_math.masked_whiten(advantages, mask, reduce=self.sum_over_processes)
+
+    def update(self, rollout: Rollout, step: int) -> dict[str, torch.Tensor]:
+        """Train policy and value on the rollout.
+
+        Args:
+            rollout: B answers with advantages.
+            step: the PPO step, counted from 1.
+
+        Returns:
+            Statistics by name, one entry per micro-batch (or optimizer step) of this process.
+
+        Raises:
+            UnhealthyRunError: if a ratio is not 1 before the first update, or loss or gradient are not finite.
+        """
+        self.model.train()
+        with self.phase("update"):
+            return self.ppo_update(rollout, step, nothing_moved_yet=self.state.global_step == 0)
+
+    # --- what the loop is made of -------------------------------------------------------------------------------
+
+    @property
+    def suppressed(self) -> list[int]:
+        """Ids that no answer may hold: a sampled image token would ask for an image that is not there."""
+        config = self.policy_model.config
+        ids = {getattr(config, name, None) for name in ("image_token_id", "video_token_id")}
+        vocabulary = config.get_text_config().vocab_size
+        return sorted(token for token in ids if token is not None and token < vocabulary)
+
+    def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all processes.
+
+        Args:
+            value: any tensor, of the same shape everywhere.
+
+        Returns:
+            The sum, on every process.
+        """
+        return self.accelerator.reduce(value, reduction="sum")
+
+    @contextmanager
+    def reference(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference model: a model of its own, or the policy's base with the adapter it started from.
+
+        Args:
+            policy: the unwrapped policy.
+
+        Yields:
+            A model that computes as the reference does.
+        """
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with active_adapter(policy, self.ref_adapter_name):
+                yield policy
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the seconds of a phase, and show its name beside the progress bar.
+
+        Args:
+            name: what the loop is doing.
+
+        Yields:
+            Nothing.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_postfix_str(name)
+        start = time.perf_counter()
+        yield
+        self.phase_seconds[name] += time.perf_counter() - start
+
+    def _generate(self, inputs: ModelInputs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample answers; returns ids (B, R) and their mask (B, R)."""
+        config = GenerationConfig(
+            max_new_tokens=self.args.response_length,
+            temperature=temperature + 1e-7,
+            top_k=0,
+            top_p=1.0,
+            do_sample=True,
+            eos_token_id=self.stop_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            suppress_tokens=self.suppressed or None,
+        )
+        gather = self.args.ds3_gather_for_generation
+        responses, lengths = [], []
+        with (
+            unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=gather) as model,
+            self.accelerator.autocast(),
+        ):
+            for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
+                part, part_lengths = generate(model.policy, inputs.select(rows), config)
+                responses.append(part)
+                lengths.append(part_lengths)
+        padded = pad_right(responses, self.tokenizer.pad_token_id)
+        return padded, ppo_math.response_mask(padded, torch.cat(lengths), self.stop_token_id)
+
+    def _stopped(self, responses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B,) `True` where a response holds its stop token."""
+        if self.stop_token_id is None:
+            return torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
+        return ((responses == self.stop_token_id) & mask).any(1)
+
+    def _logprobs(
+        self, policy: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, R) log-probabilities of the response tokens, computed the way the update computes them."""
+        logits = response_logits(policy, inputs, responses, mask, self.args.temperature, self.suppressed)
+        return token_logprobs(logits, responses, mask)
+
+    # --- around the loop ----------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        args = self.args
+        self.state.global_step = 0
+        self.state.episode = 0
+        self.state.max_steps = args.num_total_batches
+        self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        self.state.compute_steps(args, self.state.max_steps)
+        if self.is_deepspeed_enabled:
+            self.deepspeed = self.model_wrapped = self.model
+        self.train_start = time.perf_counter()
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield from self.dataloader
+
+    def log_step(self, rollout: Rollout, update_stats: dict[str, torch.Tensor]) -> None:
+        """Log the step's metrics and where its time went.
+
+        Args:
+            rollout: the finished rollout.
+            update_stats: what `update` returned.
+        """
+        gather = self.accelerator.gather
+        metrics = step_metrics(rollout, update_stats, self.args.kl_coef, gather, self.sum_over_processes)
+        seconds = time.perf_counter() - self.step_start
+        metrics |= {f"time/{name}": value for name, value in self.phase_seconds.items()}
+        metrics["time/step"] = seconds
+        metrics["tokens_per_second"] = self.sum_over_processes(rollout.mask.sum()).item() / seconds
+        metrics["eps"] = self.state.episode / (time.perf_counter() - self.train_start)
+        metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["episode"] = self.state.episode
+        self.state.epoch = self.state.episode / self.train_dataset_len
+        self.state.global_step += 1
+        self.log(metrics)
+
+    def _end_step(self, step: int) -> None:
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.args.num_sample_generations > 0 and (step - 1) % self.sample_generations_freq == 0:
+            self.generate_completions(sampling=True)
+
+    def _end(self) -> None:
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Answer questions of the evaluation set at a low temperature; print some, and save all with their rewards.
+
+        The table goes to `output_dir/completions/`, as TRL's `GRPOTrainer` does it.
+
+        Args:
+            sampling: `True` stops after one batch.
+        """
+        if self.eval_dataset is None:
+            return
+        tables = []
+        for batch in self.eval_dataloader:
+            rollout = self.answer(batch)
+            texts = self.tokenizer.batch_decode(
+                [row[mask] for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
+            )
+            tables += gather_object([sample_table(rollout, texts)])
+            if sampling:
+                break
+        if not tables or not self.accelerator.is_main_process:
+            return
+        table = pd.concat(tables, ignore_index=True)
+        print_rich_table(table.head(5).round(3))
+        folder = Path(self.args.output_dir) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
+        if "wandb" in self.args.report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"completions": wandb.Table(dataframe=table)})
+
+    def answer(self, batch: dict[str, Any]) -> Rollout:
+        """Answer and score a batch nearly greedily, without asking policy, reference or value about its tokens.
+
+        Args:
+            batch: what the collator returns, B rows.
+
+        Returns:
+            A rollout with responses, mask, scores and terms; log-probabilities and values are empty.
+        """
+        inputs = ModelInputs.from_batch(batch, self.accelerator.device)
+        self.accelerator.unwrap_model(self.model).eval()
+        with torch.no_grad():
+            responses, mask = self._generate(inputs, temperature=0.01)
+        nothing = torch.zeros(len(inputs), 0, device=self.accelerator.device)
+        rollout = Rollout(
+            inputs,
+            inputs,
+            batch["columns"],
+            responses,
+            mask,
+            self._stopped(responses, mask),
+            nothing,
+            nothing,
+            nothing,
+        )
+        self.score(rollout, self.state.global_step)
+        return rollout
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy (its adapter alone, if it has one) and, in `value_model/`, the value model with its head.
+
+        Args:
+            output_dir: folder; `args.output_dir` by default.
+            _internal_call: `True` keeps `push_to_hub` from pushing.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        state = self.accelerator.get_state_dict(self.model)  # gathers what is sharded, so every process calls it
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            for role, place in (("policy", folder), ("value_model", folder / "value_model")):
+                part = getattr(model, role)
+                own = {
+                    key.removeprefix(f"{role}."): value for key, value in state.items() if key.startswith(f"{role}.")
+                }
+                adapters = {}
+                if isinstance(part, PeftModel):
+                    adapters["selected_adapters"] = [self.model_adapter_name or "default"]
+                part.save_pretrained(place, state_dict=own, **adapters)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -1,0 +1,116 @@
+"""The update: policy and value take one optimizer step per mini-batch of a rollout."""
+
+import math
+from collections import defaultdict
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from trl_llava import ppo_math
+from trl_llava.configs import LlavaPPOConfig
+from trl_llava.health import check_finite, check_first_step_ratio
+from trl_llava.passes import token_entropies, token_logprobs
+from trl_llava.rollout import Rollout, chunks
+
+
+class PPOUpdate:
+    """Trains on a rollout, `num_ppo_epochs` times over it.
+
+    A mini-batch is one optimizer step. Its loss is the mean over its real tokens on all processes, so it does not
+    depend on how the mini-batch is split into micro-batches; TRL takes means of means, and steps once per epoch
+    whatever `num_mini_batches` says.
+    """
+
+    def __init__(
+        self,
+        args: LlavaPPOConfig,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        suppressed: list[int],
+    ) -> None:
+        """Keep what every update needs.
+
+        Args:
+            args: the config.
+            accelerator: the one that prepared model and optimizer.
+            model: a prepared `PolicyAndValue`.
+            optimizer: the prepared optimizer.
+            suppressed: ids that generation never draws.
+        """
+        self.args = args
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.suppressed = suppressed
+        # The order of mini-batches has a generator of its own, so that nothing else can disturb it.
+        self.order = np.random.RandomState((args.seed + 100003 * accelerator.process_index) % 2**32)
+
+    def __call__(self, rollout: Rollout, step: int, nothing_moved_yet: bool) -> dict[str, torch.Tensor]:
+        """Train on a rollout.
+
+        Args:
+            rollout: B answers with advantages and returns.
+            step: the PPO step, counted from 1, for error messages.
+            nothing_moved_yet: `True` at the first step, whose first ratios must be 1.
+
+        Returns:
+            Statistics by name, one entry per micro-batch (`grad_norm`: per optimizer step) of this process.
+
+        Raises:
+            UnhealthyRunError: if a ratio is not 1 before the first update, or loss or gradient are not finite.
+        """
+        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.check_ratio = self.args.check_first_step and nothing_moved_yet
+        for _ in range(self.args.num_ppo_epochs):
+            order = self.order.permutation(len(rollout))
+            for rows in np.split(order, self.args.num_mini_batches):
+                self._mini_batch(rollout, rows.tolist(), step, stats)
+        return {name: torch.stack(values) for name, values in stats.items()}
+
+    def _mini_batch(self, rollout: Rollout, rows: list[int], step: int, stats: dict[str, list[torch.Tensor]]) -> None:
+        """One optimizer step, accumulated over micro-batches so that each real token weighs the same."""
+        accelerator = self.accelerator
+        tokens = accelerator.reduce(rollout.mask[rows].sum(), reduction="sum")
+        # DDP and DeepSpeed average over processes and `backward` divides by the accumulation steps: undo both, since
+        # the loss is already a share of the mean over all tokens of all processes.
+        undo_averaging = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        parts = [[rows[i] for i in part] for part in chunks(len(rows), self.args.per_device_train_batch_size)]
+        for part in parts:
+            # Not `accelerator.accumulate`: it also synchronises whenever the data loader reaches its end.
+            accelerator.sync_gradients = part is parts[-1]
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
+                loss = self._loss(rollout.select(part), tokens, stats)
+                check_finite("the loss", loss.detach(), step)
+                accelerator.backward(loss * undo_averaging)
+        max_norm = self.args.max_grad_norm or math.inf  # the norm is wanted even where nothing is clipped
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        if grad_norm is not None:
+            grad_norm = torch.as_tensor(grad_norm, device=accelerator.device).detach().float()
+            check_finite("the gradient norm", grad_norm, step)
+            stats["grad_norm"].append(grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _loss(self, part: Rollout, tokens: torch.Tensor, stats: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        """The share of a micro-batch in the mini-batch's loss, which is a mean over `tokens` tokens."""
+        args, mask = self.args, part.mask
+        logits, values = self.model(part, args.temperature, self.suppressed)
+        logprobs = token_logprobs(logits, part.responses, mask)
+        policy = ppo_math.policy_loss(logprobs, part.logprobs, part.advantages, mask, args.cliprange)
+        value = ppo_math.value_loss(values, part.values, part.returns, mask, args.cliprange_value)
+        with torch.no_grad():
+            if self.check_ratio:
+                check_first_step_ratio(policy.ratio, mask, args.first_step_ratio_tolerance)
+                self.check_ratio = False
+            stats["policy/approxkl_avg"].append(0.5 * ppo_math.masked_mean(policy.log_ratio**2, mask))
+            stats["policy/clipfrac_avg"].append(ppo_math.masked_mean(policy.clipped.float(), mask))
+            stats["policy/entropy_avg"].append(ppo_math.masked_mean(token_entropies(logits), mask))
+            stats["loss/policy_avg"].append(ppo_math.masked_mean(policy.losses, mask))
+            stats["loss/value_avg"].append(ppo_math.masked_mean(value.losses, mask))
+            stats["val/clipfrac_avg"].append(ppo_math.masked_mean(value.clipped.float(), mask))
+            stats["val/ratio"].append(ppo_math.masked_mean(policy.ratio, mask))
+        return (policy.losses.sum() + args.vf_coef * value.losses.sum()) / tokens

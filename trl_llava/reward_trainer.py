@@ -1,0 +1,108 @@
+"""Stage 2: a reward model that sees the image, the question, the answer and the captions of the image."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import RewardTrainer
+
+from trl_llava.collators import PreferenceCollator, drop_overlong
+from trl_llava.configs import LlavaRewardConfig
+from trl_llava.data import rows_from
+from trl_llava.prompts import JudgingPrompt
+
+EvalDataset = Dataset | dict[str, Dataset] | None
+PAPER_CENTERING = 1e-3
+
+
+class LlavaRewardTrainer(RewardTrainer):
+    """TRL's `RewardTrainer` on pairs of answers to a question about an image.
+
+    Differs from TRL's in its collator, which renders the judging turn and encodes each image once per pair, and in the
+    paper's regulariser (`args.reward_centering: paper`).
+
+    Args:
+        model: a `...ForSequenceClassification` with one label, or Hub ID or folder of one.
+        args: the config.
+        train_dataset: rows in the project's or in TRL's format.
+        processing_class: the processor.
+        eval_dataset: the same, or a dict of them.
+        judging_prompt: what the reward model is asked after the answer; `None` lets it judge where the answer ends.
+        **kwargs: all else that `RewardTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: LlavaRewardConfig,
+        train_dataset: Dataset,
+        processing_class: ProcessorMixin,
+        eval_dataset: EvalDataset = None,
+        judging_prompt: JudgingPrompt | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.judging_prompt = judging_prompt
+        # TRL prepares the data sets from within its `__init__`, so the collator has to be there before.
+        self.preference_collator = kwargs.pop("data_collator", None) or PreferenceCollator(
+            processing_class,
+            max_length=args.max_length,
+            judging_prompt=judging_prompt,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.preference_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class.tokenizer,  # TRL looks for the pad token here
+            **kwargs,
+        )
+        if args.chat_template_path is not None:
+            processing_class.chat_template = processing_class.tokenizer.chat_template
+        self.processing_class = self.callback_handler.processing_class = processing_class
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: LlavaRewardConfig, dataset_name: str
+    ) -> Dataset:
+        # TRL would tokenise the pairs here, without their images.
+        return drop_overlong(
+            rows_from(dataset, "preference", name=dataset_name), self.preference_collator, args.overlong
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["row_name", "images", "prompt", "chosen", "rejected", "captions", "margin"]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The pairwise loss, plus the centring that `args.reward_centering` names.
+
+        "trl" is TRL's `c * mean((r1 + r0)^2)`; "paper" is `c * |mean(r1 + r0)|` with c = 0.001 by default.
+
+        Args:
+            model: the reward model.
+            inputs: a preference batch, chosen rows before rejected ones.
+            return_outputs: `True` returns the model's output too.
+            num_items_in_batch: unused, as in TRL.
+
+        Returns:
+            The loss, or loss and output.
+        """
+        if self.args.reward_centering != "paper":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        coefficient = self.args.center_rewards_coefficient
+        self.args.center_rewards_coefficient = None  # TRL would add its own term
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            self.args.center_rewards_coefficient = coefficient
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        loss = loss + (PAPER_CENTERING if coefficient is None else coefficient) * (chosen + rejected).mean().abs()
+        return (loss, outputs) if return_outputs else loss

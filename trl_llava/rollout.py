@@ -1,0 +1,201 @@
+"""The rollout: prompts as a model sees them, what was answered, and what every role said of each token.
+
+Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `I` images.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+# Keys with one entry per row rather than per image, whatever their shape says.
+ROW_KEYS = ("batch_num_images",)
+
+
+@dataclass
+class ModelInputs:
+    """A batch of prompts as one model's processor encodes them.
+
+    Attributes:
+        input_ids: (B, Q) long, left-padded.
+        attention_mask: (B, Q) long, 1 at real tokens.
+        images_per_row: number of images of each of the B rows.
+        extras: whatever else the model takes: `pixel_values` and `image_sizes` with one entry per image,
+            (B, Q) token kinds, or entries per row.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    images_per_row: list[int]
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_batch(cls, batch: dict[str, Any], device: torch.device) -> "ModelInputs":
+        """Take the tensors out of a prompt collator's batch.
+
+        Args:
+            batch: what `PromptCollator` returns.
+            device: where the tensors go.
+
+        Returns:
+            The inputs of the B rows.
+        """
+        tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        images_per_row = [len(images) for images in batch["columns"]["images"]]
+        return cls(tensors.pop("input_ids"), tensors.pop("attention_mask"), images_per_row, tensors)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def query_length(self) -> int:
+        """Q, the padded length of the prompts in tokens."""
+        return self.input_ids.shape[1]
+
+    def select(self, rows: Sequence[int]) -> "ModelInputs":
+        """Pick rows, each with its own images.
+
+        Args:
+            rows: indices into the batch.
+
+        Returns:
+            The inputs of these rows, in this order.
+
+        Raises:
+            ValueError: if a tensor has neither one entry per image nor one per row, so that it cannot be split.
+        """
+        starts = [sum(self.images_per_row[:row]) for row in range(len(self))]
+        images = [starts[row] + offset for row in rows for offset in range(self.images_per_row[row])]
+        extras = {}
+        for key, value in self.extras.items():
+            if key in ROW_KEYS or value.shape == self.input_ids.shape:
+                extras[key] = value[list(rows)]
+            elif value.shape[0] == sum(self.images_per_row):
+                if images:  # a model takes no empty `pixel_values`
+                    extras[key] = value[images]
+            else:
+                raise ValueError(
+                    f"cannot split the model input `{key}` of shape {tuple(value.shape)} into rows: expected one "
+                    f"entry for each of the {sum(self.images_per_row)} images or a tensor of shape "
+                    f"{tuple(self.input_ids.shape)}. Processors that flatten image patches do not work in PPO yet"
+                )
+        rows = list(rows)
+        return ModelInputs(
+            self.input_ids[rows], self.attention_mask[rows], [self.images_per_row[row] for row in rows], extras
+        )
+
+    def followed_by(self, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a forward pass over prompt and response.
+
+        Args:
+            responses: (B, R) token ids.
+            mask: (B, R) bool, `True` at real tokens.
+
+        Returns:
+            `input_ids` and `attention_mask` of shape (B, Q + R), and the extras.
+        """
+        attention_mask = torch.cat((self.attention_mask, mask.to(self.attention_mask.dtype)), 1)
+        # Padding becomes id 0: a pad id may lie outside of the embedding.
+        input_ids = torch.cat((self.input_ids, responses), 1).masked_fill(attention_mask == 0, 0)
+        extras = {
+            key: torch.cat((value, torch.zeros_like(responses)), 1) if value.shape == self.input_ids.shape else value
+            for key, value in self.extras.items()
+        }
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
+
+
+@dataclass
+class Rollout:
+    """One batch of answers and what is known of them; a row's entries share one index everywhere.
+
+    Attributes:
+        inputs: the prompts as the policy sees them.
+        value_inputs: the prompts as the value model sees them (its image tokens may differ in number).
+        columns: the rows' columns (prompts, images, captions, ...), each a list of B.
+        responses: (B, R) token ids, padded right.
+        mask: (B, R) bool, `True` at real tokens: up to and including the first stop token.
+        stopped: (B,) bool, `True` if the response holds its stop token.
+        logprobs: (B, R) log-probabilities of the sampled tokens under the policy; 0 at padding, as all that follow.
+        ref_logprobs: (B, R) the same under the reference.
+        values: (B, R) the value before each token.
+        scores: (B,) the sum of all reward terms of a response.
+        terms: (B,) of each reward term on its own, by name.
+        kl: (B, R) in nats.
+        advantages: (B, R) whitened.
+        returns: (B, R) what the value is trained on.
+    """
+
+    inputs: ModelInputs
+    value_inputs: ModelInputs
+    columns: dict[str, list]
+    responses: torch.Tensor
+    mask: torch.Tensor
+    stopped: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor | None = None
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    kl: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def select(self, rows: Sequence[int]) -> "Rollout":
+        """Pick rows for a micro-batch, cut to its longest response.
+
+        Args:
+            rows: indices into the rollout.
+
+        Returns:
+            A rollout of these rows, in this order.
+        """
+        rows = list(rows)
+        width = int(self.mask[rows].sum(1).max())
+        picked: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, ModelInputs):
+                picked[item.name] = value.select(rows)
+            elif isinstance(value, torch.Tensor):
+                picked[item.name] = value[rows][:, :width] if value.dim() == 2 else value[rows]
+            elif isinstance(value, dict):
+                picked[item.name] = {
+                    key: entry[rows] if isinstance(entry, torch.Tensor) else [entry[row] for row in rows]
+                    for key, entry in value.items()
+                }
+            else:
+                picked[item.name] = value
+        return Rollout(**picked)
+
+
+def chunks(total: int, size: int) -> Iterator[list[int]]:
+    """Split the indices 0..total-1 into consecutive lists of at most `size`.
+
+    Args:
+        total: number of indices.
+        size: length of each list but the last.
+
+    Yields:
+        Lists of indices.
+    """
+    for start in range(0, total, size):
+        yield list(range(start, min(start + size, total)))
+
+
+def pad_right(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Stack chunks of rows whose widths differ.
+
+    Args:
+        tensors: each (b, r).
+        value: what fills the rows up.
+
+    Returns:
+        (sum of b, largest r).
+    """
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors])
