@@ -1,0 +1,162 @@
+"""The folder of one run: refused when it holds another run, filled with what repeats and explains this one."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+import trl_llava
+from trl_llava.recipe import Recipe
+from trl_llava.recipe_values import RecipeLoader
+
+RECIPE_FILE = "recipe.yaml"
+VERSIONS_FILE = "versions.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
+# Where a run is and how it goes on says nothing about which run it is.
+_NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "local_rank"}
+
+
+class OutputDirError(ValueError):
+    """An `output_dir` that this run cannot have."""
+
+
+def claim(args: TrainingArguments, recipe: Recipe) -> str | None:
+    """Makes sure that the run may write into `output_dir`, before anything heavy is loaded.
+
+    Args:
+        args: Training arguments of the run.
+        recipe: Its resolved recipe.
+
+    Returns:
+        The checkpoint to resume from, or None.
+
+    Raises:
+        OutputDirError: If the folder cannot be written, holds something else, or the checkpoint is missing.
+    """
+    folder = Path(args.output_dir)
+    if args.process_index == 0:  # another process may look when this one has already begun to write
+        _check_owner(folder, recipe, resuming=_wants_resume(args))
+        _check_writable(folder)
+    return _checkpoint(args)
+
+
+def record(args: TrainingArguments, recipe: Recipe) -> None:
+    """Writes recipe.yaml and versions.json, when everything is loaded and training is about to start.
+
+    Args:
+        args: Training arguments of the run.
+        recipe: Its resolved recipe.
+    """
+    if args.process_index == 0:
+        folder = Path(args.output_dir)
+        write_atomically(folder / RECIPE_FILE, recipe.to_yaml())
+        write_atomically(folder / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What this run is run with.
+
+    Returns:
+        Package -> version, and the commit of trl_llava where it is a git checkout.
+    """
+    found = {"python": platform.python_version(), "trl_llava": trl_llava.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # the optional ones
+    root = Path(trl_llava.__file__).parents[1]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            found["trl_llava_commit"] = subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            found["trl_llava_commit"] = f"unknown ({type(error).__name__})"
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never half of it.
+
+    Args:
+        path: The file.
+        text: Its content.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _wants_resume(args: TrainingArguments) -> bool:
+    return args.resume_from_checkpoint not in (None, False, "false", "False")
+
+
+def _checkpoint(args: TrainingArguments) -> str | None:
+    if not _wants_resume(args):
+        return None
+    wanted = args.resume_from_checkpoint
+    if wanted in (True, "true", "True"):
+        wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if wanted is None:
+            raise OutputDirError(
+                f"`resume_from_checkpoint`: {args.output_dir} holds no checkpoint-*; leave the field out to start."
+            )
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise OutputDirError(f"`resume_from_checkpoint`: {wanted} is not a checkpoint (it has no trainer_state.json).")
+    return str(wanted)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise OutputDirError(
+            f"cannot write into `output_dir` {folder}: {error.strerror}. Choose another `output_dir`."
+        ) from error
+
+
+def _check_owner(folder: Path, recipe: Recipe, resuming: bool) -> None:
+    try:
+        content = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise OutputDirError(f"cannot read `output_dir` {folder}: {error.strerror}.") from error
+    if not content:
+        return
+    if RECIPE_FILE not in content:
+        raise OutputDirError(
+            f"`output_dir` {folder} is not empty and no run of trl_llava (it has no {RECIPE_FILE}): choose another "
+            "`output_dir`. Nothing in it was touched."
+        )
+    previous = yaml.load((folder / RECIPE_FILE).read_text(encoding="utf-8"), Loader=RecipeLoader) or {}
+    if changes := _differences(previous, recipe.values):
+        raise OutputDirError(
+            f"`output_dir` {folder} holds another run; its {RECIPE_FILE} differs in {'; '.join(changes[:5])}"
+            f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}. Choose another `output_dir`"
+            f"{' (`resume_from_checkpoint` may name a checkpoint in the old one)' if resuming else ''}. "
+            "Nothing in it was touched."
+        )
+    if not resuming and content - {RECIPE_FILE, VERSIONS_FILE}:
+        raise OutputDirError(
+            f"`output_dir` {folder} already holds this run: continue it with `resume_from_checkpoint: true`, or "
+            "choose another `output_dir`. Nothing in it was touched."
+        )
+
+
+def _differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    keys = sorted((set(previous) | set(now)) - _NOT_COMPARED)
+    return [
+        f"`{key}` ({previous.get(key)!r} there, {now.get(key)!r} now)"
+        for key in keys
+        if previous.get(key) != now.get(key)
+    ]

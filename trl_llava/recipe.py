@@ -1,0 +1,230 @@
+"""The recipe parser: flat YAML plus `--field value`, into TRL's and our dataclasses, strict about every key and type.
+
+TRL's scripts let an unknown YAML key vanish and hand YAML values to the configs unchecked. Here both are errors that
+name the file, the key, what was expected and what was found.
+"""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from trl_llava.recipe_values import RecipeDumper, RecipeError, RecipeLoader, convert, nearest
+
+LAUNCHER_KEYS = ("accelerate_config", "num_processes", "num_machines", "machine_rank", "mixed_precision", "gpu_ids")
+SECRETS = frozenset({"hub_token", "token", "use_auth_token", "push_to_hub_token"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything a run was told, before any dataclass has worked on it.
+
+    Attributes:
+        given: What the YAML and the command line say, without secrets.
+        defaults: All other fields at their defaults.
+    """
+
+    given: dict[str, Any]
+    defaults: dict[str, Any]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All fields.
+
+        Returns:
+            Field name -> value.
+        """
+        return {**self.given, **self.defaults}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as a file that `--config` takes.
+
+        Returns:
+            YAML: what was given, then every default that the run used.
+        """
+
+        def dump(values: dict[str, Any]) -> str:
+            return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True) if values else ""
+
+        return (
+            "# The resolved recipe of this run; repeat it with --config. Tokens and `env` are never written.\n"
+            f"{dump(self.given)}\n# Defaults, as they were when this ran.\n{dump(self.defaults)}"
+        )
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser, with errors where TRL's is silent.
+
+    Args:
+        dataclass_types: The dataclasses to fill.
+        prog: Name of the command in `--help`.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], prog: str | None = None) -> None:
+        super().__init__(
+            dataclass_types,
+            prog=prog,
+            usage="%(prog)s --config recipe.yaml [--field value ...]",
+            epilog="Every field below is also a key of the recipe. `--field null` unsets a field that can be unset.",
+            allow_abbrev=False,
+        )
+        self._hints: dict[str, Any] = {}
+        self._fields: dict[str, dataclasses.Field[Any]] = {}
+        for dataclass_type in dataclass_types:
+            hints = get_type_hints(dataclass_type)
+            fields = {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
+            self._fields.update(fields)
+            self._hints.update({name: hints[name] for name in fields})
+        for action in self._actions:
+            if action.dest in self._fields and action.type is not None and action.default is None:
+                action.type = _or_null(action.type)
+                action.choices = None if action.choices is None else [*action.choices, None]
+        self._resolved: dict[str, Any] = {}
+
+    @property
+    def field_names(self) -> frozenset[str]:
+        """The keys a recipe may have.
+
+        Returns:
+            Field names.
+        """
+        return frozenset(self._fields)
+
+    def parse(self, args: Sequence[str]) -> tuple[Any, ...]:
+        """Reads `--config FILE` and the overrides.
+
+        Args:
+            args: Command line without the program's name.
+
+        Returns:
+            One object per dataclass, then the `Recipe`.
+
+        Raises:
+            RecipeError: If a key is unknown, a value has the wrong type, or the fields contradict each other.
+        """
+        path, overrides = _split_config(args)
+        self.parse_known_args([])
+        defaults = self._resolved
+        recipe = self._read(path) if path else {}
+        if recipe:
+            self.set_defaults_with_config(**copy.deepcopy(recipe))
+        try:
+            *configs, unknown = self.parse_args_into_dataclasses(
+                args=overrides, return_remaining_strings=True, look_for_args_file=False
+            )
+        except RecipeError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{path or 'command line'}: {error}") from error
+        if unknown:
+            name = next((arg for arg in unknown if arg.startswith("--")), unknown[0])
+            field = name.removeprefix("--").partition("=")[0].replace("-", "_")
+            raise RecipeError(f"command line: unknown argument `{name}`{nearest(field, self._fields)}")
+        given = {n: v for n, v in self._resolved.items() if n in recipe or v != defaults[n]}
+        rest = {n: v for n, v in self._resolved.items() if n not in given}
+        return (*configs, Recipe(_without_secrets(given), _without_secrets(rest)))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Argparse's method; here it also keeps the values as they are before the dataclasses change them.
+
+        Args:
+            args: Command line without the program's name.
+            namespace: Object to fill.
+
+        Returns:
+            The namespace and the arguments nobody knows.
+        """
+        parsed, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if value == [None]:
+                setattr(parsed, name, None)
+        self._resolved = {name: _plain(value) for name, value in vars(parsed).items() if name in self._fields}
+        return parsed, unknown
+
+    def error(self, message: str) -> Any:
+        """Argparse's way out, without printing 200 options and exiting.
+
+        Args:
+            message: What argparse found.
+
+        Raises:
+            RecipeError: Always.
+        """
+        raise RecipeError(f"command line: {message}")
+
+    def _read(self, path: str) -> dict[str, Any]:
+        """The keys and values of a recipe, checked; sets what its `env` says, as TRL does."""
+        try:
+            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
+        except (yaml.YAMLError, RecipeError) as error:
+            raise RecipeError(f"{path}: {error}") from error
+        if not isinstance(recipe, dict):
+            raise RecipeError(f"{path}: expected a mapping `key: value`, found {type(recipe).__name__}.")
+        environment = recipe.pop("env", None) or {}
+        if not isinstance(environment, dict):
+            raise RecipeError(f"{path}: `env` must be a mapping, found {environment!r}.")
+        values = {key: self._check(path, key, value) for key, value in recipe.items()}
+        os.environ.update({str(key): str(value) for key, value in environment.items()})
+        return values
+
+    def _check(self, path: str, key: Any, value: Any) -> Any:
+        if key not in self._fields:
+            if key in LAUNCHER_KEYS:
+                raise RecipeError(f"{path}: `{key}` belongs to the launcher; give it as --{key} on the command line.")
+            raise RecipeError(f"{path}: unknown key `{key}`{nearest(str(key), self._fields)}")
+        field = self._fields[key]
+        choices = field.metadata.get("choices")
+        try:
+            value = value if value is None and self.get_default(key) is None else convert(value, self._hints[key])
+            if choices and value is not None and value not in choices:
+                raise TypeError(f"expected one of {', '.join(map(repr, choices))}, found {value!r}")
+        except TypeError as error:
+            raise RecipeError(f"{path}: `{key}`: {error}.") from error
+        return value
+
+
+def _split_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config FILE` or `--config=FILE` out of a command line."""
+    path, rest, words = None, [], iter(args)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            found = word.partition("=")[2] if "=" in word else next(words, None)
+            if not found:
+                raise RecipeError("command line: --config needs the path of a recipe.")
+            if path:
+                raise RecipeError(f"command line: --config is given twice ({path}, {found}).")
+            path = found
+        else:
+            rest.append(word)
+    return path, rest
+
+
+def _or_null(convert_text: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Lets the command line unset a field that a recipe has set."""
+
+    def convert_or_null(text: str) -> Any:
+        return None if text in ("null", "None") else convert_text(text)
+
+    convert_or_null.__name__ = getattr(convert_text, "__name__", "value")
+    return convert_or_null
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML writes it."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return copy.deepcopy(getattr(value, "value", value))
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if key not in SECRETS}
+    return {key: _without_secrets(value) if isinstance(value, dict) else value for key, value in kept.items()}
