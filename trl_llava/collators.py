@@ -1,0 +1,288 @@
+"""Rows to padded batches: one collator for each stage.
+
+All three take rows of the contract in `rows.py`, decode their images when the batch is made, mix rows with and without
+images, and never cut: a row that is too long is an error here and is left out beforehand by `lengths.drop_overlong`.
+A batch in which no row has an image has no image tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_llava.encoding import Answers, encode
+from trl_llava.images import load_image
+from trl_llava.prompts import JudgingPrompt, Message, judging_messages
+from trl_llava.rows import RowError
+
+IGNORED = -100
+"""Label of a token that no loss is computed for."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class PromptCollator:
+    """Prompts to be answered, left-padded so that generation starts at one position.
+
+    Args:
+        processor: A processor, or the tokenizer of a text-only model.
+        max_prompt_length: Longest prompt in tokens, image tokens included; `None` for no limit.
+        columns: Which further columns of the rows go to `columns`; `None` for all.
+
+    Example:
+        A tokenizer that knows the words below, and two rows, the second with a picture that takes four tokens:
+
+        >>> rows = [
+        ...     {"row_name": "a[0]", "images": [], "prompt": [{"role": "user", "content": [text("Hi")]}]},
+        ...     {"row_name": "a[1]", "images": [red], "prompt": [{"role": "user", "content": [image, text("Hi")]}]},
+        ... ]  # doctest: +SKIP
+        >>> PromptCollator(processor)(rows)  # doctest: +SKIP
+    """
+
+    processor: ProcessorMixin | PreTrainedTokenizerBase
+    max_prompt_length: int | None = None
+    columns: tuple[str, ...] | None = None
+
+    def conversations(self, row: Row) -> list[list[Message]]:
+        """Return the conversations of a row that take part in a batch: its prompt."""
+        return [row["prompt"]]
+
+    def rendering(self) -> dict[str, Any]:
+        """Return the flags of `encode` for this stage."""
+        return {"add_generation_prompt": True}
+
+    def limit(self) -> tuple[int | None, str]:
+        """Return the longest length that a row may have, and the name of the option that sets it."""
+        return self.max_prompt_length, "max_prompt_length"
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Make a batch of B prompts of up to Q tokens.
+
+        Args:
+            rows: B rows of the prompt stage.
+
+        Returns:
+            `input_ids` (B, Q) and `attention_mask` (B, Q), both int64 and left-padded, the image tensors of the
+            processor (`pixel_values` (I, ...), ...), and `columns`: `prompts`, `images` (decoded) and the other
+            columns of the rows, each a list of B.
+
+        Raises:
+            RowError: If an image cannot be read, or a prompt is too long.
+        """
+        images = _images(rows)
+        encoding = encode(
+            self.processor, [row["prompt"] for row in rows], images, row_names=_names(rows), **self.rendering()
+        )
+        _check_lengths(encoding.input_ids, _names(rows), *self.limit())
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "images"))
+        if self.columns is not None:
+            names = dict.fromkeys(name for name in names if name in self.columns)
+        return {
+            "input_ids": _pad(encoding.input_ids, _pad_id(tokenizer), side="left"),
+            "attention_mask": _pad([[1] * len(ids) for ids in encoding.input_ids], 0, side="left"),
+            **encoding.image_inputs,
+            "columns": {
+                "prompts": [row["prompt"] for row in rows],
+                "images": images,
+                **{name: [row.get(name) for row in rows] for name in names},
+            },
+        }
+
+
+@dataclass
+class SFTCollator:
+    """Conversations to be learned, right-padded, with labels on answers only.
+
+    Args:
+        processor: A processor, or the tokenizer of a text-only model.
+        max_length: Longest conversation in tokens, image tokens included; `None` for no limit.
+        labels_on: `answers` for every assistant turn, `completion` for the last one, `all` for every token but those
+            of images. An answer includes the token that ends its turn.
+        pad_to_multiple_of: Round the padded length up to a multiple of this.
+    """
+
+    processor: ProcessorMixin | PreTrainedTokenizerBase
+    max_length: int | None = None
+    labels_on: Literal["answers", "completion", "all"] = "answers"
+    pad_to_multiple_of: int | None = None
+
+    def conversations(self, row: Row) -> list[list[Message]]:
+        """Return the conversations of a row that take part in a batch: prompt and completion."""
+        return [[*row["prompt"], *row["completion"]]]
+
+    def rendering(self) -> dict[str, Any]:
+        """Return the flags of `encode` for this stage."""
+        # `all` locates the answers too: their stop token is checked there.
+        answers: Answers = "last" if self.labels_on == "completion" else "all"
+        return {"answers": answers}
+
+    def limit(self) -> tuple[int | None, str]:
+        """Return the longest length that a row may have, and the name of the option that sets it."""
+        return self.max_length, "max_length"
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Make a batch of B conversations of up to L tokens.
+
+        Args:
+            rows: B rows of the sft stage.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, each (B, L) int64 and right-padded; `labels` is -100 wherever
+            nothing is learned. Also the image tensors of the processor.
+
+        Raises:
+            RowError: If an image cannot be read, or a conversation is too long.
+        """
+        conversations = [self.conversations(row)[0] for row in rows]
+        encoding = encode(self.processor, conversations, _images(rows), row_names=_names(rows), **self.rendering())
+        _check_lengths(encoding.input_ids, _names(rows), *self.limit())
+        labels = [
+            [
+                token if (learned or self.labels_on == "all") and not pictured else IGNORED
+                for token, learned, pictured in zip(*row, strict=True)
+            ]
+            for row in zip(encoding.input_ids, encoding.answer_mask, encoding.image_mask, strict=True)
+        ]
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        multiple = self.pad_to_multiple_of
+        return {
+            "input_ids": _pad(encoding.input_ids, _pad_id(tokenizer), multiple=multiple),
+            "attention_mask": _pad([[1] * len(ids) for ids in encoding.input_ids], 0, multiple=multiple),
+            "labels": _pad(labels, IGNORED, multiple=multiple),
+            **encoding.image_inputs,
+        }
+
+
+@dataclass
+class PreferenceCollator:
+    """Pairs of answers to be compared: all chosen ones, then all rejected ones, right-padded.
+
+    Args:
+        processor: A processor, or the tokenizer of a text-only model.
+        max_length: Longest conversation in tokens, image tokens and judging turn included; `None` for no limit.
+        judging_prompt: The judging turn that is appended to each conversation; `None` scores the conversation itself,
+            at the end of the answer.
+        pad_to_multiple_of: Round the padded length up to a multiple of this.
+    """
+
+    processor: ProcessorMixin | PreTrainedTokenizerBase
+    max_length: int | None = None
+    judging_prompt: JudgingPrompt | None = None
+    pad_to_multiple_of: int | None = None
+
+    def conversations(self, row: Row) -> list[list[Message]]:
+        """Return the conversations of a row that take part in a batch: the one with the chosen answer, then the other.
+
+        Raises:
+            RowError: If the judging prompt wants captions and the row has none.
+        """
+        pair = [[*row["prompt"], *row[answer]] for answer in ("chosen", "rejected")]
+        if self.judging_prompt is None:
+            return pair
+        if self.judging_prompt.with_captions and not row.get("captions"):
+            raise RowError(
+                row["row_name"],
+                "it has no captions, but the judging prompt shows them",
+                "Give a `captions` column or captions_file, leave the row out, or set with_captions to false",
+            )
+        return [judging_messages(conversation, row.get("captions"), self.judging_prompt) for conversation in pair]
+
+    def rendering(self) -> dict[str, Any]:
+        """Return the flags of `encode` for this stage."""
+        judged = self.judging_prompt is not None
+        return {"continue_final_message": judged, "judging_turn": judged}
+
+    def limit(self) -> tuple[int | None, str]:
+        """Return the longest length that a row may have, and the name of the option that sets it."""
+        return self.max_length, "max_length"
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Make a batch of B pairs of up to L tokens.
+
+        Args:
+            rows: B rows of the preference stage.
+
+        Returns:
+            `input_ids` and `attention_mask`, each (2B, L) int64 and right-padded; row `i` is the chosen and row
+            `B + i` the rejected answer of pair `i`. With images also the processor's image tensors, once per pair
+            (I images of B rows), and `image_copies`, which is 2. With a `margin` column `margin` (B,), float32.
+
+        Raises:
+            RowError: If an image cannot be read, captions or margins are missing, or a conversation is too long.
+        """
+        pairs = [self.conversations(row) for row in rows]
+        names = _names(rows)
+        encoding = encode(
+            self.processor,
+            [pair[0] for pair in pairs] + [pair[1] for pair in pairs],
+            _images(rows),
+            row_names=names,
+            image_copies=2,
+            **self.rendering(),
+        )
+        _check_lengths(encoding.input_ids, names * 2, *self.limit())
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        multiple = self.pad_to_multiple_of
+        batch = {
+            "input_ids": _pad(encoding.input_ids, _pad_id(tokenizer), multiple=multiple),
+            "attention_mask": _pad([[1] * len(ids) for ids in encoding.input_ids], 0, multiple=multiple),
+            **encoding.image_inputs,
+        }
+        if encoding.image_inputs:
+            batch["image_copies"] = 2
+        if any("margin" in row for row in rows):
+            batch["margin"] = torch.tensor(_margins(rows), dtype=torch.float32)
+        return batch
+
+
+def _images(rows: Sequence[Row]) -> list[list[Image.Image]]:
+    return [[load_image(ref, row["row_name"]) for ref in row["images"]] for row in rows]
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return [row["row_name"] for row in rows]
+
+
+def _margins(rows: Sequence[Row]) -> list[float]:
+    for row in rows:
+        if row.get("margin") is None:
+            raise RowError(row["row_name"], "it has no margin, but other rows have one", "Add it, or drop the column")
+    return [float(row["margin"]) for row in rows]
+
+
+def _check_lengths(ids: Sequence[Sequence[int]], names: Sequence[str], limit: int | None, option: str) -> None:
+    for row, name in zip(ids, names, strict=True):
+        if limit is not None and len(row) > limit:
+            raise RowError(
+                name,
+                f"it has {len(row)} tokens, {option} allows {limit}",
+                f"Raise {option}, shorten the row, or set overlong to `drop`; rows are never cut",
+            )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no pad token. Set one (`tokenizer.pad_token = ...`) that is not the stop "
+            "token."
+        )
+    return tokenizer.pad_token_id
+
+
+def _pad(
+    rows: Sequence[Sequence[int]], value: int, *, side: Literal["left", "right"] = "right", multiple: int | None = None
+) -> torch.Tensor:
+    """Stack rows of different length to (B, L), int64."""
+    length = max(len(row) for row in rows)
+    if multiple:
+        length = -(-length // multiple) * multiple
+    padded = torch.full((len(rows), length), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        padded[i, at] = torch.tensor(row, dtype=torch.long)
+    return padded

@@ -1,0 +1,160 @@
+"""Pictures of a row: found, checked and decoded to RGB."""
+
+import io
+import struct
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from trl_llava.rows import RowError
+
+MAX_PIXELS = 89_478_485
+"""A picture of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
+
+ImageRef = Image.Image | str | dict[str, Any]
+"""A decoded picture, a path, or `{"bytes": bytes | None, "path": str | None}`."""
+
+# What Pillow's readers raise on damaged files, by reading their sources: there is no common class.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def load_image(ref: ImageRef, row_name: str) -> Image.Image:
+    """Decode one picture to 8-bit RGB.
+
+    CMYK, palette and grey pictures are converted, 16-bit grey is scaled (not clipped) to 8 bits, transparency is
+    dropped, the EXIF orientation is applied, and of an animation the first frame is taken.
+
+    Args:
+        ref: What the row holds.
+        row_name: The row, for errors.
+
+    Returns:
+        An RGB picture that no longer needs its file.
+
+    Raises:
+        RowError: If the picture is missing, empty, damaged, larger than `MAX_PIXELS`, or of a depth without a known
+            range.
+
+    Example:
+        >>> load_image(Image.new("L", (4, 2), 255), "row").getpixel((0, 0))
+        (255, 255, 255)
+    """
+    image = open_image(ref, row_name)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image), row_name)
+    except RowError:
+        raise
+    except _DAMAGED as error:
+        raise _damaged(ref, row_name, error) from error
+
+
+def open_image(ref: ImageRef, row_name: str) -> Image.Image:
+    """Open a picture and check what its header says, without decoding it.
+
+    Args:
+        ref: What the row holds.
+        row_name: The row, for errors.
+
+    Returns:
+        A picture whose `size` is known; as stored, before the EXIF orientation is applied.
+
+    Raises:
+        RowError: If the picture is missing, empty, no picture, or larger than `MAX_PIXELS`.
+    """
+    if isinstance(ref, Image.Image):
+        image = ref
+    else:
+        try:
+            image = Image.open(_source(ref, row_name))
+        except _DAMAGED as error:
+            raise _damaged(ref, row_name, error) from error
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise RowError(row_name, f"the image has no pixels ({width}x{height})", "Replace it or leave the row out")
+    if width * height > MAX_PIXELS:
+        raise RowError(
+            row_name,
+            f"the image has {width}x{height} pixels, expected at most {MAX_PIXELS}",
+            "Make it smaller: the model sees a few hundred pixels a side",
+        )
+    return image
+
+
+def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
+    """Read a picture's (width, height) from its header, as it is after the EXIF orientation is applied.
+
+    Raises:
+        RowError: As `open_image`.
+    """
+    image = open_image(ref, row_name)
+    width, height = image.size
+    return (height, width) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (width, height)
+
+
+def path_inside(folder: str | Path, name: str, row_name: str) -> str:
+    """Join a file name of a data set to a folder it must not leave.
+
+    Args:
+        folder: The image folder.
+        name: A relative name, possibly with subfolders.
+        row_name: The row, for errors.
+
+    Returns:
+        The path.
+
+    Raises:
+        RowError: If the name is empty, absolute, or has a `..` in it.
+    """
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor != ""
+    if not name or absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
+        raise RowError(
+            row_name,
+            f"the image file name is {name!r}, expected a name relative to the image folder {str(folder)!r}, "
+            "without `..`",
+            "Make the name relative to image_folder",
+        )
+    return str(Path(folder) / name)
+
+
+def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
+    if isinstance(ref, dict):
+        content, path = ref.get("bytes"), ref.get("path")
+    else:
+        content, path = None, ref
+    if content is not None:
+        if not content:
+            raise RowError(row_name, "the image has no bytes", "Replace it or leave the row out")
+        return io.BytesIO(content)
+    if not isinstance(path, str) or not path:
+        raise RowError(
+            row_name,
+            f"the image is {ref!r}, expected a picture, a path, or a dict with `bytes` or `path`",
+            "Correct the row",
+        )
+    if not Path(path).is_file():
+        raise RowError(row_name, f"the image file {path} does not exist", "Check image_folder, or add the file")
+    return path
+
+
+def _to_rgb(image: Image.Image, row_name: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: `convert` would clip at 255 and make nearly everything white.
+        image = image.convert("I")
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise RowError(
+                row_name,
+                f"the image has values from {low} to {high}, expected 8 or 16 bits a channel",
+                "Convert it to 8-bit RGB",
+            )
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode == "F":
+        raise RowError(row_name, "the image has floating-point pixels, of no known range", "Convert it to 8-bit RGB")
+    return image.convert("RGB")
+
+
+def _damaged(ref: ImageRef, row_name: str, error: Exception) -> RowError:
+    path = ref.get("path") if isinstance(ref, dict) else ref
+    named = f"the image {path}" if isinstance(path, str) else "the image"
+    return RowError(row_name, f"{named} cannot be read ({error})", "Replace the file or leave the row out")
