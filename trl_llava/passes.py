@@ -170,7 +170,6 @@ def generate(
         attention_mask=inputs.attention_mask,
         **inputs.extras,
         generation_config=generation_config,
-        return_dict_in_generate=False,
     )
     responses = output[:, inputs.query_length :]
     return responses, torch.full((len(responses),), responses.shape[1], device=responses.device)

@@ -28,10 +28,11 @@ from trl.models.utils import unwrap_model_for_generation
 
 from trl_llava import ppo_math
 from trl_llava.adapters import active_adapter
-from trl_llava.collators import PromptCollator, drop_overlong
+from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaPPOConfig
 from trl_llava.data import rows_from
 from trl_llava.health import check_finite, check_first_step_kl
+from trl_llava.lengths import drop_overlong
 from trl_llava.passes import PolicyAndValue, generate, response_logits, response_values, token_logprobs
 from trl_llava.ppo_report import sample_table, step_metrics
 from trl_llava.ppo_update import PPOUpdate

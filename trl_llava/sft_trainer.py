@@ -7,9 +7,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
 
-from trl_llava.collators import SFTCollator, drop_overlong
+from trl_llava.collators import SFTCollator
 from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
+from trl_llava.lengths import drop_overlong
 
 EvalDataset = Dataset | dict[str, Dataset] | None
 
