@@ -241,7 +241,7 @@ class PreferenceCollator:
 
 
 def _images(rows: Sequence[Row]) -> list[list[Image.Image]]:
-    return [[load_image(ref, row["row_name"]) for ref in row["images"]] for row in rows]
+    return [[load_image(ref, row["row_name"]) for ref in row.get("images") or []] for row in rows]
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,137 @@
+"""Rows that are too long, found before training starts: no row is ever cut."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from datasets import Dataset
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_llava.encoding import encode_text, expand_images
+from trl_llava.images import image_size
+from trl_llava.prompts import Message
+from trl_llava.rows import RowError
+
+logger = logging.getLogger(__name__)
+
+
+class MeasurableCollator(Protocol):
+    """What the collators of this package tell about the rows they take."""
+
+    processor: ProcessorMixin | PreTrainedTokenizerBase
+
+    def conversations(self, row: dict[str, Any]) -> list[list[Message]]:
+        """Return the conversations that a row contributes to a batch."""
+
+    def rendering(self) -> dict[str, Any]:
+        """Return the flags they are encoded with."""
+
+    def limit(self) -> tuple[int | None, str]:
+        """Return the longest length allowed, and the option that sets it."""
+
+
+def token_lengths(rows: Sequence[dict[str, Any]], collator: MeasurableCollator) -> list[int]:
+    """Count the tokens of rows, image tokens included, as the collator would; images are not decoded.
+
+    Args:
+        rows: Rows of the collator's stage.
+        collator: A collator of `collators.py`.
+
+    Returns:
+        For each row the length of its longest conversation.
+
+    Raises:
+        RowError: If a row cannot be encoded, or the header of an image cannot be read.
+    """
+    return _Lengths(collator).of(rows)
+
+
+def drop_overlong(
+    dataset: Dataset,
+    collator: MeasurableCollator | Any,
+    overlong: Literal["error", "drop"],
+    *,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Refuse or leave out rows that are longer than the collator allows.
+
+    Args:
+        dataset: Normalised rows.
+        collator: The collator that will make the batches; one of another kind checks its own limits, and the data set
+            is returned as it is.
+        overlong: `error` stops at the first such row, `drop` leaves such rows out and logs how many.
+        num_proc: Processes to measure with.
+
+    Returns:
+        The rows that fit, in their order.
+
+    Raises:
+        RowError: If a row is too long and `overlong` is `error`, or if no row is left.
+        ValueError: If `overlong` is neither.
+    """
+    if overlong not in ("error", "drop"):
+        raise ValueError(f"overlong is {overlong!r}, expected `error` or `drop`.")
+    limit, option = collator.limit() if hasattr(collator, "limit") else (None, "")
+    if limit is None or not len(dataset):
+        return dataset
+    lengths = dataset.map(
+        _Lengths(collator),
+        batched=True,
+        batch_size=256,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        desc="Counting tokens",
+    )["length"]
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
+    dropped = len(dataset) - len(kept)
+    if not dropped:
+        return dataset
+    if overlong == "error" or not kept:
+        first = next(i for i, length in enumerate(lengths) if length > limit)
+        fix = f"Raise {option}" + (" or set overlong to `drop` to leave such rows out" if kept else "")
+        raise RowError(
+            dataset[first]["row_name"],
+            f"it has {lengths[first]} tokens, {option} allows {limit} ({dropped} of {len(dataset)} rows are too long)",
+            f"{fix}; rows are never cut",
+        )
+    logger.warning("Dropped %d of %d rows: longer than %s=%d tokens.", dropped, len(dataset), option, limit)
+    return dataset.select(kept)
+
+
+class _Lengths:
+    """Measures batches, and remembers what images of each size stand for: asking the processor is the slow part."""
+
+    def __init__(self, collator: MeasurableCollator) -> None:
+        self.collator = collator
+        self.replacements: dict[tuple[tuple[int, int], ...], list[str]] = {}
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[int]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return {"length": self.of(rows)}
+
+    def of(self, rows: Sequence[dict[str, Any]]) -> list[int]:
+        conversations, replacements, names, owners = [], [], [], []
+        for i, row in enumerate(rows):
+            expansions = self._expansions(row)
+            for conversation in self.collator.conversations(row):
+                conversations.append(conversation)
+                replacements.append(expansions)
+                names.append(row["row_name"])
+                owners.append(i)
+        ids, _, _ = encode_text(
+            self.collator.processor, conversations, replacements, names, **self.collator.rendering()
+        )
+        lengths = [0] * len(rows)
+        for i, row_ids in zip(owners, ids, strict=True):
+            lengths[i] = max(lengths[i], len(row_ids))
+        return lengths
+
+    def _expansions(self, row: dict[str, Any]) -> list[str]:
+        sizes = tuple(image_size(ref, row["row_name"]) for ref in row.get("images") or [])
+        if sizes not in self.replacements:
+            blank = [[Image.new("RGB", size) for size in sizes]]
+            self.replacements[sizes] = expand_images(self.collator.processor, blank)[0][0]
+        return self.replacements[sizes]
