@@ -258,12 +258,17 @@ class LlavaPPOConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        computed = "the trainer computes it from per_device_train_batch_size, gradient_accumulation_steps, " + (
-            "num_mini_batches and the number of processes; set those"
-        )
+        computed = "the trainer computes it from the batch size per device, accumulation and the number of processes"
         sizes = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
         _refuse(self, dict.fromkeys((*sizes, "local_mini_batch_size", "mini_batch_size"), (None, computed)))
-        _refuse(self, {"train_sampling_strategy": _ROWS_ARE_OURS["train_sampling_strategy"]})
+        _refuse(
+            self,
+            {
+                "train_sampling_strategy": _ROWS_ARE_OURS["train_sampling_strategy"],
+                "eval_strategy": ("no", "PPO has no evaluation loss; `test_split_size` rows fill its tables"),
+                "resume_from_checkpoint": (None, "PPO cannot resume yet; start again in another `output_dir`"),
+            },
+        )
         _require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")
         _require_positive(self, "local_rollout_forward_batch_size", "max_prompt_length", "temperature")
         _require_positive(self, "missing_eos_penalty", "reward_scale")

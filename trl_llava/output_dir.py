@@ -60,6 +60,20 @@ def record(args: TrainingArguments, recipe: Recipe) -> None:
         write_atomically(folder / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
 
 
+def finish(trainer: Any, dataset_name: str | None) -> None:
+    """Saves everything a finished run leaves behind, and pushes it if the recipe says so.
+
+    Args:
+        trainer: The trainer, after training.
+        dataset_name: Hub ID of the data, for the model card.
+    """
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # a push follows below, once
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=dataset_name)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+
+
 def versions() -> dict[str, str]:
     """What this run is run with.
 

@@ -80,6 +80,8 @@ class RecipeParser(TrlParser):
             fields = {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
             self._fields.update(fields)
             self._hints.update({name: hints[name] for name in fields})
+        if "resume_from_checkpoint" in self._hints:
+            self._hints["resume_from_checkpoint"] = bool | str | None  # `true` means the last checkpoint
         for action in self._actions:
             if action.dest in self._fields and action.type is not None and action.default is None:
                 action.type = _or_null(action.type)
@@ -107,27 +109,42 @@ class RecipeParser(TrlParser):
         Raises:
             RecipeError: If a key is unknown, a value has the wrong type, or the fields contradict each other.
         """
+        values, recipe, source = self.check(args)
+        configs = []
+        for dataclass_type in self.dataclass_types:
+            names = [field.name for field in dataclasses.fields(dataclass_type) if field.init]
+            try:
+                configs.append(dataclass_type(**{name: values[name] for name in names}))
+            except (ValueError, TypeError) as error:
+                raise RecipeError(f"{source}: {error}") from error
+        return (*configs, recipe)
+
+    def check(self, args: Sequence[str]) -> tuple[dict[str, Any], Recipe, str]:
+        """Reads `--config FILE` and the overrides without building the dataclasses, which may start CUDA.
+
+        Args:
+            args: Command line without the program's name.
+
+        Returns:
+            The value of every field, the `Recipe`, and the file or "command line".
+
+        Raises:
+            RecipeError: If a key is unknown or a value has the wrong type.
+        """
         path, overrides = _split_config(args)
         self.parse_known_args([])
         defaults = self._resolved
-        recipe = self._read(path) if path else {}
-        if recipe:
-            self.set_defaults_with_config(**copy.deepcopy(recipe))
-        try:
-            *configs, unknown = self.parse_args_into_dataclasses(
-                args=overrides, return_remaining_strings=True, look_for_args_file=False
-            )
-        except RecipeError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{path or 'command line'}: {error}") from error
+        from_file = self._read(path) if path else {}
+        if from_file:
+            self.set_defaults_with_config(**copy.deepcopy(from_file))
+        parsed, unknown = self.parse_known_args(overrides)
         if unknown:
             name = next((arg for arg in unknown if arg.startswith("--")), unknown[0])
             field = name.removeprefix("--").partition("=")[0].replace("-", "_")
             raise RecipeError(f"command line: unknown argument `{name}`{nearest(field, self._fields)}")
-        given = {n: v for n, v in self._resolved.items() if n in recipe or v != defaults[n]}
+        given = {n: v for n, v in self._resolved.items() if n in from_file or v != defaults[n]}
         rest = {n: v for n, v in self._resolved.items() if n not in given}
-        return (*configs, Recipe(_without_secrets(given), _without_secrets(rest)))
+        return vars(parsed), Recipe(_without_secrets(given), _without_secrets(rest)), path or "command line"
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Argparse's method; here it also keeps the values as they are before the dataclasses change them.

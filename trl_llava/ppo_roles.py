@@ -1,0 +1,191 @@
+"""Who takes part in a PPO run: policy, reference, value model and rewards, as the recipe names them."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
+
+from trl_llava.adapters import load_adapter, lora_config
+from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig
+from trl_llava.factual_reward import FactualReward
+from trl_llava.models import check_same_tokenizer, load_policy, load_processor
+from trl_llava.recipe_values import RecipeError
+from trl_llava.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
+
+
+class Policy(NamedTuple):
+    """The policy and what it is compared with.
+
+    Attributes:
+        model: The policy; with an adapter, the frozen copy "reference" of it is there too.
+        reference: A model of its own, or None if the policy's base and adapters serve as one.
+        peft_config: A fresh adapter that the trainer shall put on the policy, or None.
+        processor: Its processor.
+        base: Hub ID or folder of the base model.
+        start: Hub ID or folder of the weights it starts from, with their revision.
+    """
+
+    model: PreTrainedModel | PeftModel
+    reference: PreTrainedModel | None
+    peft_config: LoraConfig | None
+    processor: ProcessorMixin
+    base: str
+    start: tuple[str, str | None]
+
+
+def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Policy:
+    """Loads policy and reference; with an adapter, names both in `args`.
+
+    Args:
+        args: `sft_model_path`; `model_adapter_name` and `ref_adapter_name` are set if it is an adapter.
+        model_args: The base model, dtype, quantisation, a fresh adapter's shape.
+
+    Returns:
+        The policy.
+
+    Raises:
+        RecipeError: If no model is named, or adapter and recipe name different bases.
+        OSError: If there is no such model.
+        ValueError: If the adapter does not fit the base.
+    """
+    start, revision = args.sft_model_path, args.sft_model_revision
+    if model_args.adapter_name_or_path:
+        raise RecipeError("`adapter_name_or_path`: in PPO, name stage 1's adapter as `sft_model_path`.")
+    if start is None:
+        start, revision = model_args.model_name_or_path, model_args.model_revision
+    if start is None:
+        raise RecipeError("set `sft_model_path` (stage 1's adapter or model), or `model_name_or_path`.")
+    trained_on = adapter_base(start, revision)
+    if trained_on is None:
+        return _full_policy(model_args, start, revision)
+    base = agreed_base(model_args.model_name_or_path, start, trained_on)
+    base_revision = model_args.model_revision if base == model_args.model_name_or_path else None
+    model = load_policy(with_base(model_args, base, base_revision))
+    model = load_adapter(model, start, adapter_name="default", is_trainable=True, revision=revision)
+    load_adapter(model, start, adapter_name="reference", is_trainable=False, revision=revision)
+    args.model_adapter_name, args.ref_adapter_name = "default", "reference"
+    return Policy(model, None, None, _processor(base, model_args, base_revision), base, (start, revision))
+
+
+def load_value_model(
+    args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | None]:
+    """Loads the value model, with its head at zero.
+
+    Args:
+        args: `value_model_path`, else `value_init` says where the backbone comes from.
+        model_args: dtype, quantisation, what is frozen.
+        policy: The policy, whose tokens the value model reads.
+
+    Returns:
+        The model, and its processor if that differs from the policy's.
+
+    Raises:
+        RecipeError: If `value_init` is "reward" and there is no reward model.
+        ValueError: If the value model reads the policy's token IDs as other tokens.
+    """
+    name, revision, field = args.value_model_path, None, "value_model_path"
+    if name is None and args.value_init == "policy":
+        (name, revision), field = policy.start, "policy"
+    elif name is None:
+        name, revision, field = args.reward_model_path, args.reward_model_revision, "reward_model_path"
+    if name is None:
+        raise RecipeError(
+            "`value_init: reward` needs `reward_model_path`: set it, or `value_init: policy`, or `value_model_path`."
+        )
+    given = model_args.model_name_or_path if field == "policy" else None
+    model = load_score_model(name, model_args, base=given, revision=revision, seed=args.seed)
+    zero_head(model)
+    base = policy.base if field == "policy" else (adapter_base(name, revision) or name)
+    processor = policy.processor if field == "policy" else _processor(name, model_args, revision, base)
+    check_same_tokenizer(policy.processor, processor, f"value model ({field})")
+    same = processor.chat_template == policy.processor.chat_template and (
+        processor.image_processor.to_dict() == policy.processor.image_processor.to_dict()
+    )
+    return model, None if same else processor
+
+
+def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[Callable[..., list[float]]]:
+    """Loads the factual reward, if one is named, and the recipe's own functions.
+
+    Args:
+        args: `reward_model_path` and `reward_funcs`.
+        model_args: dtype, quantisation and attention of the reward model.
+
+    Returns:
+        Reward functions, the reward model first.
+
+    Raises:
+        RecipeError: If there is none, or a function cannot be found.
+        ValueError: If the checkpoint has no judging prompt or no head.
+    """
+    rewards: list[Callable[..., list[float]]] = []
+    if args.reward_model_path is not None:
+        rewards.append(
+            FactualReward.from_pretrained(
+                args.reward_model_path,
+                revision=args.reward_model_revision,
+                model_args=model_args,
+                batch_size=args.local_rollout_forward_batch_size,
+                device=PartialState().device,
+            )
+        )
+    rewards += [find_function(path) for path in args.reward_funcs or []]
+    if not rewards and args.correctness_coef is None and args.length_coef is None:
+        raise RecipeError(
+            "nothing to learn from: set `reward_model_path`, `reward_funcs`, `correctness_coef` or `length_coef`."
+        )
+    return rewards
+
+
+def find_function(path: str) -> Callable[..., list[float]]:
+    """Imports a reward function.
+
+    Args:
+        path: "package.module:function".
+
+    Returns:
+        The function.
+
+    Raises:
+        RecipeError: If there is no such module or function.
+    """
+    module_name, _, name = path.partition(":")
+    if not name:
+        raise RecipeError(f"`reward_funcs`: {path!r} must be 'package.module:function'.")
+    try:
+        function: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"`reward_funcs`: cannot import {module_name!r} of {path!r}: {error}.") from error
+    for part in name.split("."):
+        function = getattr(function, part, None)
+    if not callable(function):
+        raise RecipeError(f"`reward_funcs`: module {module_name!r} has no function {name!r}.")
+    return function
+
+
+def _full_policy(model_args: LlavaModelConfig, start: str, revision: str | None) -> Policy:
+    """A policy whose start is a whole model: trained with a fresh adapter, or as a whole against a second copy."""
+    model = load_policy(with_base(model_args, start, revision))
+    processor = _processor(start, model_args, revision)
+    peft_config = lora_config(model_args, model, task="CAUSAL_LM")
+    reference = None
+    if peft_config is None:
+        reference = load_policy(with_base(model_args, start, revision)).requires_grad_(False).eval()
+    return Policy(model, reference, peft_config, processor, start, (start, revision))
+
+
+def _processor(
+    name: str, model_args: LlavaModelConfig, revision: str | None, base: str | None = None
+) -> ProcessorMixin:
+    """The processor saved with a stage's result, else its base's."""
+    options = {"trust_remote_code": model_args.trust_remote_code, "pad_to_square": model_args.pad_to_square}
+    try:
+        return load_processor(name, revision=revision, **options)
+    except OSError:
+        if base is None or base == name:
+            raise
+        return load_processor(base, **options)

@@ -1,0 +1,103 @@
+"""The training and evaluation rows that a recipe names: one data set, or a mixture of several."""
+
+from typing import Literal
+
+from datasets import Dataset, concatenate_datasets
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig
+
+from trl_llava.configs import LlavaScriptArguments
+from trl_llava.data import load_rows
+from trl_llava.recipe_values import RecipeError
+
+Stage = Literal["sft", "preference", "prompt"]
+
+
+def load_splits(
+    script_args: LlavaScriptArguments, mixture: DatasetMixtureConfig, training_args: TrainingArguments, stage: Stage
+) -> tuple[Dataset, Dataset | None]:
+    """Loads and checks the rows; each process reads what the first one has prepared.
+
+    The evaluation rows are `test_split_size` rows taken out of the training rows (a share, or a number from 1 on),
+    else `dataset_test_split`. They are loaded when `test_split_size` or `eval_strategy` asks for them.
+
+    Args:
+        script_args: Where the rows are.
+        mixture: `datasets`, instead of `dataset_name`.
+        training_args: For `eval_strategy`, `seed` and `dataset_num_proc`.
+        stage: What the rows are for.
+
+    Returns:
+        Training rows, and evaluation rows or None.
+
+    Raises:
+        RecipeError: If the recipe names no data set, two, or no evaluation rows although it evaluates.
+        RowError: If a row cannot be used and `on_bad_row` is "error".
+    """
+    if bool(mixture.datasets) == bool(script_args.dataset_name):
+        found = "both are given" if mixture.datasets else "neither is given"
+        raise RecipeError(f"name the rows with either `dataset_name` or `datasets`: {found}.")
+    if mixture.streaming:
+        raise RecipeError("`streaming` must stay false: all rows are checked before training starts.")
+    with training_args.main_process_first(desc="loading the rows"):
+        train = _load_train(script_args, mixture, training_args, stage)
+        if mixture.test_split_size is not None:
+            size = mixture.test_split_size
+            _check_size(size, len(train))
+            seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+            parts = train.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
+            return parts["train"], parts["test"]
+        if training_args.eval_strategy == "no":
+            return train, None
+        if mixture.datasets:
+            raise RecipeError(
+                f"`eval_strategy: {training_args.eval_strategy.value}` with `datasets` needs `test_split_size`, the "
+                "share or number of rows to hold out."
+            )
+        return train, _load(script_args, _one(script_args, script_args.dataset_test_split), training_args, stage)
+
+
+def _check_size(size: float, rows: int) -> None:
+    if size <= 0 or (size >= 1 and (size != int(size) or size >= rows)):
+        raise RecipeError(
+            f"`test_split_size` must be a share between 0 and 1 or a whole number below the {rows} rows, found {size}."
+        )
+
+
+def _load_train(
+    script_args: LlavaScriptArguments, mixture: DatasetMixtureConfig, training_args: TrainingArguments, stage: Stage
+) -> Dataset:
+    if not mixture.datasets:
+        return _load(script_args, _one(script_args, script_args.dataset_train_split), training_args, stage)
+    parts = [_load(script_args, source, training_args, stage) for source in mixture.datasets]
+    return concatenate_datasets(_keep_fractions(mixture.datasets, parts))
+
+
+def _keep_fractions(sources: list[DatasetConfig], parts: list[Dataset]) -> list[Dataset]:
+    """As TRL does it: the largest mixture with these shares in which no data set is repeated."""
+    given = [source.fraction for source in sources if source.fraction is not None]
+    if not given:
+        return parts
+    if len(given) < len(sources) or min(given) <= 0:
+        raise RecipeError("`datasets`: give `fraction`, above 0, for all data sets or for none.")
+    shares = [fraction / sum(given) for fraction in given]
+    total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
+    return [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
+
+
+def _one(script_args: LlavaScriptArguments, split: str) -> DatasetConfig:
+    return DatasetConfig(path=script_args.dataset_name, name=script_args.dataset_config, split=split)
+
+
+def _load(
+    script_args: LlavaScriptArguments, source: DatasetConfig, training_args: TrainingArguments, stage: Stage
+) -> Dataset:
+    return load_rows(
+        source,
+        stage,
+        image_folder=script_args.image_folder,
+        captions_file=script_args.captions_file,
+        on_bad_row=script_args.on_bad_row,
+        num_proc=training_args.dataset_num_proc,
+    )

@@ -1,0 +1,83 @@
+"""Stage 3: PPO with the factual reward; policy, value model and reward model all see the image.
+
+In:  stage 1's adapter (or a full model), stage 2's reward model or reward functions of your own, and rows with
+     `prompt` and `images`, where there are any with `captions`, `answer_type` and `length_multiplier`.
+Out: `output_dir` with the policy's adapter (or model), value_model/, processor, trainer state, recipe.yaml,
+     versions.json, a model card and completions/ (sample answers with their rewards).
+
+    accelerate launch -m trl_llava.train_ppo --config recipes/llava-1.5-7b-hf/ppo.yaml [--field value ...]
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+from trl import DatasetMixtureConfig
+
+from trl_llava import output_dir
+from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig, LlavaScriptArguments
+from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.model_card import write_model_card
+from trl_llava.ppo_roles import load_policy_roles, load_rewards, load_value_model
+from trl_llava.ppo_trainer import LlavaPPOTrainer
+from trl_llava.recipe import RecipeParser
+from trl_llava.splits import load_splits
+
+
+def make_parser(prog: str | None = None) -> RecipeParser:
+    """The parser of this stage's recipes.
+
+    Args:
+        prog: Name of the command in `--help`.
+
+    Returns:
+        The parser.
+    """
+    return RecipeParser((LlavaScriptArguments, LlavaPPOConfig, LlavaModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
+    """Runs the stage.
+
+    Args:
+        args: Command line without the program's name; by default that of the process.
+
+    Returns:
+        The trainer, after training and saving.
+
+    Raises:
+        RecipeError: If the recipe cannot be used.
+        OutputDirError: If `output_dir` cannot be written or belongs to another run.
+        RowError: If a row cannot be used.
+        UnhealthyRunError: If KL or ratio are off at the first step, or a number is not finite.
+    """
+    words = sys.argv[1:] if args is None else args
+    script_args, training_args, model_args, mixture, recipe = make_parser("train_ppo").parse(words)
+    model_args.trust_remote_code = training_args.trust_remote_code
+    quiet_libraries(training_args)
+    output_dir.claim(training_args, recipe)
+    train_rows, eval_rows = load_splits(script_args, mixture, training_args, "prompt")
+    policy = load_policy_roles(training_args, model_args)
+    rewards = load_rewards(training_args, model_args)
+    value_model, value_processor = load_value_model(training_args, model_args, policy)
+    trainer = LlavaPPOTrainer(
+        args=training_args,
+        processing_class=policy.processor,
+        model=policy.model,
+        ref_model=policy.reference,
+        reward_funcs=rewards,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        value_model=value_model,
+        value_processing_class=value_processor,
+        peft_config=policy.peft_config,
+    )
+    trainer.create_model_card = functools.partial(write_model_card, trainer, "ppo", policy.base, recipe)
+    output_dir.record(training_args, recipe)
+    trainer.train()
+    output_dir.finish(trainer, script_args.dataset_name)
+    return trainer
+
+
+if __name__ == "__main__":
+    run_as_program(main)

@@ -1,0 +1,93 @@
+"""Stage 2: a reward model that reads image, question, answer and the captions of the image.
+
+In:  a base model (or stage 1's adapter on it), and rows with `prompt`, `chosen`, `rejected`, `images` and `captions`.
+Out: `output_dir` with adapter and head (or model), processor, factual_reward.json (the judging prompt, without which
+     no score is right), trainer state, recipe.yaml, versions.json and a model card; stage 3 takes it as it is.
+
+    accelerate launch -m trl_llava.train_reward --config recipes/llava-1.5-7b-hf/reward.yaml [--field value ...]
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+from trl import DatasetMixtureConfig
+
+from trl_llava import output_dir
+from trl_llava.adapters import lora_config
+from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
+from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.model_card import write_model_card
+from trl_llava.models import load_processor
+from trl_llava.prompts import JudgingPrompt
+from trl_llava.recipe import RecipeParser
+from trl_llava.reward_trainer import LlavaRewardTrainer
+from trl_llava.score_start import load_score_model
+from trl_llava.splits import load_splits
+
+
+def make_parser(prog: str | None = None) -> RecipeParser:
+    """The parser of this stage's recipes.
+
+    Args:
+        prog: Name of the command in `--help`.
+
+    Returns:
+        The parser.
+    """
+    return RecipeParser((LlavaScriptArguments, LlavaRewardConfig, LlavaModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
+    """Runs the stage.
+
+    Args:
+        args: Command line without the program's name; by default that of the process.
+
+    Returns:
+        The trainer, after training and saving.
+
+    Raises:
+        RecipeError: If the recipe cannot be used.
+        OutputDirError: If `output_dir` cannot be written or belongs to another run.
+        RowError: If a row cannot be used.
+    """
+    words = sys.argv[1:] if args is None else args
+    script_args, training_args, model_args, mixture, recipe = make_parser("train_reward").parse(words)
+    model_args.trust_remote_code = training_args.trust_remote_code
+    quiet_libraries(training_args)
+    checkpoint = output_dir.claim(training_args, recipe)
+    base, adapter = model_args.model_name_or_path, model_args.adapter_name_or_path
+    processor = load_processor(
+        base,
+        revision=model_args.model_revision,
+        trust_remote_code=model_args.trust_remote_code,
+        pad_to_square=model_args.pad_to_square,
+    )
+    train_rows, eval_rows = load_splits(script_args, mixture, training_args, "preference")
+    model = load_score_model(
+        adapter or base,
+        model_args,
+        base=base,
+        revision=model_args.adapter_revision if adapter else model_args.model_revision,
+        seed=training_args.seed,
+    )
+    judging_prompt = JudgingPrompt(with_captions=training_args.with_captions, seed=training_args.caption_seed)
+    trainer = LlavaRewardTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        judging_prompt=judging_prompt,
+        peft_config=None if adapter else lora_config(model_args, model, task="SEQ_CLS"),
+    )
+    trainer.create_model_card = functools.partial(write_model_card, trainer, "reward", base, recipe)
+    output_dir.record(training_args, recipe)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    output_dir.finish(trainer, script_args.dataset_name)
+    return trainer
+
+
+if __name__ == "__main__":
+    run_as_program(main)

@@ -1,0 +1,86 @@
+"""Stage 1: LoRA (or full) fine-tuning on conversations about images; the policy that PPO starts from.
+
+In:  a base model by Hub ID or folder, and rows with `images` and `prompt` + `completion` (or LLaVA JSON).
+Out: `output_dir` with the adapter (or model), processor, trainer state, recipe.yaml, versions.json and a model card.
+
+    accelerate launch -m trl_llava.train_sft --config recipes/llava-1.5-7b-hf/sft.yaml [--field value ...]
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+from trl import DatasetMixtureConfig
+
+from trl_llava import output_dir
+from trl_llava.adapters import load_adapter, lora_config
+from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments, LlavaSFTConfig
+from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.model_card import write_model_card
+from trl_llava.models import load_policy, load_processor
+from trl_llava.recipe import RecipeParser
+from trl_llava.sft_trainer import LlavaSFTTrainer
+from trl_llava.splits import load_splits
+
+
+def make_parser(prog: str | None = None) -> RecipeParser:
+    """The parser of this stage's recipes.
+
+    Args:
+        prog: Name of the command in `--help`.
+
+    Returns:
+        The parser.
+    """
+    return RecipeParser((LlavaScriptArguments, LlavaSFTConfig, LlavaModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(args: Sequence[str] | None = None) -> LlavaSFTTrainer:
+    """Runs the stage.
+
+    Args:
+        args: Command line without the program's name; by default that of the process.
+
+    Returns:
+        The trainer, after training and saving.
+
+    Raises:
+        RecipeError: If the recipe cannot be used.
+        OutputDirError: If `output_dir` cannot be written or belongs to another run.
+        RowError: If a row cannot be used.
+    """
+    words = sys.argv[1:] if args is None else args
+    script_args, training_args, model_args, mixture, recipe = make_parser("train_sft").parse(words)
+    model_args.trust_remote_code = training_args.trust_remote_code
+    quiet_libraries(training_args)
+    checkpoint = output_dir.claim(training_args, recipe)
+    processor = load_processor(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=model_args.trust_remote_code,
+        pad_to_square=model_args.pad_to_square,
+    )
+    train_rows, eval_rows = load_splits(script_args, mixture, training_args, "sft")
+    model = load_policy(model_args)
+    if model_args.adapter_name_or_path:
+        adapter = model_args.adapter_name_or_path
+        model = load_adapter(model, adapter, is_trainable=True, revision=model_args.adapter_revision)
+    trainer = LlavaSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        peft_config=None if model_args.adapter_name_or_path else lora_config(model_args, model, task="CAUSAL_LM"),
+    )
+    trainer.create_model_card = functools.partial(
+        write_model_card, trainer, "sft", model_args.model_name_or_path, recipe
+    )
+    output_dir.record(training_args, recipe)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    output_dir.finish(trainer, script_args.dataset_name)
+    return trainer
+
+
+if __name__ == "__main__":
+    run_as_program(main)
