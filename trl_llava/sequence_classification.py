@@ -1,15 +1,15 @@
 """LLaVA models with a score head instead of a language-model head: the reward and the value model.
 
-They differ from transformers' own `...ForSequenceClassification` in three things: the head has a bias (as the paper's);
-the pooled token is the last one whose attention mask is 1, under any padding side, never a guess by pad ID (an answer
-may end in a token that is also the pad token); and a batch that stacks several texts of the same pictures encodes each
-picture once (`image_copies`).
+They differ from transformers' own `...ForSequenceClassification` in three things: the head has a bias, as the paper's
+has; the pooled token is the last one whose attention mask is 1, under any padding side, never a guess by pad ID (an
+answer may end in a token that is also the pad token); and a batch that stacks several texts of the same pictures
+encodes each picture once (`image_copies`).
 
 Importing this module registers the classes with `AutoModelForSequenceClassification`, so that
 `trl.RewardTrainer(model="org/name")` finds them.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
+if TYPE_CHECKING:  # what a mixin's methods may expect of `self`
+    from transformers import PreTrainedModel as _Mixin
+else:
+    _Mixin = object
+
 
 def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
     """Where the last real token of each row is.
@@ -47,7 +52,7 @@ def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
     return (positions * attention_mask.bool()).argmax(dim=1)
 
 
-class ImageTextForSequenceClassification:
+class ImageTextForSequenceClassification(_Mixin):
     """Mixin that turns a family's `...PreTrainedModel` into a model with a score head on the last real token.
 
     `model` is the family's headless model (tower, projector, language model) and `score` the head, the names that
@@ -69,9 +74,9 @@ class ImageTextForSequenceClassification:
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -103,10 +108,13 @@ class ImageTextForSequenceClassification:
             `logits` (B, num_labels) in the head's dtype, and `loss` if there are labels.
 
         Raises:
-            ValueError: If a batch of several rows comes without an attention mask, or B does not divide by
-                `image_copies`.
+            ValueError: If there are no inputs, or a batch of several rows comes without an attention mask, or B does
+                not divide by `image_copies`.
         """
-        rows = len(input_ids if input_ids is not None else inputs_embeds)
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("input_ids and inputs_embeds are both missing; pass one of them")
+        rows = len(given)
         if attention_mask is None and rows > 1:
             raise ValueError(
                 f"attention_mask is missing for a batch of {rows} rows: the last real token of a padded row cannot be "

@@ -1,0 +1,205 @@
+"""LoRA adapters: where they go, how they are loaded, and which one computes: one base model, many roles.
+
+`PeftModel.set_adapter` and `disable_adapter` turn gradients on and off as they switch: a backward pass over policy and
+value then gives one of them a gradient of exactly 0, silently. `active_adapter` changes only which weights the forward
+pass reads.
+
+Gradient checkpointing runs a forward pass again inside the backward pass, with whatever is active by then: run each
+role's backward before the next role's forward, or inside that role's `active_adapter` block.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from trl import get_peft_config
+
+from trl_llava.configs import LlavaModelConfig
+from trl_llava.models import HEAD, not_found
+from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
+
+logger = logging.getLogger(__name__)
+
+
+def lora_config(
+    model_args: LlavaModelConfig, model: nn.Module, *, task: Literal["CAUSAL_LM", "SEQ_CLS"]
+) -> LoraConfig | None:
+    """The LoRA configuration for a model, by default on every linear layer of its language model.
+
+    `lora_target_modules` may hold names (`[q_proj, v_proj]`), which mean layers of the language model: the tower has a
+    `q_proj` too. A regular expression is taken as it is.
+
+    Args:
+        model_args: TRL's `lora_*` fields; `use_peft`; a projector or tower that is not frozen is trained whole, beside
+            the adapter.
+        model: The model that the adapter will be put on.
+        task: SEQ_CLS for models with a score head, which then is trained and saved with the adapter.
+
+    Returns:
+        The configuration, or None without `use_peft`.
+
+    Raises:
+        ValueError: If the targets match nothing, or match a frozen vision tower or projector.
+    """
+    config = get_peft_config(model_args)
+    if config is None:
+        return None
+    config.task_type = task
+    config.target_modules = _lora_targets(model, model_args.lora_target_modules)
+    frozen = [*TOWER_NAMES] * model_args.freeze_vision_tower + [*PROJECTOR_NAMES] * model_args.freeze_projector
+    matched = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
+    wrong = [name for name in matched if set(name.split(".")) & set(frozen)]
+    if wrong or not matched:
+        found = f"{len(wrong)} modules of frozen parts, e.g. {wrong[0]}" if wrong else "nothing"
+        raise ValueError(
+            f"lora_target_modules={config.target_modules!r} matches {found}. Leave it out for the language model's "
+            "linear layers, or set freeze_vision_tower or freeze_projector to false"
+        )
+    whole = [*(model_args.lora_modules_to_save or [])]
+    if task == "SEQ_CLS":
+        whole.append(HEAD)
+    if not model_args.freeze_projector and not any(_within(name, PROJECTOR_NAMES) for name in matched):
+        whole += _present(model, PROJECTOR_NAMES)
+    if not model_args.freeze_vision_tower and not any(_within(name, TOWER_NAMES) for name in matched):
+        whole += _present(model, TOWER_NAMES)
+    config.modules_to_save = sorted(set(whole)) or None
+    return config
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool,
+    revision: str | None = None,
+) -> PeftModel:
+    """Put a trained adapter on a model, with every weight accounted for.
+
+    The first adapter of a model becomes the active one. What is trainable in adapters that are there already, and
+    whether the model is in train mode, stays as it was.
+
+    Args:
+        model: The base model, or a PEFT model that gets one more adapter.
+        name: Hub ID or folder with `adapter_config.json`.
+        adapter_name: The name it gets in the model.
+        is_trainable: Whether its weights (and head) get gradients.
+        revision: Branch, tag or commit.
+
+    Returns:
+        The PEFT model; the same object if `model` was one.
+
+    Raises:
+        OSError: If there is no such adapter.
+        ValueError: If it was made for another base, or has no score head where the model has one, or the other way
+            round, or a weight is missing or left over.
+    """
+    try:
+        config = PeftConfig.from_pretrained(name, revision=revision)
+        keys = load_peft_weights(name, device="cpu", revision=revision).keys()
+    except (OSError, ValueError) as error:
+        raise OSError(not_found("adapter", name, revision, error)) from error
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_head(name, base, any(HEAD in key.split(".") for key in keys))
+    trained_on, was_training = config.base_model_name_or_path, model.training
+    config.inference_mode = not is_trainable
+    try:
+        if not isinstance(model, PeftModel):
+            model = get_peft_model(model, config, adapter_name=adapter_name)
+        result = model.load_adapter(name, adapter_name, is_trainable=is_trainable, revision=revision)
+        problem = [f"{kind} {key}" for kind in ("missing", "unexpected") for key in getattr(result, f"{kind}_keys")]
+    except (KeyError, RuntimeError, ValueError) as error:
+        problem = [f"{type(error).__name__}: {error}"]
+    if problem:
+        raise ValueError(
+            f"adapter '{name}' does not fit model '{base.name_or_path}' ({type(base).__name__}): it was trained on "
+            f"'{trained_on}'. Load it on that base, or train an adapter for this one. First of {len(problem)} "
+            f"problems: {' '.join(problem[0].split())[:400]}"
+        )
+    if trained_on and Path(trained_on).name != Path(base.name_or_path).name:
+        logger.warning("Adapter '%s' was trained on '%s' and is put on '%s'.", name, trained_on, base.name_or_path)
+    return model.train(was_training)
+
+
+@contextmanager
+def active_adapter(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
+    """Let one adapter compute, or none, inside a `with` block.
+
+    Args:
+        model: A PEFT model with LoRA adapters; heads and other modules that were saved with an adapter switch with it.
+        name: The adapter; None is the bare base model, with its own head.
+
+    Yields:
+        The model. No parameter's `requires_grad` has changed, neither inside nor after the block.
+
+    Raises:
+        ValueError: If the model has no adapter of that name, or an adapter is merged into the base weights.
+    """
+    if name is not None and name not in model.peft_config:
+        raise ValueError(f"no adapter '{name}' in this model; it has {sorted(model.peft_config)}")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    merged = next((layer.merged_adapters for layer in layers if layer.merged_adapters), None)
+    if merged:
+        raise ValueError(f"adapter {merged} is merged into the base weights; call model.unmerge_adapter() first")
+    # PEFT has no public way to switch without changing requires_grad, so its two private fields are set and restored.
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    model_before = (model.active_adapter, model.base_model.active_adapter)
+    try:
+        for layer in layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+        if name is not None:  # the PEFT model itself reads them for its config and when it saves
+            model.active_adapter = model.base_model.active_adapter = name
+        yield model
+    finally:
+        for layer, adapters, disabled in before:
+            layer._active_adapter, layer._disable_adapters = adapters, disabled
+        model.active_adapter, model.base_model.active_adapter = model_before
+
+
+def _check_head(name: str, base: nn.Module, adapter_has_head: bool) -> None:
+    """Raise if exactly one of adapter and model has a score head; PEFT would go on with a random or without one."""
+    if hasattr(base, HEAD) and not adapter_has_head:
+        raise ValueError(
+            f"adapter '{name}' has no score head ({HEAD}.weight is not in its weights), so its scores would be "
+            "random. Use a trained reward model's adapter; a policy's adapter has none"
+        )
+    if adapter_has_head and not hasattr(base, HEAD):
+        raise ValueError(
+            f"adapter '{name}' is a reward model's (it has a score head), but '{base.name_or_path}' is loaded as a "
+            f"{type(base).__name__}. Use it as the reward model, and an adapter from SFT or PPO here"
+        )
+
+
+def _lora_targets(model: nn.Module, wanted: str | list[str] | None) -> str:
+    """The regular expression that PEFT matches whole module names with; it is stored in adapter_config.json."""
+    if isinstance(wanted, str) and wanted != "all-linear" and not wanted.isidentifier():
+        return wanted
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = base.get_decoder()
+    prefix = next(name for name, module in base.named_modules() if module is decoder).split(".")[-1]
+    if wanted in (None, "all-linear"):
+        linears = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+        wanted = sorted({name.split(".")[-1] for name in linears})
+    names = [wanted] if isinstance(wanted, str) else wanted
+    return rf"(?:.*\.)?{prefix}\..*\.({'|'.join(map(re.escape, names))})"
+
+
+def _present(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Those of the names that the model has a module of."""
+    return [n for n in names if any(name.split(".")[-1] == n for name, _ in model.named_modules())]
+
+
+def _within(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a dotted module name lies in one of these parts."""
+    return bool(set(name.split(".")) & set(parts))

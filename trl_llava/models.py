@@ -1,0 +1,281 @@
+"""Load policy, reward and value models and their processors by Hub ID or folder.
+
+What a checkpoint lacks is an error here: weights that were not in it, a score head, a chat template. The one exception
+is the head of a reward model that is about to be trained, which is drawn from a seed.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftConfig
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from trl import get_quantization_config
+
+import trl_llava.sequence_classification  # noqa: F401  registers the score-head models
+from trl_llava.configs import LlavaModelConfig
+from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES, freeze_vision, set_square_padding
+
+HEAD = "score"
+# Kept in full precision when a base is quantised: the pictures' features must not depend on it, and the score head is
+# trained.
+UNQUANTIZED = [rf"(?:.*\.)?{name}" for name in (*TOWER_NAMES, *PROJECTOR_NAMES, "lm_head", HEAD)]
+
+
+def load_processor(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, pad_to_square: bool | None = None
+) -> ProcessorMixin:
+    """The processor of an image-text model: tokenizer, image processor and chat template.
+
+    Args:
+        name: Hub ID or folder, of a model or of what a stage of ours has written.
+        revision: Branch, tag or commit.
+        trust_remote_code: Run code that the repository brings along.
+        pad_to_square: Pad pictures to a square as the paper does; None leaves the image processor as it was saved.
+
+    Returns:
+        The processor; its chat template is the saved one.
+
+    Raises:
+        OSError: If there is no such model.
+        ImportError: If the processor needs a package that is not installed.
+        ValueError: If a part is missing that training needs; the message names it.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ImportError(
+            f"the processor of '{name}' needs a package that is not installed (LLaVA-OneVision's video part needs "
+            f"torchvision: `pip install torchvision`): {error}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise OSError(not_found("processor", name, revision, error)) from error
+    if isinstance(processor, PreTrainedTokenizerBase) or not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"'{name}' has no image processor, only a {type(processor).__name__}: it is a text-only model. Choose an "
+            "image-text model, or put one together with trl_llava.vision_tower.assemble_llava"
+        )
+    tokenizer = getattr(processor, "tokenizer", None)
+    missing = {
+        "tokenizer": tokenizer is None,
+        "chat template (chat_template.jinja)": not getattr(processor, "chat_template", None),
+        "pad token": tokenizer is not None and tokenizer.pad_token_id is None,
+        "end-of-sequence token": tokenizer is not None and tokenizer.eos_token_id is None,
+        "image token": getattr(processor, "image_token", None) is None,
+    }
+    if any(missing.values()):
+        parts = ", ".join(part for part, is_missing in missing.items() if is_missing)
+        raise ValueError(
+            f"the processor of '{name}' ({type(processor).__name__}) has no {parts}. Load it, set what is missing "
+            "(e.g. processor.chat_template = trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE, "
+            "processor.tokenizer.pad_token = '<unk>'), save it to a folder, and use that folder"
+        )
+    if pad_to_square is not None:
+        set_square_padding(processor, pad_to_square)
+    return processor
+
+
+def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
+    """The image-text model that is trained: SFT's model and the policy of PPO, without any adapter.
+
+    A model that does not exist is an `OSError`, 4 or 8 bit without bitsandbytes an `ImportError`; both say what to do.
+
+    Args:
+        model_args: `model_name_or_path`, `model_revision`, `dtype`, `attn_implementation`, quantisation,
+            `trust_remote_code`, `freeze_vision_tower` and `freeze_projector` are used.
+
+    Returns:
+        The model, with its vision tower and projector frozen as configured.
+
+    Raises:
+        ValueError: If it is not an image-text model, or its checkpoint lacks weights.
+    """
+    name = model_args.model_name_or_path
+    config = _load_config("model_name_or_path", name, model_args.model_revision, model_args.trust_remote_code)
+    known = type(config) in AutoModelForImageTextToText._model_mapping or "AutoModelForImageTextToText" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if not known:
+        raise ValueError(
+            f"model_name_or_path '{name}' is a {config.model_type} model, which does not take images. Choose an "
+            "image-text model, or put one together with trl_llava.vision_tower.assemble_llava"
+        )
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        name, config=config, output_loading_info=True, **_loading_arguments(model_args)
+    )
+    _check_all_loaded(name, info)
+    freeze_vision(model, tower=model_args.freeze_vision_tower, projector=model_args.freeze_projector)
+    return model
+
+
+def load_sequence_classifier(
+    name: str,
+    model_args: LlavaModelConfig,
+    *,
+    revision: str | None = None,
+    new_head: bool = True,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model with a score head: the reward model to train or to score with, or a value model.
+
+    A model that does not exist is an `OSError`, 4 or 8 bit without bitsandbytes an `ImportError`; both say what to do.
+
+    Args:
+        name: Hub ID or folder; a generation checkpoint of the family, or one saved with a head.
+        model_args: As for `load_policy`; its `model_name_or_path` and `model_revision` are not used.
+        revision: Branch, tag or commit.
+        new_head: Whether a checkpoint without a head gets a new one (weight from a normal distribution of the model's
+            `initializer_range`, bias 0). False is right for scoring: then it is an error.
+        seed: Seed of the new head.
+
+    Returns:
+        The model with one label, with its vision tower and projector frozen as configured.
+
+    Raises:
+        ValueError: If the family has no score-head model, or the checkpoint lacks weights, or the head with
+            `new_head=False`.
+    """
+    config = _load_config("model_name_or_path", name, revision, model_args.trust_remote_code)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(
+            f"'{name}' is a {config.model_type} model, for which there is no score head. Reward and value models can "
+            "be LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision models"
+        )
+    config.num_labels = 1
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name, config=config, output_loading_info=True, **{**_loading_arguments(model_args), "revision": revision}
+    )
+    head_keys = {f"{HEAD}.{key}" for key in model.score.state_dict()}
+    head_missing = bool(head_keys & set(info["missing_keys"]))
+    _check_all_loaded(name, {**info, "missing_keys": set(info["missing_keys"]) - head_keys})
+    if head_missing and not new_head:
+        raise ValueError(
+            f"'{name}' has no score head ({', '.join(sorted(head_keys))} not in its checkpoint), so its scores would "
+            "be random. Use a trained reward model, or train one with `trl-llava reward`"
+        )
+    if head_missing:
+        _init_head(model.score, config.get_text_config().initializer_range, seed)
+    if any(name.split(".")[-1] in TOWER_NAMES for name, _ in model.named_modules()):
+        freeze_vision(model, tower=model_args.freeze_vision_tower, projector=model_args.freeze_projector)
+    return model
+
+
+def check_same_tokenizer(policy_processor: ProcessorMixin, other_processor: ProcessorMixin, other: str) -> None:
+    """Refuse a value model that reads the policy's token IDs as other tokens.
+
+    Args:
+        policy_processor: The policy's processor.
+        other_processor: The processor of the model that is handed the same token IDs.
+        other: What that model is, for the message ("value_model").
+
+    Raises:
+        ValueError: If vocabulary or special tokens differ; the first difference is named.
+    """
+    ours, theirs = policy_processor.tokenizer, other_processor.tokenizer
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(ours, token) != getattr(theirs, token):
+            raise ValueError(_mismatch(other, token, getattr(ours, token), getattr(theirs, token)))
+    ids = (getattr(policy_processor, "image_token_id", None), getattr(other_processor, "image_token_id", None))
+    if ids[0] != ids[1]:
+        raise ValueError(_mismatch(other, "image_token_id", *ids))
+    our_vocab, their_vocab = ours.get_vocab(), theirs.get_vocab()
+    if our_vocab != their_vocab:
+        token = min(
+            token for token in our_vocab.keys() | their_vocab.keys() if our_vocab.get(token) != their_vocab.get(token)
+        )
+        raise ValueError(_mismatch(other, f"the ID of token {token!r}", our_vocab.get(token), their_vocab.get(token)))
+
+
+def _load_config(field: str, name: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration, or an error that names the recipe field."""
+    if not name:
+        raise ValueError(f"{field} is not set; give a Hub ID or a folder")
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        raise ValueError(
+            f"{field} '{name}' holds an adapter, not a model. Set {field} to its base ('{base}') and "
+            f"adapter_name_or_path to '{name}'"
+        )
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise OSError(not_found(field, name, revision, error)) from error
+
+
+def not_found(field: str, name: str, revision: str | None, error: Exception) -> str:
+    """What to say when neither a folder nor the Hub nor the cache has it."""
+    at = f" (revision {revision})" if revision else ""
+    return (
+        f"{field}: cannot load '{name}'{at}. Expected a folder, or an ID on the Hub that is public, or that you are "
+        f"logged in for (`hf auth login`); without network, one that is in the cache (`hf download {name}` puts it "
+        f"there). The cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+    )
+
+
+def _loading_arguments(model_args: LlavaModelConfig) -> dict[str, Any]:
+    """The keyword arguments of `from_pretrained` that the recipe decides."""
+    dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+    arguments = {
+        "revision": model_args.model_revision,
+        "dtype": dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        arguments["quantization_config"] = _quantization(model_args)
+        device = PartialState().device
+        arguments["device_map"] = {"": device.index if device.type == "cuda" else device}
+    return arguments
+
+
+def _quantization(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
+    """TRL's 4 or 8 bit configuration, with tower, projector and heads left alone."""
+    field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"{field} needs bitsandbytes, which is not installed: `pip install trl-llava[qlora]`")
+    if model_args.load_in_4bit and model_args.dtype in (None, "auto"):
+        raise ValueError(f"{field} needs a dtype to compute in: set dtype to bfloat16 (found {model_args.dtype!r})")
+    config = get_quantization_config(model_args)
+    config.llm_int8_skip_modules = list(UNQUANTIZED)
+    return config
+
+
+def _check_all_loaded(name: str, info: dict[str, Any]) -> None:
+    """Raise for weights that the checkpoint should have had; transformers only logs them."""
+    wrong = [(kind, sorted(map(str, info[kind]))) for kind in ("missing_keys", "mismatched_keys") if info[kind]]
+    if wrong:
+        kind, keys = wrong[0]
+        raise ValueError(
+            f"the checkpoint '{name}' does not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, first "
+            f"{keys[0]}. Such weights would be random; get the complete checkpoint"
+        )
+
+
+def _init_head(head: nn.Linear, std: float, seed: int) -> None:
+    """Draw the weight from its own generator, on the CPU so that it is the same everywhere; bias 0."""
+    weight = torch.empty(head.weight.shape).normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.zero_()
+
+
+def _mismatch(other: str, what: str, ours: int | None, theirs: int | None) -> str:
+    """The message of `check_same_tokenizer`."""
+    return (
+        f"policy and {other} do not fit together: {what} is {ours} for the policy and {theirs} for the {other}. Use a "
+        f"{other} of the policy's family, or keep the reward in a FactualReward, which tokenises text on its own"
+    )
