@@ -385,6 +385,8 @@ class LlavaPPOTrainer(PPOTrainer):
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
         self.train_start = time.perf_counter()
+        # TRL seeds when the trainer is made; again here, so that nothing drawn in between changes the run.
+        torch.manual_seed(self.local_seed)
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
 
     def _batches(self) -> Iterator[dict[str, Any]]:

@@ -231,12 +231,14 @@ def render(
         plain = [{"role": message["role"], "content": message_text(message)} for message in messages]
     else:
         plain = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
+    # transformers warns about variables that a template does not know.
+    known = {"judging_turn": True} if judging_turn and "judging_turn" in processor.chat_template else {}
     return processor.apply_chat_template(
         plain,
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        judging_turn=judging_turn,
+        **known,
     )
 
 

@@ -1,0 +1,401 @@
+"""PPO on a tiny LLaVA: what should move moves, what is frozen stays bit-identical, and bad runs stop."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset, Image, List
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig
+
+from trl_llava.adapters import load_adapter
+from trl_llava.configs import LlavaPPOConfig
+from trl_llava.health import UnhealthyRunError
+from trl_llava.ppo_trainer import LlavaPPOTrainer
+from trl_llava.sequence_classification import LlavaForSequenceClassification
+
+TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"
+
+
+def even_tokens(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The share of even token ids: a reward that a policy can learn, and that needs no model."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def rows(count: int = 8) -> Dataset:
+    """Questions, every third without an image."""
+    table = {
+        "prompt": [[{"role": "user", "content": f"What is in picture {i}?"}] for i in range(count)],
+        "images": [[] if i % 3 == 2 else [tiny_models.image(("red", "blue")[i % 2])] for i in range(count)],
+        "answer_type": [("general", "yes", "no", "A")[i % 4] for i in range(count)],
+        "captions": [[f"caption {i}"] for i in range(count)],
+    }
+    return Dataset.from_dict(table).cast_column("images", List(Image()))
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter whose B matrices are not zero, as after SFT."""
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_policy(base: Path, adapter: Path) -> PeftModel:
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    model = load_adapter(model, str(adapter), is_trainable=True)
+    return load_adapter(model, str(adapter), adapter_name="reference", is_trainable=False)
+
+
+def make_value(base: Path, folder: Path | None = None) -> PeftModel:
+    torch.manual_seed(2)
+    model = LlavaForSequenceClassification.from_pretrained(folder or base, num_labels=1, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["score"]))
+
+
+def make_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> LlavaPPOTrainer:
+    own = ("model", "value_model", "reward_funcs", "train_dataset", "eval_dataset", "value_processing_class")
+    given = {name: changes.pop(name) for name in own if name in changes}
+    parts = {
+        "model": lambda: make_policy(base, adapter),
+        "value_model": lambda: make_value(base),
+        "reward_funcs": lambda: even_tokens,
+        "train_dataset": rows,
+    }
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "total_episodes": 8,
+        "num_ppo_epochs": 1,
+        "response_length": 8,
+        "stop_token": "eos",
+        "learning_rate": 1e-2,
+        "num_sample_generations": 0,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "ref_adapter_name": "reference",
+        **changes,
+    }
+    return LlavaPPOTrainer(
+        args=LlavaPPOConfig(**settings),
+        processing_class=AutoProcessor.from_pretrained(base),
+        ref_model=None,
+        **{name: build() for name, build in parts.items() if name not in given},
+        **given,
+    )
+
+
+def favour_the_stop_token(trainer: LlavaPPOTrainer) -> None:
+    """Make responses of mixed length likely."""
+    head = trainer.accelerator.unwrap_model(trainer.model).policy.get_base_model().lm_head.weight
+    head.data[trainer.stop_token_id] *= 4
+
+
+def weights(trainer: LlavaPPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_adapters_and_head_move_and_all_else_is_bit_identical(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    for name, value in before.items():
+        adapter = ".default." in name
+        assert torch.equal(after[name], value) != adapter, f"{name} {'did not move' if adapter else 'moved'}"
+    moved = {name.split(".")[0] for name in before if ".default." in name}
+    assert moved == {"policy", "value_model"}
+    assert any("score" in name and ".default." in name for name in before)
+
+
+def test_what_a_step_logs(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, correctness_coef=2.0, length_coef=-10.0, missing_eos_penalty=8.0
+    )
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    assert len(steps) == 2
+    first = steps[0]
+    assert first["objective/kl"] == 0.0  # the same adapter, the same path, so not a bit of difference
+    terms = [first[f"rewards/{name}/mean"] for name in ("even_tokens", "correctness", "length", "missing_eos")]
+    assert first["objective/scores"] == pytest.approx(sum(terms), abs=1e-5)
+    assert first["rewards/missing_eos/mean"] == pytest.approx(-8.0 * first["completions/clipped_ratio"])
+    assert 1 <= first["completions/mean_length"] <= 8
+    for name in ("time/generation", "time/forward", "time/score", "time/update", "tokens_per_second", "grad_norm"):
+        assert first[name] > 0
+    assert steps[1]["objective/kl"] != 0.0
+
+
+def test_a_reference_that_is_not_the_start_stops_the_run(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, ref_adapter_name=None)  # the bare base
+    with pytest.raises(UnhealthyRunError, match=r"objective/kl is .* expected 0"):
+        trainer.train()
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, ref_adapter_name=None, check_first_step=False)
+    trainer.train()
+
+
+def test_a_policy_that_moved_between_rollout_and_update_stops_the_run(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+
+    def nudge(**columns: Any) -> list[float]:
+        for name, parameter in trainer.model.named_parameters():
+            if name.startswith("policy") and "lora_B.default" in name:
+                parameter.data.add_(0.05)
+        return [0.0, 1.0, 2.0, 3.0]
+
+    trainer.scorer.reward_funcs = [nudge]
+    with pytest.raises(UnhealthyRunError, match="probability ratio is off"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_stops_the_run_and_names_function_and_row(
+    tiny_llava_dir, adapter_dir, tmp_path, bad
+):
+    def broken(completion_ids: list, **columns: Any) -> list[float]:
+        return [bad if i == 2 else 0.0 for i in range(len(completion_ids))]
+
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=broken)
+    before = weights(trainer)
+    with pytest.raises(UnhealthyRunError, match=r"the reward of broken is not finite at step 1 \(rows \[2\]"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(
+    tiny_llava_dir, adapter_dir, tmp_path
+):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    poisoned = next(p for name, p in trainer.model.named_parameters() if "lora_B.default" in name)
+    poisoned.register_hook(lambda gradient: gradient * math.nan)
+    before = weights(trainer)
+    with pytest.raises(UnhealthyRunError, match="the gradient norm is not finite at step 1"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def losses(trainer: LlavaPPOTrainer) -> list[tuple[float, ...]]:
+    trainer.train()
+    names = ("objective/kl", "objective/scores", "grad_norm", "completions/mean_length")
+    return [tuple(e[name] for name in names) for e in trainer.state.log_history if "objective/kl" in e]
+
+
+def test_accumulation_changes_nothing_though_responses_differ_in_length(tiny_llava_dir, adapter_dir, tmp_path):
+    whole = make_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
+    parts = make_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    for trainer in (whole, parts):
+        favour_the_stop_token(trainer)
+    first, second = losses(whole), losses(parts)
+    assert len({length for *_, length in first}) > 1 and first[0][-1] < 8
+    for expected, actual in zip(first, second, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    for size in (1, 3):
+        trainer.args.local_rollout_forward_batch_size = size
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with torch.no_grad():
+            for row in range(0, 4, size):
+                part = rollout.select(range(row, min(row + size, 4)))
+                again = trainer._logprobs(model.policy, part.inputs, part.responses, part.mask)
+                torch.testing.assert_close(again, part.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mini_batch_is_one_optimizer_step(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, num_mini_batches=2, num_ppo_epochs=3)
+    steps = []
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.train()
+    assert len(steps) == 2 * 3 * 2  # PPO steps * epochs * mini-batches
+
+
+def test_the_policy_learns_what_is_rewarded(tiny_llava_dir, adapter_dir, tmp_path):
+    def short(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [-len(ids) / 8 for ids in completion_ids]
+
+    trainer = make_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=short, train_dataset=rows(32), total_episodes=224,
+        per_device_train_batch_size=16, num_ppo_epochs=2, kl_coef=0.0, temperature=1.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    favour_the_stop_token(trainer)
+    trainer.train()
+    scores = [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
+    assert scores[0] < -0.9 and scores[-1] > -0.6
+
+
+def test_columns_reach_the_reward_function_with_their_rows(tiny_llava_dir, adapter_dir, tmp_path):
+    seen = []
+
+    def look(prompts, completions, completion_ids, images, captions, answer_type, row_name, **columns):
+        seen.extend(zip(prompts, completions, images, captions, answer_type, row_name, strict=True))
+        return [0.0, 1.0, 2.0, 3.0]
+
+    make_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=look).train()
+    assert len(seen) == 8
+    for prompt, completion, images, captions, answer_type, name in seen:
+        index = int(name.split("[")[1].rstrip("]"))
+        assert prompt[-1]["content"][-1]["text"] == f"What is in picture {index}?"
+        assert completion[0]["role"] == "assistant" and isinstance(completion[0]["content"], str)
+        assert captions == [f"caption {index}"]
+        assert answer_type == ("general", "yes", "no", "A")[index % 4]
+        assert len(images) == (index % 3 != 2)
+        if images:
+            assert images[0].getpixel((20, 20)) == ((255, 0, 0), (0, 0, 255))[index % 2]
+
+
+def test_the_value_model_may_see_larger_pictures(tiny_llava_dir, adapter_dir, tmp_path):
+    processor = AutoProcessor.from_pretrained(tiny_llava_dir)
+    processor.image_processor.size = {"shortest_edge": 56}
+    processor.image_processor.crop_size = {"height": 56, "width": 56}
+    config = LlavaConfig.from_pretrained(tiny_llava_dir, num_labels=1)
+    config.vision_config.image_size = 56
+    torch.manual_seed(3)
+    value = LlavaForSequenceClassification(config)
+    value.requires_grad_(False)
+    value.score.requires_grad_(True)
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, value_model=value, value_processing_class=processor)
+    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    assert rollout.value_inputs.query_length == rollout.inputs.query_length + (8 * 8 - 4 * 4)
+    trainer.train()
+
+
+def test_values_come_from_the_token_before_each_response_token(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    value = trainer.accelerator.unwrap_model(trainer.model).value_model
+    row = next(i for i, images in enumerate(rollout.columns["images"]) if images)
+    alone = rollout.select([row])
+    for t in range(int(alone.mask.sum())):
+        prefix = alone.inputs.followed_by(alone.responses[:, :t], alone.mask[:, :t])
+        with torch.no_grad():
+            expected = value(**prefix).logits.item()  # the head at the last real token
+        assert alone.values[0, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_padding_carries_nothing(tiny_llava_dir, adapter_dir, tmp_path):
+    """A rollout with garbage behind its responses trains to the very same weights."""
+
+    def trained(spoil: bool) -> dict[str, torch.Tensor]:
+        trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+        favour_the_stop_token(trainer)
+        rollout = trainer.rollout(next(iter(trainer.dataloader)))
+        assert not rollout.mask.all()
+        if spoil:
+            rollout.responses[~rollout.mask] = 7
+            for tensor in (rollout.logprobs, rollout.ref_logprobs, rollout.values):
+                tensor[~rollout.mask] = 1e3
+        trainer.score(rollout, 1)
+        trainer.compute_advantages(rollout, 1)
+        trainer.update(rollout, 1)
+        return weights(trainer)
+
+    clean, spoiled = trained(False), trained(True)
+    assert all(torch.equal(spoiled[name], value) for name, value in clean.items())
+
+
+def test_the_image_token_is_never_sampled_nor_counted_in_the_distribution(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    image_token = model.policy.config.image_token_id
+    assert trainer.suppressed == [image_token]
+    # Give the image token by far the largest logit.
+    head = model.policy.get_base_model().lm_head
+    head.weight.data[image_token] = head.weight.data.mean(0) * 1e3
+    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    assert not (rollout.responses == image_token).any()
+    assert torch.isfinite(rollout.logprobs).all() and (rollout.logprobs[rollout.mask] > -30).all()
+
+
+def test_save_model_writes_both_adapters_with_the_head(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path / "out")
+    trainer.train()
+    trainer.save_model()
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    trained = weights(trainer)
+    for key, value in saved.items():
+        inside = "policy." + key.replace(".weight", ".default.weight")
+        assert torch.equal(trained[inside], value)
+    value_keys = load_file(tmp_path / "out" / "value_model" / "adapter_model.safetensors").keys()
+    assert {key for key in value_keys if "score" in key} == {
+        "base_model.model.score.weight",
+        "base_model.model.score.bias",
+    }
+    assert not (tmp_path / "out" / "reference").exists()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    AutoProcessor.from_pretrained(tmp_path / "out")
+
+
+def test_samples_are_shown_and_saved_with_each_reward_term(tiny_llava_dir, adapter_dir, tmp_path, capsys):
+    trainer = make_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, eval_dataset=rows(4), num_sample_generations=1,
+        per_device_eval_batch_size=4, length_coef=-1.0,
+    )  # fmt: skip
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert list(table.columns) == ["query", "model response", "score", "even_tokens", "length"]
+    assert table["query"].tolist() == [f"What is in picture {i}?" for i in range(4)]
+    assert table["score"].tolist() == pytest.approx((table["even_tokens"] + table["length"]).tolist(), abs=1e-5)
+    assert "even_tokens" in capsys.readouterr().out
+
+
+def test_fewer_rows_than_a_batch_is_an_error_and_not_an_endless_loop(tiny_llava_dir, adapter_dir, tmp_path):
+    with pytest.raises(ValueError, match="3 usable rows, fewer than the 4 of one batch"):
+        make_trainer(tiny_llava_dir, adapter_dir, tmp_path, train_dataset=rows(3))
+
+
+def test_scores_are_normalised_by_the_first_batch(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, normalize_scores="first_batch", length_coef=-1.0)
+    trainer.train()
+    first, second = (e for e in trainer.state.log_history if "objective/kl" in e)
+    assert first["rewards/even_tokens/mean"] == pytest.approx(0.0, abs=1e-5)
+    assert first["rewards/even_tokens/std"] == pytest.approx(1.0, abs=1e-5)
+    assert second["rewards/even_tokens/mean"] != pytest.approx(0.0, abs=1e-5)
+    assert -1.0 <= first["rewards/length/mean"] < 0  # symbolic terms keep their units
+
+
+def test_reward_functions_join_with_weights(tiny_llava_dir, adapter_dir, tmp_path):
+    def one(completion_ids, **columns):
+        return [1.0] * len(completion_ids)
+
+    def half_opinion(completion_ids, **columns):
+        return [None if i % 2 else 2.0 for i in range(len(completion_ids))]
+
+    trainer = make_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=[one, half_opinion], reward_weights=[3.0, 10.0],
+        reward_bias=0.5,
+    )  # fmt: skip
+    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    trainer.score(rollout, 1)
+    assert rollout.scores.tolist() == [23.5, 3.5, 23.5, 3.5]
+    with pytest.raises(ValueError, match="`reward_weights` has 1 entries for 2 reward functions"):
+        make_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=[one, half_opinion], reward_weights=[3.0])
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_llava_dir, adapter_dir, tmp_path):
+    plain = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    checkpointed = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, gradient_checkpointing=True)
+    assert losses(plain) == losses(checkpointed)
+    expected = weights(plain)
+    assert all(torch.equal(expected[name], value) for name, value in weights(checkpointed).items())
