@@ -178,6 +178,12 @@ class PreferenceCollator:
     def conversations(self, row: Row) -> list[list[Message]]:
         """Return the conversations of a row that take part in a batch: the one with the chosen answer, then the other.
 
+        Args:
+            row: A row of the preference stage.
+
+        Returns:
+            Two conversations, with the judging turn if there is one.
+
         Raises:
             RowError: If the judging prompt wants captions and the row has none.
         """
@@ -228,7 +234,7 @@ class PreferenceCollator:
         _check_lengths(encoding.input_ids, names * 2, *self.limit())
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         multiple = self.pad_to_multiple_of
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _pad(encoding.input_ids, _pad_id(tokenizer), multiple=multiple),
             "attention_mask": _pad([[1] * len(ids) for ids in encoding.input_ids], 0, multiple=multiple),
             **encoding.image_inputs,

@@ -65,24 +65,35 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
     if isinstance(ref, Image.Image):
         image = ref
     else:
+        source = _source(ref, row_name)
         try:
-            image = Image.open(_source(ref, row_name))
+            image = Image.open(source)
         except _DAMAGED as error:
             raise _damaged(ref, row_name, error) from error
     width, height = image.size
     if width == 0 or height == 0:
-        raise RowError(row_name, f"the image has no pixels ({width}x{height})", "Replace it or leave the row out")
+        raise RowError(
+            row_name, f"the image has no pixels ({width}x{height})", "Replace it or leave the row out", "empty image"
+        )
     if width * height > MAX_PIXELS:
         raise RowError(
             row_name,
             f"the image has {width}x{height} pixels, expected at most {MAX_PIXELS}",
             "Make it smaller: the model sees a few hundred pixels a side",
+            "image too large",
         )
     return image
 
 
 def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
-    """Read a picture's (width, height) from its header, as it is after the EXIF orientation is applied.
+    """Read a picture's size from its header, as it is after the EXIF orientation is applied.
+
+    Args:
+        ref: What the row holds.
+        row_name: The row, for errors.
+
+    Returns:
+        Width and height in pixels.
 
     Raises:
         RowError: As `open_image`.
@@ -113,6 +124,7 @@ def path_inside(folder: str | Path, name: str, row_name: str) -> str:
             f"the image file name is {name!r}, expected a name relative to the image folder {str(folder)!r}, "
             "without `..`",
             "Make the name relative to image_folder",
+            "image outside its folder",
         )
     return str(Path(folder) / name)
 
@@ -124,7 +136,7 @@ def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
         content, path = None, ref
     if content is not None:
         if not content:
-            raise RowError(row_name, "the image has no bytes", "Replace it or leave the row out")
+            raise RowError(row_name, "the image has no bytes", "Replace it or leave the row out", "empty image")
         return io.BytesIO(content)
     if not isinstance(path, str) or not path:
         raise RowError(
@@ -133,7 +145,9 @@ def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
             "Correct the row",
         )
     if not Path(path).is_file():
-        raise RowError(row_name, f"the image file {path} does not exist", "Check image_folder, or add the file")
+        raise RowError(
+            row_name, f"the image file {path} does not exist", "Check image_folder, or add the file", "image missing"
+        )
     return path
 
 
@@ -141,20 +155,28 @@ def _to_rgb(image: Image.Image, row_name: str) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: `convert` would clip at 255 and make nearly everything white.
         image = image.convert("I")
-        low, high = image.getextrema()
+        low, high = map(int, image.getextrema())  # type: ignore[arg-type]  # one band
         if low < 0 or high > 65535:
             raise RowError(
                 row_name,
                 f"the image has values from {low} to {high}, expected 8 or 16 bits a channel",
                 "Convert it to 8-bit RGB",
+                "unknown pixel range",
             )
         image = image.point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode == "F":
-        raise RowError(row_name, "the image has floating-point pixels, of no known range", "Convert it to 8-bit RGB")
+        raise RowError(
+            row_name,
+            "the image has floating-point pixels, of no known range",
+            "Convert it to 8-bit RGB",
+            "unknown pixel range",
+        )
     return image.convert("RGB")
 
 
 def _damaged(ref: ImageRef, row_name: str, error: Exception) -> RowError:
     path = ref.get("path") if isinstance(ref, dict) else ref
     named = f"the image {path}" if isinstance(path, str) else "the image"
-    return RowError(row_name, f"{named} cannot be read ({error})", "Replace the file or leave the row out")
+    return RowError(
+        row_name, f"{named} cannot be read ({error})", "Replace the file or leave the row out", "damaged image"
+    )
