@@ -16,7 +16,7 @@ from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessor,
+    LlavaImageProcessorPil,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -76,7 +76,7 @@ def set_square_padding(processor: ProcessorMixin, enabled: bool) -> None:
     elif enabled and "CLIPImageProcessor" in type(image_processor).__name__:
         settings = image_processor.to_dict()
         settings.pop("image_processor_type", None)
-        processor.image_processor = LlavaImageProcessor(**{**settings, "do_pad": True})
+        processor.image_processor = LlavaImageProcessorPil(**{**settings, "do_pad": True})
     elif enabled:
         raise ValueError(
             f"{type(image_processor).__name__} cannot pad to a square; expected a CLIP or LLaVA image processor. "
