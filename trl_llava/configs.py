@@ -15,8 +15,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*trl.experimental.*")
     from trl.experimental.ppo import PPOConfig
 
-# TRL's default for a field that transformers has renamed; nothing a user could change in a recipe silences it.
-warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+# TRL's own use of names that transformers has renamed; nothing a user could change in a recipe silences it.
+warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
 
 Overlong = Literal["error", "drop"]
 _OVERLONG_HELP = (
@@ -143,7 +143,6 @@ class LlavaSFTConfig(SFTConfig):
     overlong: Overlong = _option("error", _OVERLONG_HELP)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         whole = "a row with an image is one sequence that is never cut or joined to another"
         _refuse(
             self,
@@ -158,6 +157,7 @@ class LlavaSFTConfig(SFTConfig):
             },
         )
         _require_positive(self, "max_length", "pad_to_multiple_of")
+        super().__post_init__()  # last: it looks at the hardware
 
     @property
     def labels_on(self) -> Literal["answers", "completion", "all"]:
@@ -192,7 +192,6 @@ class LlavaRewardConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _refuse(self, _ROWS_ARE_OURS)
         _require_positive(self, "max_length", "pad_to_multiple_of")
         if self.reward_centering == "none" and self.center_rewards_coefficient is not None:
@@ -200,6 +199,7 @@ class LlavaRewardConfig(RewardConfig):
                 f"`center_rewards_coefficient={self.center_rewards_coefficient}` contradicts reward_centering='none'; "
                 "leave the coefficient out, or set `reward_centering` to 'trl' or 'paper'."
             )
+        super().__post_init__()  # last: it looks at the hardware
 
 
 @dataclass
@@ -257,7 +257,6 @@ class LlavaPPOConfig(PPOConfig):
     first_step_ratio_tolerance: float = _option(1e-2, "Largest |ratio - 1| that the first step may show.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         computed = "the trainer computes it from the batch size per device, accumulation and the number of processes"
         sizes = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
         _refuse(self, dict.fromkeys((*sizes, "local_mini_batch_size", "mini_batch_size"), (None, computed)))
@@ -280,6 +279,7 @@ class LlavaPPOConfig(PPOConfig):
                 f"`missing_eos_penalty={self.missing_eos_penalty}` needs a stop token, or it hits all responses: "
                 "set `stop_token: eos`, or `stop_token_id`."
             )
+        super().__post_init__()  # last: it looks at the hardware
 
     def _check_batches(self) -> None:
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps

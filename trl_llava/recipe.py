@@ -117,6 +117,7 @@ class RecipeParser(TrlParser):
                 configs.append(dataclass_type(**{name: values[name] for name in names}))
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"{source}: {error}") from error
+            _move_token(configs[-1])
         return (*configs, recipe)
 
     def check(self, args: Sequence[str]) -> tuple[dict[str, Any], Recipe, str]:
@@ -231,6 +232,13 @@ def _or_null(convert_text: Callable[[str], Any]) -> Callable[[str], Any]:
 
     convert_or_null.__name__ = getattr(convert_text, "__name__", "value")
     return convert_or_null
+
+
+def _move_token(config: Any) -> None:
+    """Hands a token to huggingface_hub, because the trainer writes its arguments into `training_args.bin`."""
+    if getattr(config, "hub_token", None):
+        os.environ["HF_TOKEN"] = config.hub_token
+        config.hub_token = None
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,5 @@
 """The training and evaluation rows that a recipe names: one data set, or a mixture of several."""
 
-from typing import Literal
-
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig
@@ -10,12 +8,16 @@ from trl.scripts.utils import DatasetConfig
 from trl_llava.configs import LlavaScriptArguments
 from trl_llava.data import load_rows
 from trl_llava.recipe_values import RecipeError
-
-Stage = Literal["sft", "preference", "prompt"]
+from trl_llava.rows import Stage
 
 
 def load_splits(
-    script_args: LlavaScriptArguments, mixture: DatasetMixtureConfig, training_args: TrainingArguments, stage: Stage
+    script_args: LlavaScriptArguments,
+    mixture: DatasetMixtureConfig,
+    training_args: TrainingArguments,
+    stage: Stage,
+    *,
+    require_captions: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """Loads and checks the rows; each process reads what the first one has prepared.
 
@@ -27,6 +29,7 @@ def load_splits(
         mixture: `datasets`, instead of `dataset_name`.
         training_args: For `eval_strategy`, `seed` and `dataset_num_proc`.
         stage: What the rows are for.
+        require_captions: Whether a row without captions cannot be used.
 
     Returns:
         Training rows, and evaluation rows or None.
@@ -40,14 +43,29 @@ def load_splits(
         raise RecipeError(f"name the rows with either `dataset_name` or `datasets`: {found}.")
     if mixture.streaming:
         raise RecipeError("`streaming` must stay false: all rows are checked before training starts.")
+
+    def load(source: DatasetConfig) -> Dataset:
+        return load_rows(
+            source,
+            stage,
+            image_folder=script_args.image_folder,
+            captions_file=script_args.captions_file,
+            on_bad_row=script_args.on_bad_row,
+            require_captions=require_captions,
+            num_proc=training_args.dataset_num_proc,
+        )
+
+    def load_split(split: str) -> Dataset:
+        return load(DatasetConfig(path=script_args.dataset_name, name=script_args.dataset_config, split=split))
+
     with training_args.main_process_first(desc="loading the rows"):
-        train = _load_train(script_args, mixture, training_args, stage)
+        if mixture.datasets:
+            parts = [load(source) for source in mixture.datasets]
+            train = concatenate_datasets(_keep_fractions(mixture.datasets, parts))
+        else:
+            train = load_split(script_args.dataset_train_split)
         if mixture.test_split_size is not None:
-            size = mixture.test_split_size
-            _check_size(size, len(train))
-            seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-            parts = train.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
-            return parts["train"], parts["test"]
+            return _hold_out(train, mixture.test_split_size, training_args)
         if training_args.eval_strategy == "no":
             return train, None
         if mixture.datasets:
@@ -55,23 +73,19 @@ def load_splits(
                 f"`eval_strategy: {training_args.eval_strategy.value}` with `datasets` needs `test_split_size`, the "
                 "share or number of rows to hold out."
             )
-        return train, _load(script_args, _one(script_args, script_args.dataset_test_split), training_args, stage)
+        return train, load_split(script_args.dataset_test_split)
 
 
-def _check_size(size: float, rows: int) -> None:
-    if size <= 0 or (size >= 1 and (size != int(size) or size >= rows)):
+def _hold_out(rows: Dataset, size: float, training_args: TrainingArguments) -> tuple[Dataset, Dataset]:
+    """Splits by the seed; TRL's mixture splits by the global generator."""
+    if size <= 0 or (size >= 1 and (size != int(size) or size >= len(rows))):
         raise RecipeError(
-            f"`test_split_size` must be a share between 0 and 1 or a whole number below the {rows} rows, found {size}."
+            f"`test_split_size` must be a share between 0 and 1 or a whole number below the {len(rows)} rows, found "
+            f"{size}."
         )
-
-
-def _load_train(
-    script_args: LlavaScriptArguments, mixture: DatasetMixtureConfig, training_args: TrainingArguments, stage: Stage
-) -> Dataset:
-    if not mixture.datasets:
-        return _load(script_args, _one(script_args, script_args.dataset_train_split), training_args, stage)
-    parts = [_load(script_args, source, training_args, stage) for source in mixture.datasets]
-    return concatenate_datasets(_keep_fractions(mixture.datasets, parts))
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    parts = rows.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def _keep_fractions(sources: list[DatasetConfig], parts: list[Dataset]) -> list[Dataset]:
@@ -84,20 +98,3 @@ def _keep_fractions(sources: list[DatasetConfig], parts: list[Dataset]) -> list[
     shares = [fraction / sum(given) for fraction in given]
     total = min(len(part) / share for part, share in zip(parts, shares, strict=True))
     return [part.select(range(round(share * total))) for part, share in zip(parts, shares, strict=True)]
-
-
-def _one(script_args: LlavaScriptArguments, split: str) -> DatasetConfig:
-    return DatasetConfig(path=script_args.dataset_name, name=script_args.dataset_config, split=split)
-
-
-def _load(
-    script_args: LlavaScriptArguments, source: DatasetConfig, training_args: TrainingArguments, stage: Stage
-) -> Dataset:
-    return load_rows(
-        source,
-        stage,
-        image_folder=script_args.image_folder,
-        captions_file=script_args.captions_file,
-        on_bad_row=script_args.on_bad_row,
-        num_proc=training_args.dataset_num_proc,
-    )

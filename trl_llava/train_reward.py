@@ -64,7 +64,9 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
         trust_remote_code=model_args.trust_remote_code,
         pad_to_square=model_args.pad_to_square,
     )
-    train_rows, eval_rows = load_splits(script_args, mixture, training_args, "preference")
+    train_rows, eval_rows = load_splits(
+        script_args, mixture, training_args, "preference", require_captions=training_args.with_captions
+    )
     model = load_score_model(
         adapter or base,
         model_args,

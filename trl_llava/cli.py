@@ -1,0 +1,218 @@
+"""The `trl-llava` command: the three stages through `accelerate launch`, a single score, the demo."""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trl_llava
+from trl_llava.recipe_values import RecipeError
+
+STAGES = {
+    "sft": "stage 1: fine-tune a policy on conversations about images",
+    "reward": "stage 2: train the factual reward model on preferences",
+    "ppo": "stage 3: PPO with the factual reward",
+}
+LAUNCH_HELP = """
+launching:
+  --num_processes N            processes (default: one per GPU)
+  --accelerate_config NAME     a file, or one of {names} in accelerate_configs/ of a checkout
+  Any other option of `accelerate launch` works too.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Command line without the program's name; by default that of the process.
+
+    Returns:
+        Exit status: 0, or 2 if the command line or recipe cannot be used.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _make_parser()
+    if words[:1] == ["demo"]:
+        return importlib.import_module("trl_llava.demo.run").main(words[1:]) or 0
+    try:
+        if words and words[0] in STAGES:
+            return launch_stage(words[0], words[1:])
+        return _score(parser.parse_args(words or ["--help"]))
+    except (RecipeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def launch_stage(stage: str, words: Sequence[str]) -> int:
+    """Checks the recipe, then starts the stage with `accelerate launch`, as `trl` does.
+
+    Args:
+        stage: "sft", "reward" or "ppo".
+        words: Recipe, overrides and launch options.
+
+    Returns:
+        0.
+
+    Raises:
+        RecipeError: If the recipe or an option cannot be used.
+    """
+    parser = importlib.import_module(f"trl_llava.train_{stage}").make_parser(f"trl-llava {stage}")
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        names = ", ".join(sorted(path.stem for path in _config_folder().glob("*.yaml"))) or "the names"
+        print(LAUNCH_HELP.format(names=names))
+        return 0
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch_parser = launch_command_parser()
+    launch, training = split_arguments(words, parser.field_names, launch_parser)
+    parser.check(training)
+    # --quiet: the stage has already said what is wrong, the launcher's own traceback would only hide it.
+    command = [*_complete(launch), "--quiet", "-m", f"trl_llava.train_{stage}", *training]
+    launch_command(launch_parser.parse_args(command))
+    return 0
+
+
+def split_arguments(
+    words: Sequence[str], fields: frozenset[str], launch_parser: argparse.ArgumentParser
+) -> tuple[list[str], list[str]]:
+    """Tells launch options from recipe fields; a name that both have is the recipe's.
+
+    Args:
+        words: The command line.
+        fields: The recipe's fields.
+        launch_parser: The parser of `accelerate launch`.
+
+    Returns:
+        Words for the launcher, and words for the stage.
+
+    Raises:
+        RecipeError: If an option is neither.
+    """
+    options = {
+        name.lstrip("-").replace("-", "_")
+        for action in launch_parser._actions
+        for name in action.option_strings
+        if name.startswith("--")
+    } | {"accelerate_config"}
+    launch: list[str] = []
+    training: list[str] = []
+    target = training
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            if name == "config" or name in fields or name.removeprefix("no_") in fields:
+                target = training
+            elif name in options:
+                target = launch
+            else:
+                close = difflib.get_close_matches(name, [*fields, *options], n=1)
+                raise RecipeError(f"unknown option `{word}`" + (f"; did you mean `--{close[0]}`?" if close else "."))
+        target.append(word)
+    return launch, training
+
+
+def find_accelerate_config(name: str) -> Path:
+    """The file of a launch configuration.
+
+    Args:
+        name: A file, or a name in accelerate_configs/ of a checkout.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecipeError: If there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = _config_folder()
+    found = folder / f"{name}.yaml"
+    if found.is_file():
+        return found
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if not known:
+        raise RecipeError(
+            f"--accelerate_config {name}: no such file. The names of accelerate_configs/ work in a checkout of "
+            "trl-llava only; give a file (`accelerate config` writes one)."
+        )
+    raise RecipeError(f"--accelerate_config {name}: neither a file nor one of {', '.join(known)}.")
+
+
+def _complete(launch: list[str]) -> list[str]:
+    """Resolves the configuration's name, and says explicitly what `accelerate launch` would warn about."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    words, config = [], None
+    pending = iter(launch)
+    for word in pending:
+        if word.partition("=")[0].replace("-", "_") == "__accelerate_config":
+            value = word.partition("=")[2] or next(pending, "")
+            if not value:
+                raise RecipeError("--accelerate_config needs a name or a file.")
+            config = find_accelerate_config(value)
+        else:
+            words.append(word)
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
+    extra = [] if config is None else ["--config_file", str(config)]
+    if "num_processes" not in given:
+        extra += ["--num_processes", str(_default_processes(config))]
+    if config is None and "config_file" not in given and not Path(default_config_file).is_file():
+        for name, value in (("num_machines", "1"), ("mixed_precision", "no"), ("dynamo_backend", "no")):
+            extra += [] if name in given else [f"--{name}", value]
+    return extra + words
+
+
+def _default_processes(config: Path | None) -> int:
+    """One process per GPU; one where the configuration, or the machine, has none."""
+    import torch
+    import yaml
+
+    wanted = yaml.safe_load(config.read_text(encoding="utf-8")).get("num_processes", -1) if config else -1
+    return int(wanted) if wanted > 0 else max(1, torch.cuda.device_count())
+
+
+def _config_folder() -> Path:
+    return Path(trl_llava.__file__).parents[1] / "accelerate_configs"
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-llava", description=trl_llava.__doc__)
+    parser.add_argument("--version", action="version", version=f"trl-llava {trl_llava.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in STAGES.items():
+        commands.add_parser(name, help=text, add_help=False)
+    commands.add_parser("demo", help="all three stages in minutes, on a drawn world", add_help=False)
+    score = commands.add_parser("score", help="score one answer with a factual reward model")
+    score.add_argument("--reward_model", required=True, help="FactualReward checkpoint: Hub ID or folder")
+    score.add_argument("--image", required=True, help="image file")
+    score.add_argument("--question", required=True)
+    score.add_argument("--answer", required=True)
+    score.add_argument(
+        "--caption", action="append", default=[], help="a caption of the image; may be given many times"
+    )
+    score.add_argument("--revision", help="branch, tag or commit of the checkpoint")
+    return parser
+
+
+def _score(args: argparse.Namespace) -> int:
+    """Prints one number."""
+    from trl_llava.factual_reward import FactualReward
+    from trl_llava.images import load_image
+
+    image = load_image(args.image, "--image")
+    reward = FactualReward.from_pretrained(args.reward_model, revision=args.revision)
+    prompt: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": args.question}]}
+    ]
+    completion = [{"role": "assistant", "content": args.answer}]
+    scores = reward(prompts=[prompt], completions=[completion], images=[[image]], captions=[args.caption or None])
+    print(f"{scores[0]:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
