@@ -1,0 +1,202 @@
+"""What is said about a scene: captions, questions of the paper's kinds, truthful and hallucinating answers."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from trl_llava.demo.world import OBJECTS, Scene
+
+DESCRIBE = "Describe the picture."
+LETTERS = "ABCD"
+_OBJECT = re.compile("|".join(OBJECTS))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one scene.
+
+    Attributes:
+        kind: "describe", "yes_no" or "choice".
+        text: The question.
+        answer_type: "general", "yes", "no", or the letter of the right option, as the correctness term knows them.
+        options: The objects asked for: none, one or four.
+    """
+
+    kind: str
+    text: str
+    answer_type: str
+    options: tuple[str, ...] = ()
+
+
+def listing(names: Sequence[str]) -> str:
+    """Join object names: "a red circle, a blue square and a white cross".
+
+    Args:
+        names: At least one object name.
+
+    Returns:
+        The names with articles.
+    """
+    things = [f"a {name}" for name in names]
+    return f"{', '.join(things[:-1])} and {things[-1]}" if len(things) > 1 else things[0]
+
+
+def description(names: Sequence[str]) -> str:
+    """An answer to "Describe the picture.".
+
+    Args:
+        names: The objects it mentions, in this order.
+
+    Returns:
+        One sentence.
+    """
+    return f"I see {listing(names)}."
+
+
+def mentioned(text: str) -> list[str]:
+    """The object names in a text, in the order in which they appear; repeated if they are.
+
+    Args:
+        text: A caption or an answer.
+
+    Returns:
+        Names out of `OBJECTS`.
+    """
+    return _OBJECT.findall(text)
+
+
+def captions(scene: Scene, rng: random.Random) -> list[str]:
+    """Ground truth about a scene: each caption is partial, together they are complete.
+
+    Args:
+        scene: The scene.
+        rng: Decides which caption mentions what.
+
+    Returns:
+        Two captions, or three for a scene of four or five objects.
+    """
+    names = rng.sample(scene.names, len(scene.names))
+    count = 2 if len(names) < 4 else 3
+    cuts = [0, *sorted(rng.sample(range(1, len(names)), count - 1)), len(names)]
+    return [listing(names[start:end]) for start, end in pairwise(cuts)]
+
+
+def absent(scene: Scene, rng: random.Random, count: int) -> list[str]:
+    """Objects that the scene does not show; every other one shares its colour or its shape with one that it does.
+
+    Args:
+        scene: The scene.
+        rng: Source of the choice.
+        count: How many.
+
+    Returns:
+        Different names.
+    """
+    present = set(scene.names)
+    colours, shapes = ({name.split()[i] for name in present} for i in (0, 1))
+    rest = [name for name in OBJECTS if name not in present]
+    close = [name for name in rest if name.split()[0] in colours and name.split()[1] in shapes]
+    chosen: list[str] = []
+    while len(chosen) < count:
+        pool = close if close and rng.random() < 0.5 else rest
+        name = rng.choice(pool)
+        if name not in chosen:
+            chosen.append(name)
+        elif pool is close:
+            close = [other for other in close if other not in chosen]
+    return chosen
+
+
+def ask(kind: str, scene: Scene, rng: random.Random) -> Question:
+    """Make up a question of one kind.
+
+    Args:
+        kind: "describe", "yes_no" or "choice".
+        scene: The scene that is asked about.
+        rng: Source of every choice.
+
+    Returns:
+        The question; yes and no are equally likely, and so is each letter.
+
+    Raises:
+        ValueError: If there is no such kind.
+    """
+    if kind == "describe":
+        return Question(kind, DESCRIBE, "general")
+    if kind == "yes_no":
+        yes = rng.random() < 0.5
+        name = rng.choice(scene.names) if yes else absent(scene, rng, 1)[0]
+        return Question(kind, f"Is there a {name}?", "yes" if yes else "no", (name,))
+    if kind == "choice":
+        right = rng.randrange(4)
+        options = absent(scene, rng, 3)
+        options.insert(right, rng.choice(scene.names))
+        listed = " ".join(f"{letter}. a {name}" for letter, name in zip(LETTERS, options, strict=True))
+        return Question(kind, f"Which is there? {listed}", LETTERS[right], tuple(options))
+    raise ValueError(f"unknown kind of question {kind!r}; expected describe, yes_no or choice.")
+
+
+def answer(question: Question, scene: Scene, rng: random.Random) -> str:
+    """A true and complete answer.
+
+    Args:
+        question: The question.
+        scene: The scene.
+        rng: Decides the order in which a description mentions the objects.
+
+    Returns:
+        The answer.
+    """
+    if question.kind == "describe":
+        return description(rng.sample(scene.names, len(scene.names)))
+    if question.kind == "yes_no":
+        return "Yes." if question.answer_type == "yes" else "No."
+    return option_text(question, question.answer_type)
+
+
+def false_answer(question: Question, scene: Scene, rng: random.Random) -> str:
+    """An answer that invents: one or two absent objects in a description, or the wrong option.
+
+    Args:
+        question: The question.
+        scene: The scene.
+        rng: Source of every choice.
+
+    Returns:
+        The answer. A false description is otherwise as complete as it is, or swaps present objects for the invented.
+    """
+    if question.kind == "yes_no":
+        return "No." if question.answer_type == "yes" else "Yes."
+    if question.kind == "choice":
+        return option_text(question, rng.choice(LETTERS.replace(question.answer_type, "")))
+    invented = absent(scene, rng, rng.randint(1, 2))
+    kept = rng.sample(scene.names, len(scene.names) - (len(invented) if rng.random() < 0.5 else 0))
+    return description(rng.sample(kept + invented, len(kept) + len(invented)))
+
+
+def incomplete_answer(scene: Scene, rng: random.Random) -> str:
+    """A description that is true and leaves something out.
+
+    Args:
+        scene: The scene.
+        rng: Decides how many of the objects it mentions and which; at least one is left out.
+
+    Returns:
+        The description.
+    """
+    return description(rng.sample(scene.names, rng.randrange(1, len(scene.names))))
+
+
+def option_text(question: Question, letter: str) -> str:
+    """A multiple-choice answer, as the correctness term expects it: "B. a blue square".
+
+    Args:
+        question: A question of kind "choice".
+        letter: A to D.
+
+    Returns:
+        Letter and option.
+    """
+    return f"{letter}. a {question.options[LETTERS.index(letter)]}"

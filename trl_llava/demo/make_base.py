@@ -1,0 +1,339 @@
+"""Make the demo's base model: `python -m trl_llava.demo.make_base --output_dir DIR [--seed 0]`.
+
+What comes out: a LLaVA that sees and answers all three kinds of question truthfully, so that the demo itself shows
+only the three stages. What goes in: nothing but a seed. The order matters; captions and questions learned together
+from scratch never reached the questions:
+
+1. the tower learns which object is in each cell (the head is thrown away),
+2. the language model learns yes/no questions about captions in the text, then every kind,
+3. `assemble_llava` joins the two, and the new projector alone learns to speak the language model's words,
+4. language model and projector learn together, from pictures and from captions.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from trl_llava.demo import language
+from trl_llava.demo.answering import generate_answers
+from trl_llava.demo.metrics import Answered, Truthfulness, measure
+from trl_llava.demo.tokenizer import make_tokenizer
+from trl_llava.demo.world import GRID, OBJECTS, SIZE, Scene, draw, make_scene
+from trl_llava.vision_tower import assemble_llava, freeze_vision
+
+KINDS = ("describe", "yes_no", "choice")
+IMAGE_TOKENS = GRID * GRID
+
+
+def train(
+    parameters: Iterable[nn.Parameter], loss_of: Callable[[], torch.Tensor], *, steps: int, lr: float, name: str
+) -> None:
+    """AdamW with a short warm-up and a linear decay to 0.
+
+    Args:
+        parameters: What is trained.
+        loss_of: Makes the next batch and returns its loss.
+        steps: Number of updates.
+        lr: Highest learning rate.
+        name: Printed before losses.
+    """
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, (steps - i) / steps))
+    start, recent = time.perf_counter(), []
+    for step in range(1, steps + 1):
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        recent.append(loss.item())
+        if step % 200 == 0 or step == steps:
+            print(
+                f"{name} {step}/{steps} loss {sum(recent) / len(recent):.4f} {time.perf_counter() - start:.0f}s",
+                flush=True,
+            )
+            recent = []
+
+
+def train_tower(scenes: list[Scene], pixels: torch.Tensor, steps: int, generator: torch.Generator) -> CLIPVisionModel:
+    """Teach a CLIP tower to tell what is in each cell.
+
+    Args:
+        scenes: What the pictures show.
+        pixels: (I, 3, SIZE, SIZE), normalised.
+        steps: Number of updates.
+        generator: Draws the batches.
+
+    Returns:
+        The tower, without the head that was trained with it.
+    """
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=SIZE // GRID,
+            projection_dim=64,
+        )
+    )
+    head = nn.Linear(64, len(OBJECTS) + 1)
+    labels = torch.full((len(scenes), IMAGE_TOKENS), len(OBJECTS))
+    for row, scene in enumerate(scenes):
+        for placed in scene.objects:
+            labels[row, placed.cell] = OBJECTS.index(placed.name)
+
+    def loss_of() -> torch.Tensor:
+        rows = torch.randint(len(scenes), (64,), generator=generator)
+        features = tower(pixels[rows], output_hidden_states=True).hidden_states[-1][:, 1:]
+        return cross_entropy(head(features).flatten(0, 1), labels[rows].flatten())
+
+    train([*tower.parameters(), *head.parameters()], loss_of, steps=steps, lr=2e-3, name="tower")
+    return tower.eval()
+
+
+def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of four layers that knows nothing yet.
+
+    Args:
+        tokenizer: Gives the vocabulary and the special tokens.
+
+    Returns:
+        The model, its weights drawn from torch's current seed.
+    """
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            # At this width the usual 0.02 leaves the first thousand steps without a signal.
+            initializer_range=0.1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+class Lessons:
+    """Batches of questions with true answers, about pictures or about captions in the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene], seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.scenes = scenes
+        self.rng = random.Random(seed)
+
+    def batch(
+        self, kinds: tuple[str, ...], size: int, from_picture: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Make up a batch.
+
+        Args:
+            kinds: Kinds of question, equally often.
+            size: B, number of rows.
+            from_picture: `True` shows the picture, `False` puts the captions into the text.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, each (B, L) and right-padded, labels -100 except on the answers
+            and their ends; and the rows' indices into the scenes (B,).
+        """
+        indices = [self.rng.randrange(len(self.scenes)) for _ in range(size)]
+        rows = []
+        for index in indices:
+            scene, kind = self.scenes[index], self.rng.choice(kinds)
+            question = language.ask(kind, scene, self.rng)
+            told = "<image>" * IMAGE_TOKENS if from_picture else self._told(scene)
+            prompt = f"USER: {told}\n{question.text} ASSISTANT:"
+            rows.append((prompt, f" {language.answer(question, scene, self.rng)}</s>"))
+        prompts = self.tokenizer([prompt for prompt, _ in rows])["input_ids"]
+        answers = self.tokenizer([reply for _, reply in rows])["input_ids"]
+        length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        shape = (size, length)
+        ids, labels = torch.full(shape, self.tokenizer.pad_token_id), torch.full(shape, -100)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+            end = len(p) + len(a)
+            ids[row, :end] = torch.tensor(p + a)
+            labels[row, len(p) : end] = torch.tensor(a)
+            mask[row, :end] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}, torch.tensor(indices)
+
+    def _told(self, scene: Scene) -> str:
+        return "\n".join(f"- {caption}" for caption in language.captions(scene, self.rng))
+
+
+def train_text(model: LlamaForCausalLM, lessons: Lessons, steps: tuple[int, int]) -> None:
+    """Teach the language model to answer from captions: yes/no first, then every kind.
+
+    Args:
+        model: Trained in place.
+        lessons: Makes the batches.
+        steps: Number of updates of each part.
+    """
+    for kinds, count in ((("yes_no",), steps[0]), (KINDS, steps[1])):
+
+        def loss_of(kinds: tuple[str, ...] = kinds) -> torch.Tensor:
+            batch, _ = lessons.batch(kinds, 64, from_picture=False)
+            return model(**batch).loss
+
+        train(model.parameters(), loss_of, steps=count, lr=3e-3, name=f"text {'+'.join(kinds)}")
+
+
+def train_joint(
+    model: LlavaForConditionalGeneration, lessons: Lessons, pixels: torch.Tensor, steps: tuple[int, int]
+) -> None:
+    """Align the projector alone on descriptions, then teach it and the language model every kind of question.
+
+    Args:
+        model: Trained in place; the tower stays as it is, so its features are computed once.
+        lessons: Makes the batches; three of four joint ones show pictures, the fourth keeps captions in use.
+        pixels: (I, 3, SIZE, SIZE), the pictures of the lessons' scenes.
+        steps: Number of updates of each part.
+    """
+    projector = model.model.multi_modal_projector
+    with torch.no_grad():
+        features = torch.cat(
+            [
+                model.model.vision_tower(part, output_hidden_states=True).hidden_states[-1][:, 1:]
+                for part in pixels.split(500)
+            ]
+        )
+
+    def loss_of(kinds: tuple[str, ...], from_picture: bool) -> torch.Tensor:
+        batch, rows = lessons.batch(kinds, 64, from_picture)
+        if from_picture:
+            seen = BaseModelOutputWithPooling(pooler_output=list(projector(features[rows])))
+            batch["mm_encoder_outputs"] = {"image": seen}
+        return model(**batch).loss
+
+    model.requires_grad_(False)
+    projector.requires_grad_(True)
+    train(projector.parameters(), lambda: loss_of(("describe",), True), steps=steps[0], lr=3e-3, name="projector")
+    model.requires_grad_(True)
+    freeze_vision(model, projector=False)
+    pictured = cycle((True, True, True, False))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    train(parameters, lambda: loss_of(KINDS, next(pictured)), steps=steps[1], lr=2e-3, name="together")
+
+
+def evaluate(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int, count: int = 300
+) -> Truthfulness:
+    """Ask about unseen pictures, each kind of question `count` times, sampled at temperature 1.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        seed: Seed of pictures, questions and sampling.
+        count: Number of pictures.
+
+    Returns:
+        How true the answers are.
+    """
+    rng = random.Random(f"unseen {seed}")
+    scenes = [make_scene(rng) for _ in range(count)]
+    asked = [(scene, language.ask(kind, scene, rng)) for scene in scenes for kind in KINDS]
+    pictures = [draw(scene) for scene, _ in asked]
+    replies = generate_answers(model, processor, pictures, [question.text for _, question in asked], seed=seed)
+    return measure(
+        [
+            Answered(question.kind, question.answer_type, scene.names, *reply)
+            for (scene, question), reply in zip(asked, replies, strict=True)
+        ]
+    )
+
+
+def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
+    """Make the base model and save it.
+
+    Args:
+        output_dir: Must be empty or absent.
+        seed: Seed of everything; two cores may differ from three in the last digits.
+        scale: Factor on the number of updates and of pictures; 1 is what ships, the tests use less.
+
+    Returns:
+        How true its answers about unseen pictures are.
+    """
+    steps = [max(1, round(scale * count)) for count in (600, 1000, 1500, 600, 1500)]
+    rng = random.Random(f"base {seed}")
+    scenes = [make_scene(rng) for _ in range(max(64, round(scale * 6000)))]
+    size = {"height": SIZE, "width": SIZE}
+    image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    pictures = [draw(scene) for scene in scenes]
+    pixels = image_processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(seed)  # transformers draws initial weights from the global generator
+        tower = train_tower(scenes, pixels, steps[0], torch.Generator().manual_seed(seed))
+        tower.save_pretrained(f"{folder}/tower")
+        image_processor.save_pretrained(f"{folder}/tower")
+        tokenizer = make_tokenizer()
+        lessons = Lessons(tokenizer, scenes, seed)
+        language_model = make_language_model(tokenizer)
+        train_text(language_model, lessons, (steps[1], steps[2]))
+        language_model.save_pretrained(f"{folder}/language")
+        tokenizer.save_pretrained(f"{folder}/language")
+        model, processor = assemble_llava(
+            f"{folder}/tower",
+            f"{folder}/language",
+            f"{folder}/joined",
+            vision_feature_layer=-1,
+            projector_init="whitened",
+            sample_images=pictures[:200],
+            seed=seed,
+        )
+    train_joint(model, lessons, pixels, (steps[3], steps[4]))
+    model.eval().save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    return evaluate(model, processor, seed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line, make the base, print seed, time and quality.
+
+    Args:
+        arguments: The command line without the program's name; None takes `sys.argv`.
+
+    Raises:
+        SystemExit: If the folder is not empty.
+    """
+    parser = argparse.ArgumentParser(description="Make the demo's base model (about 8 minutes on two cores).")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where to save it; must be empty or absent")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        parser.error(f"{args.output_dir} is not empty: choose another --output_dir, or empty it yourself")
+    start = time.perf_counter()
+    print(f"seed {args.seed}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    quality = make_base(args.output_dir, args.seed)
+    print(f"saved in {args.output_dir} after {time.perf_counter() - start:.0f} seconds; on 300 unseen pictures:")
+    for name, value in quality.as_dict().items():
+        print(f"  {name:16} {value:.3f}")
+
+
+if __name__ == "__main__":
+    main()
