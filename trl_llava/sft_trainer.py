@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTTrainer
 
 from trl_llava.collators import SFTCollator
@@ -39,6 +39,7 @@ class LlavaSFTTrainer(SFTTrainer):
         eval_dataset: EvalDataset = None,
         **kwargs: Any,
     ) -> None:
+        set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         collator = kwargs.pop("data_collator", None) or SFTCollator(
             processing_class,
             max_length=args.max_length,

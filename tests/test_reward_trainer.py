@@ -1,0 +1,147 @@
+"""The reward trainer on a tiny LLaVA: the loss by hand, one image encoding per pair, what moves and what does not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset, Image, List
+from peft import LoraConfig
+from transformers import AutoProcessor
+
+from trl_llava.configs import LlavaRewardConfig
+from trl_llava.prompts import JudgingPrompt
+from trl_llava.reward_trainer import LlavaRewardTrainer
+from trl_llava.sequence_classification import LlavaForSequenceClassification
+
+PEFT = LoraConfig(
+    r=4, target_modules=r".*language_model\..*\.(q_proj|v_proj|down_proj)", modules_to_save=["score"]
+)  # fmt: skip
+JUDGING = JudgingPrompt(instruction="Judge it. {factual_prompt}", answer_prefix="The score is")
+
+
+def rows(count: int = 6) -> Dataset:
+    """Pairs in TRL's format, every third without an image."""
+    table = {
+        "prompt": [[{"role": "user", "content": f"What is in picture {i}?"}] for i in range(count)],
+        "chosen": [[{"role": "assistant", "content": "There is a red square."}]] * count,
+        "rejected": [[{"role": "assistant", "content": "There is a blue circle."}]] * count,
+        "images": [[] if i % 3 == 2 else [tiny_models.image("red")] for i in range(count)],
+        "captions": [["a red square", "a picture"]] * count,
+    }
+    return Dataset.from_dict(table).cast_column("images", List(Image()))
+
+
+def make_model(base: Path) -> LlavaForSequenceClassification:
+    torch.manual_seed(3)
+    model = LlavaForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+def make_trainer(base: Path, folder: Path, **changes: Any) -> LlavaRewardTrainer:
+    own = ("train_dataset", "eval_dataset", "judging_prompt", "peft_config", "callbacks")
+    given = {name: changes.pop(name) for name in own if name in changes}
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 3,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        **changes,
+    }
+    return LlavaRewardTrainer(
+        model=make_model(base),
+        args=LlavaRewardConfig(**settings),
+        processing_class=AutoProcessor.from_pretrained(base),
+        **{"train_dataset": rows(), "judging_prompt": JUDGING, "peft_config": PEFT, **given},
+    )
+
+
+def rewards(trainer: LlavaRewardTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen and rejected rewards, each conversation and image on its own: no batch, no shared features."""
+    chosen, rejected = [], []
+    for row in trainer.train_dataset:
+        batch = trainer.preference_collator([row])
+        batch.pop("image_copies", None)
+        for half, results in enumerate((chosen, rejected)):
+            real = batch["attention_mask"][half].bool()
+            inputs = {"input_ids": batch["input_ids"][half][real][None]}
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "pixel_values" in batch:
+                inputs["pixel_values"] = batch["pixel_values"]
+            with torch.no_grad():
+                results.append(trainer.model(**inputs).logits.squeeze())
+    return torch.stack(chosen), torch.stack(rejected)
+
+
+@pytest.mark.parametrize(
+    ("centering", "coefficient", "expected"),
+    [
+        ("none", None, lambda c, r: 0.0),
+        ("trl", 0.1, lambda c, r: 0.1 * ((c + r) ** 2).mean()),
+        ("paper", None, lambda c, r: 0.001 * (c + r).mean().abs()),
+        ("paper", 0.5, lambda c, r: 0.5 * (c + r).mean().abs()),
+    ],
+)
+def test_the_loss_by_hand(tiny_llava_dir, tmp_path, centering, coefficient, expected):
+    trainer = make_trainer(
+        tiny_llava_dir, tmp_path, train_dataset=rows(3), max_steps=1, learning_rate=0.0,
+        reward_centering=centering, center_rewards_coefficient=coefficient,
+    )  # fmt: skip
+    chosen, rejected = rewards(trainer)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    by_hand = -torch.log(1 / (1 + torch.exp(rejected - chosen))).mean() + expected(chosen, rejected)
+    assert logged["loss"] == pytest.approx(by_hand.item(), rel=1e-3, abs=1e-4)
+    assert logged["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+    assert logged["margin"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-3, abs=1e-4)
+
+
+def test_adapter_and_head_move_and_all_else_is_bit_identical(tiny_llava_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    for name, value in trainer.model.state_dict().items():
+        moved = not torch.equal(value, before[name])
+        assert moved == (".default." in name), f"{name} {'moved' if moved else 'did not move'}"
+
+
+def test_each_image_is_encoded_once_per_pair(tiny_llava_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, tmp_path, train_dataset=rows(3), max_steps=1)
+    seen = []
+    tower = trainer.model.get_base_model().model.vision_tower
+    tower.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    trainer.train()
+    assert seen == [2]  # three pairs, one of them without an image
+
+
+def test_it_learns_to_prefer_the_chosen_answer(tiny_llava_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, tmp_path, max_steps=12, eval_dataset=rows(3))
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_without_a_judging_prompt_the_answer_is_judged_where_it_ends(tiny_llava_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, tmp_path, judging_prompt=None)
+    processor = trainer.processing_class
+    batch = trainer.preference_collator([trainer.train_dataset[0]])
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        assert ids[mask.bool()][-1] == processor.tokenizer.eos_token_id
+    trainer.train()
+
+
+def test_the_captions_are_part_of_what_is_judged(tiny_llava_dir, tmp_path):
+    trainer = make_trainer(tiny_llava_dir, tmp_path)
+    batch = trainer.preference_collator([trainer.train_dataset[0]])
+    texts = trainer.processing_class.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert all("a red square" in text.split("Judge it.")[1] for text in texts)
+    assert texts[0].split("Judge it.")[1].split() == texts[1].split("Judge it.")[1].split()
