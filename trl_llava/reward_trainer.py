@@ -11,6 +11,7 @@ from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
 from trl_llava.lengths import drop_overlong
+from trl_llava.factual_reward import save_settings
 from trl_llava.prompts import JudgingPrompt
 
 EvalDataset = Dataset | dict[str, Dataset] | None
@@ -75,6 +76,11 @@ class LlavaRewardTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = ["row_name", "images", "prompt", "chosen", "rejected", "captions", "margin"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Every checkpoint can be scored with, and none with another prompt than its own.
+        super()._save(output_dir, state_dict)
+        save_settings(output_dir or self.args.output_dir, self.judging_prompt, self.model)
 
     def compute_loss(
         self,
