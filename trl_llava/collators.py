@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.encoding import Answers, encode
 from trl_llava.images import load_image
+from trl_llava.padding import pad, text_tensors
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.rows import RowError
 
@@ -34,13 +35,24 @@ class PromptCollator:
         columns: Which further columns of the rows go to `columns`; `None` for all.
 
     Example:
-        A tokenizer that knows the words below, and two rows, the second with a picture that takes four tokens:
+        Words are tokens (`<pad>` 0, `<s>` 1, `</s>` 2, `<image>` 3, `USER:` 4, `ASSISTANT:` 5), a picture takes four.
 
+        >>> picture, hi = {"type": "image"}, {"type": "text", "text": "Hi"}
         >>> rows = [
-        ...     {"row_name": "a[0]", "images": [], "prompt": [{"role": "user", "content": [text("Hi")]}]},
-        ...     {"row_name": "a[1]", "images": [red], "prompt": [{"role": "user", "content": [image, text("Hi")]}]},
-        ... ]  # doctest: +SKIP
-        >>> PromptCollator(processor)(rows)  # doctest: +SKIP
+        ...     {"row_name": "a[0]", "images": [red], "prompt": [{"role": "user", "content": [picture, hi]}]},
+        ...     {"row_name": "a[1]", "images": [], "prompt": [{"role": "user", "content": [hi]}]},
+        ... ]
+        >>> batch = PromptCollator(processor)(rows)
+        >>> batch["input_ids"]
+        tensor([[1, 4, 3, 3, 3, 3, 6, 5],
+                [0, 0, 0, 0, 1, 4, 6, 5]])
+        >>> batch["attention_mask"]
+        tensor([[1, 1, 1, 1, 1, 1, 1, 1],
+                [0, 0, 0, 0, 1, 1, 1, 1]])
+        >>> batch["pixel_values"].shape  # one picture
+        torch.Size([1, 3, 4, 4])
+        >>> batch["columns"]["row_name"]
+        ['a[0]', 'a[1]']
     """
 
     processor: ProcessorMixin | PreTrainedTokenizerBase
@@ -78,13 +90,11 @@ class PromptCollator:
             self.processor, [row["prompt"] for row in rows], images, row_names=_names(rows), **self.rendering()
         )
         _check_lengths(encoding.input_ids, _names(rows), *self.limit())
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "images"))
         if self.columns is not None:
             names = dict.fromkeys(name for name in names if name in self.columns)
         return {
-            "input_ids": _pad(encoding.input_ids, _pad_id(tokenizer), side="left"),
-            "attention_mask": _pad([[1] * len(ids) for ids in encoding.input_ids], 0, side="left"),
+            **text_tensors(self.processor, encoding.input_ids, side="left"),
             **encoding.image_inputs,
             "columns": {
                 "prompts": [row["prompt"] for row in rows],
@@ -104,6 +114,34 @@ class SFTCollator:
         labels_on: `answers` for every assistant turn, `completion` for the last one, `all` for every token but those
             of images. An answer includes the token that ends its turn.
         pad_to_multiple_of: Round the padded length up to a multiple of this.
+
+    Example:
+        With the tokenizer of `PromptCollator`'s example, where `What` is 7, `cat` 8 and `dog` 9:
+
+        >>> picture, what = {"type": "image"}, {"type": "text", "text": "What"}
+        >>> rows = [
+        ...     {
+        ...         "row_name": "a[0]",
+        ...         "images": [red],
+        ...         "prompt": [{"role": "user", "content": [picture, what]}],
+        ...         "completion": [{"role": "assistant", "content": [{"type": "text", "text": "cat"}]}],
+        ...     },
+        ...     {
+        ...         "row_name": "a[1]",
+        ...         "images": [],
+        ...         "prompt": [{"role": "user", "content": [what]}],
+        ...         "completion": [{"role": "assistant", "content": [{"type": "text", "text": "dog dog"}]}],
+        ...     },
+        ... ]
+        >>> batch = SFTCollator(processor)(rows)
+        >>> batch["input_ids"]
+        tensor([[1, 4, 3, 3, 3, 3, 7, 5, 8, 2],
+                [1, 4, 7, 5, 9, 9, 2, 0, 0, 0]])
+        >>> batch["labels"]
+        tensor([[-100, -100, -100, -100, -100, -100, -100, -100,    8,    2],
+                [-100, -100, -100, -100,    9,    9,    2, -100, -100, -100]])
+        >>> sorted(batch)
+        ['attention_mask', 'input_ids', 'labels', 'pixel_values']
     """
 
     processor: ProcessorMixin | PreTrainedTokenizerBase
@@ -148,12 +186,10 @@ class SFTCollator:
             ]
             for row in zip(encoding.input_ids, encoding.answer_mask, encoding.image_mask, strict=True)
         ]
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
         multiple = self.pad_to_multiple_of
         return {
-            "input_ids": _pad(encoding.input_ids, _pad_id(tokenizer), multiple=multiple),
-            "attention_mask": _pad([[1] * len(ids) for ids in encoding.input_ids], 0, multiple=multiple),
-            "labels": _pad(labels, IGNORED, multiple=multiple),
+            **text_tensors(self.processor, encoding.input_ids, multiple=multiple),
+            "labels": pad(labels, IGNORED, multiple=multiple),
             **encoding.image_inputs,
         }
 
@@ -168,6 +204,25 @@ class PreferenceCollator:
         judging_prompt: The judging turn that is appended to each conversation; `None` scores the conversation itself,
             at the end of the answer.
         pad_to_multiple_of: Round the padded length up to a multiple of this.
+
+    Example:
+        With the tokenizer of `SFTCollator`'s example; two rows of ids for one pair, and one picture:
+
+        >>> rows = [
+        ...     {
+        ...         "row_name": "a[0]",
+        ...         "images": [red],
+        ...         "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What"}]}],
+        ...         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "cat"}]}],
+        ...         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "dog dog"}]}],
+        ...     },
+        ... ]
+        >>> batch = PreferenceCollator(processor)(rows)
+        >>> batch["input_ids"]
+        tensor([[1, 4, 3, 3, 3, 3, 7, 5, 8, 2, 0],
+                [1, 4, 3, 3, 3, 3, 7, 5, 9, 9, 2]])
+        >>> batch["pixel_values"].shape, batch["image_copies"]
+        (torch.Size([1, 3, 4, 4]), 2)
     """
 
     processor: ProcessorMixin | PreTrainedTokenizerBase
@@ -232,11 +287,9 @@ class PreferenceCollator:
             **self.rendering(),
         )
         _check_lengths(encoding.input_ids, names * 2, *self.limit())
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
         multiple = self.pad_to_multiple_of
         batch: dict[str, Any] = {
-            "input_ids": _pad(encoding.input_ids, _pad_id(tokenizer), multiple=multiple),
-            "attention_mask": _pad([[1] * len(ids) for ids in encoding.input_ids], 0, multiple=multiple),
+            **text_tensors(self.processor, encoding.input_ids, multiple=multiple),
             **encoding.image_inputs,
         }
         if encoding.image_inputs:
@@ -269,26 +322,3 @@ def _check_lengths(ids: Sequence[Sequence[int]], names: Sequence[str], limit: in
                 f"it has {len(row)} tokens, {option} allows {limit}",
                 f"Raise {option}, shorten the row, or set overlong to `drop`; rows are never cut",
             )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no pad token. Set one (`tokenizer.pad_token = ...`) that is not the stop "
-            "token."
-        )
-    return tokenizer.pad_token_id
-
-
-def _pad(
-    rows: Sequence[Sequence[int]], value: int, *, side: Literal["left", "right"] = "right", multiple: int | None = None
-) -> torch.Tensor:
-    """Stack rows of different length to (B, L), int64."""
-    length = max(len(row) for row in rows)
-    if multiple:
-        length = -(-length // multiple) * multiple
-    padded = torch.full((len(rows), length), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        padded[i, at] = torch.tensor(row, dtype=torch.long)
-    return padded
