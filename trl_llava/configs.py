@@ -182,8 +182,16 @@ class LlavaRewardConfig(RewardConfig):
         ValueError: If a field is set that cannot work with images, or two fields contradict each other.
     """
 
+    # JSON text on the command line becomes a mapping, as for TRL's own fields of this kind.
+    _VALID_DICT_FIELDS = [*RewardConfig._VALID_DICT_FIELDS, "judging_prompt"]  # noqa: RUF012
+
     with_captions: bool = _option(True, "Show the captions of the image to the reward model in the judging turn.")
     caption_seed: int = _option(0, "Seed of the order of the captions, which is the same for both answers of a pair.")
+    judging_prompt: dict[str, Any] | str | None = _option(
+        None,
+        "Texts of the judging turn: a mapping with any of instruction, answer_prefix, factual_header, caption_line. "
+        "Those left out, or None for all, are the paper's.",
+    )
     overlong: Overlong = _option("error", _OVERLONG_HELP)
     reward_centering: Literal["trl", "paper", "none"] = _option(
         "trl",

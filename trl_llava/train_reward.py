@@ -21,6 +21,7 @@ from trl_llava.model_card import write_model_card
 from trl_llava.models import load_processor
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.recipe import RecipeParser
+from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.score_start import load_score_model
 from trl_llava.splits import load_splits
@@ -36,6 +37,31 @@ def make_parser(prog: str | None = None) -> RecipeParser:
         The parser.
     """
     return RecipeParser((LlavaScriptArguments, LlavaRewardConfig, LlavaModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def make_judging_prompt(args: LlavaRewardConfig) -> JudgingPrompt:
+    """The judging prompt of a recipe; what it leaves out is the paper's.
+
+    Args:
+        args: `judging_prompt` (texts), `with_captions` and `caption_seed`.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        RecipeError: If a text is unknown, missing its mark, or not a text.
+    """
+    texts = args.judging_prompt or {}
+    wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+    if wrong:
+        raise RecipeError(
+            f"`judging_prompt`: `{wrong[0]}` is {texts[wrong[0]]!r}, expected a text. Captions are switched "
+            "by `with_captions` and shuffled by `caption_seed`."
+        )
+    try:
+        return JudgingPrompt.from_dict({**texts, "with_captions": args.with_captions, "seed": args.caption_seed})
+    except ValueError as error:
+        raise RecipeError(f"`judging_prompt`: {error}") from error
 
 
 def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
@@ -56,6 +82,7 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
     script_args, training_args, model_args, mixture, recipe = make_parser("train_reward").parse(words)
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
+    judging_prompt = make_judging_prompt(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
     base, adapter = model_args.model_name_or_path, model_args.adapter_name_or_path
     processor = load_processor(
@@ -74,7 +101,6 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
         revision=model_args.adapter_revision if adapter else model_args.model_revision,
         seed=training_args.seed,
     )
-    judging_prompt = JudgingPrompt(with_captions=training_args.with_captions, seed=training_args.caption_seed)
     trainer = LlavaRewardTrainer(
         model=model,
         args=training_args,
