@@ -10,8 +10,8 @@ from trl import RewardTrainer
 from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
-from trl_llava.lengths import drop_overlong
 from trl_llava.factual_reward import save_settings
+from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 
 EvalDataset = Dataset | dict[str, Dataset] | None
