@@ -7,14 +7,14 @@ A batch in which no row has an image has no image tensors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.encoding import Answers, encode
-from trl_llava.images import load_image
+from trl_llava.images import load_images
+from trl_llava.lengths import check_lengths
 from trl_llava.padding import pad, text_tensors
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.rows import RowError
@@ -55,6 +55,8 @@ class PromptCollator:
         ['a[0]', 'a[1]']
     """
 
+    limit: ClassVar[str] = "max_prompt_length"
+
     processor: ProcessorMixin | PreTrainedTokenizerBase
     max_prompt_length: int | None = None
     columns: tuple[str, ...] | None = None
@@ -66,10 +68,6 @@ class PromptCollator:
     def rendering(self) -> dict[str, Any]:
         """Return the flags of `encode` for this stage."""
         return {"add_generation_prompt": True}
-
-    def limit(self) -> tuple[int | None, str]:
-        """Return the longest length that a row may have, and the name of the option that sets it."""
-        return self.max_prompt_length, "max_prompt_length"
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make a batch of B prompts of up to Q tokens.
@@ -85,11 +83,11 @@ class PromptCollator:
         Raises:
             RowError: If an image cannot be read, or a prompt is too long.
         """
-        images = _images(rows)
+        images = load_images(rows)
         encoding = encode(
             self.processor, [row["prompt"] for row in rows], images, row_names=_names(rows), **self.rendering()
         )
-        _check_lengths(encoding.input_ids, _names(rows), *self.limit())
+        check_lengths(encoding.input_ids, _names(rows), self)
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "images"))
         if self.columns is not None:
             names = dict.fromkeys(name for name in names if name in self.columns)
@@ -144,6 +142,8 @@ class SFTCollator:
         ['attention_mask', 'input_ids', 'labels', 'pixel_values']
     """
 
+    limit: ClassVar[str] = "max_length"
+
     processor: ProcessorMixin | PreTrainedTokenizerBase
     max_length: int | None = None
     labels_on: Literal["answers", "completion", "all"] = "answers"
@@ -159,10 +159,6 @@ class SFTCollator:
         answers: Answers = "last" if self.labels_on == "completion" else "all"
         return {"answers": answers}
 
-    def limit(self) -> tuple[int | None, str]:
-        """Return the longest length that a row may have, and the name of the option that sets it."""
-        return self.max_length, "max_length"
-
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make a batch of B conversations of up to L tokens.
 
@@ -177,8 +173,8 @@ class SFTCollator:
             RowError: If an image cannot be read, or a conversation is too long.
         """
         conversations = [self.conversations(row)[0] for row in rows]
-        encoding = encode(self.processor, conversations, _images(rows), row_names=_names(rows), **self.rendering())
-        _check_lengths(encoding.input_ids, _names(rows), *self.limit())
+        encoding = encode(self.processor, conversations, load_images(rows), row_names=_names(rows), **self.rendering())
+        check_lengths(encoding.input_ids, _names(rows), self)
         labels = [
             [
                 token if (learned or self.labels_on == "all") and not pictured else IGNORED
@@ -225,6 +221,8 @@ class PreferenceCollator:
         (torch.Size([1, 3, 4, 4]), 2)
     """
 
+    limit: ClassVar[str] = "max_length"
+
     processor: ProcessorMixin | PreTrainedTokenizerBase
     max_length: int | None = None
     judging_prompt: JudgingPrompt | None = None
@@ -258,10 +256,6 @@ class PreferenceCollator:
         judged = self.judging_prompt is not None
         return {"continue_final_message": judged, "judging_turn": judged}
 
-    def limit(self) -> tuple[int | None, str]:
-        """Return the longest length that a row may have, and the name of the option that sets it."""
-        return self.max_length, "max_length"
-
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make a batch of B pairs of up to L tokens.
 
@@ -281,12 +275,12 @@ class PreferenceCollator:
         encoding = encode(
             self.processor,
             [pair[0] for pair in pairs] + [pair[1] for pair in pairs],
-            _images(rows),
+            load_images(rows),
             row_names=names,
             image_copies=2,
             **self.rendering(),
         )
-        _check_lengths(encoding.input_ids, names * 2, *self.limit())
+        check_lengths(encoding.input_ids, names * 2, self)
         multiple = self.pad_to_multiple_of
         batch: dict[str, Any] = {
             **text_tensors(self.processor, encoding.input_ids, multiple=multiple),
@@ -299,10 +293,6 @@ class PreferenceCollator:
         return batch
 
 
-def _images(rows: Sequence[Row]) -> list[list[Image.Image]]:
-    return [[load_image(ref, row["row_name"]) for ref in row.get("images") or []] for row in rows]
-
-
 def _names(rows: Sequence[Row]) -> list[str]:
     return [row["row_name"] for row in rows]
 
@@ -312,13 +302,3 @@ def _margins(rows: Sequence[Row]) -> list[float]:
         if row.get("margin") is None:
             raise RowError(row["row_name"], "it has no margin, but other rows have one", "Add it, or drop the column")
     return [float(row["margin"]) for row in rows]
-
-
-def _check_lengths(ids: Sequence[Sequence[int]], names: Sequence[str], limit: int | None, option: str) -> None:
-    for row, name in zip(ids, names, strict=True):
-        if limit is not None and len(row) > limit:
-            raise RowError(
-                name,
-                f"it has {len(row)} tokens, {option} allows {limit}",
-                f"Raise {option}, shorten the row, or set overlong to `drop`; rows are never cut",
-            )

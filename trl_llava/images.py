@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -47,6 +48,21 @@ def load_image(ref: ImageRef, row_name: str) -> Image.Image:
         raise
     except _DAMAGED as error:
         raise _damaged(ref, row_name, error) from error
+
+
+def load_images(rows: Sequence[dict[str, Any]]) -> list[list[Image.Image]]:
+    """Decode the images of a batch.
+
+    Args:
+        rows: Rows of the contract; a row without `images` has none.
+
+    Returns:
+        The pictures of each row.
+
+    Raises:
+        RowError: As `load_image`.
+    """
+    return [[load_image(ref, row["row_name"]) for ref in row.get("images") or []] for row in rows]
 
 
 def open_image(ref: ImageRef, row_name: str) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from datasets import Dataset
 from PIL import Image
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 class MeasurableCollator(Protocol):
     """What the collators of this package tell about the rows they take."""
 
+    limit: ClassVar[str]
+    """Name of the attribute with the longest length allowed, `None` for any; it is also the name of the option."""
     processor: ProcessorMixin | PreTrainedTokenizerBase
 
     def conversations(self, row: dict[str, Any]) -> list[list[Message]]:
@@ -27,8 +29,28 @@ class MeasurableCollator(Protocol):
     def rendering(self) -> dict[str, Any]:
         """Return the flags they are encoded with."""
 
-    def limit(self) -> tuple[int | None, str]:
-        """Return the longest length allowed, and the option that sets it."""
+
+def check_lengths(ids: Sequence[Sequence[int]], row_names: Sequence[str], collator: MeasurableCollator) -> None:
+    """Refuse a batch with a row that is too long.
+
+    Args:
+        ids: One list of ids per conversation.
+        row_names: One name per conversation.
+        collator: The collator that makes the batch.
+
+    Raises:
+        RowError: If a conversation is longer than the collator's limit.
+    """
+    option = collator.limit
+    limit = getattr(collator, option)
+    for row, name in zip(ids, row_names, strict=True):
+        if limit is not None and len(row) > limit:
+            raise RowError(
+                name,
+                f"it has {len(row)} tokens, {option} allows {limit}",
+                f"Raise {option}, shorten the row, or set overlong to `drop`; rows are never cut",
+                "too long",
+            )
 
 
 def token_lengths(rows: Sequence[dict[str, Any]], collator: MeasurableCollator) -> list[int]:
@@ -72,7 +94,8 @@ def drop_overlong(
     """
     if overlong not in ("error", "drop"):
         raise ValueError(f"overlong is {overlong!r}, expected `error` or `drop`.")
-    limit, option = collator.limit() if hasattr(collator, "limit") else (None, "")
+    option = getattr(collator, "limit", "")
+    limit = getattr(collator, option, None) if option else None
     if limit is None or not len(dataset):
         return dataset
     lengths = dataset.map(
