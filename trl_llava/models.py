@@ -5,6 +5,9 @@ is the head of a reward model that is about to be trained, which is drawn from a
 """
 
 import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +158,10 @@ def load_sequence_classifier(
             "be LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision models"
         )
     config.num_labels = 1
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        name, config=config, output_loading_info=True, **{**_loading_arguments(model_args), "revision": revision}
-    )
+    with _without_report():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, output_loading_info=True, **{**_loading_arguments(model_args), "revision": revision}
+        )
     head_keys = {f"{HEAD}.{key}" for key in model.score.state_dict()}
     head_missing = bool(head_keys & set(info["missing_keys"]))
     _check_all_loaded(name, {**info, "missing_keys": set(info["missing_keys"]) - head_keys})
@@ -252,6 +256,18 @@ def _quantization(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
     config = get_quantization_config(model_args)
     config.llm_int8_skip_modules = list(UNQUANTIZED)
     return config
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from warning about a missing head: what is missing is checked here, and the head is meant."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_all_loaded(name: str, info: dict[str, Any]) -> None:
