@@ -54,7 +54,7 @@ def test_unknown_answer_type_names_the_row(kind: str | None) -> None:
 
 
 def test_missing_answer_type_column_names_the_switch() -> None:
-    with pytest.raises(ValueError, match="needs a column `answer_type`.*correctness_coef"):
+    with pytest.raises(ValueError, match=r"needs a column `answer_type`.*correctness_coef"):
         correctness(["A."])
 
 

@@ -286,7 +286,8 @@ def _init_head(head: nn.Linear, std: float, seed: int) -> None:
     weight = torch.empty(head.weight.shape).normal_(std=std, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         head.weight.copy_(weight)
-        head.bias.zero_()
+        if head.bias is not None:  # transformers' own heads, of text-only models, have none
+            head.bias.zero_()
 
 
 def _mismatch(other: str, what: str, ours: int | None, theirs: int | None) -> str:

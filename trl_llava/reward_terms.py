@@ -1,9 +1,9 @@
 """The symbolic terms of a reward: correctness, length, missing stop. Pure functions with TRL's reward signature.
 
-Each takes the columns of a batch by name, ignores those it has no use for, and returns one number per response, already
-multiplied by its coefficient: what is logged is what enters the reward. The formulae are those of "Aligning Large
-Multimodal Models with Factually Augmented RLHF" (arXiv 2309.14525) and its code, except that words are matched whole:
-there "Nothing" counted as "No" and "Yesterday" as "Yes".
+Each takes the columns of a batch by name, ignores those it has no use for, and returns one number per response,
+already multiplied by its coefficient: what is logged is what enters the reward. The formulae are those of "Aligning
+Large Multimodal Models with Factually Augmented RLHF" (arXiv 2309.14525) and its code, except that words are matched
+whole: there "Nothing" counted as "No" and "Yesterday" as "Yes".
 """
 
 import re
@@ -29,9 +29,10 @@ def correctness(
 ) -> list[float]:
     """Reward answers whose correctness can be read off: multiple choice, and yes/no questions.
 
-    Multiple choice: 1 if the answer starts with its letter and a full stop ("B.") or says "correct option is B.", else
-    0. A question whose answer is no: 0.5 for "No", -0.5 for "Yes", 0 otherwise. A question whose answer is yes: 0 as in
-    the paper, or the mirror image with `yes_no="both"`; the one-sided bonus teaches a policy to say "No" to anything.
+    Multiple choice: 1 if the answer starts with its letter and a full stop ("B.") or says "correct option is B.",
+    else 0. A question whose answer is no: 0.5 for "No", -0.5 for "Yes", 0 otherwise. A question whose answer is yes: 0
+    as in the paper, or the mirror image with `yes_no="both"`; the one-sided bonus teaches a policy to say "No" to
+    anything.
 
     Args:
         completions: The responses.

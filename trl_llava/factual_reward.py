@@ -1,0 +1,268 @@
+"""The factual reward: a reward model that reads image, question, answer and what is known about the image.
+
+It is a reward function in TRL's sense, so PPO here and `GRPOTrainer` and `RLOOTrainer` there take it alike. The prompt
+that the model was trained with, its captions' format and its image processor are saved with its adapter and head.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_llava.adapters import load_adapter
+from trl_llava.configs import LlavaModelConfig
+from trl_llava.encoding import encode
+from trl_llava.images import ImageRef, load_image
+from trl_llava.models import HEAD, load_processor, load_sequence_classifier, not_found
+from trl_llava.prompts import JudgingPrompt, Message, judging_messages
+from trl_llava.reward_settings import find_file, read_settings, save_settings
+from trl_llava.rows import RowError, normalise_messages, place_images
+
+Conversation = str | list[Message]
+"""A prompt or a completion as TRL hands it over: text, or messages whose content is text or a list of parts."""
+
+
+class FactualReward:
+    """Scores answers about images with a reward model; a callable with TRL's reward-function signature.
+
+    Args:
+        model: A `...ForSequenceClassification` with one label, with or without PEFT around it.
+        processing_class: The reward model's own processor; prompts come as messages, so policy and reward model may
+            differ in family, size and image processor.
+        judging_prompt: What the model is asked after the answer, as in its training; None scores the conversation
+            itself, at the token that ends the answer.
+        batch_size: How many answers are scored in one pass.
+        device: Where to move the model; None leaves it where it is.
+        name: Name in the logs; two factual rewards in one run need two names.
+
+    Raises:
+        ValueError: If the model has no score head with one label, or does not fit the processor.
+
+    Example:
+        >>> reward = FactualReward.from_pretrained("org/llava-factual-rm")  # doctest: +SKIP
+        >>> question = {"role": "user", "content": "What is in the picture?"}
+        >>> answer = {"role": "assistant", "content": "A red square."}
+        >>> reward([[question]], [[answer]], images=[["red.png"]], captions=[["A red square."]])  # doctest: +SKIP
+        [1.25]
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        judging_prompt: JudgingPrompt | None,
+        *,
+        batch_size: int = 16,
+        device: torch.device | str | None = None,
+        name: str = "factual_reward",
+    ) -> None:
+        _check_fit(model, processing_class)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        if device is not None and not getattr(model, "is_quantized", False):  # a quantised model is placed on loading
+            model = model.to(device)
+        self.model = model
+        self.processing_class = processing_class
+        self.judging_prompt = judging_prompt
+        self.batch_size = batch_size
+        self.__name__ = name
+
+    def __call__(
+        self,
+        prompts: Sequence[Conversation],
+        completions: Sequence[Conversation],
+        images: Sequence[Sequence[ImageRef] | ImageRef | None] | None = None,
+        captions: Sequence[Sequence[str] | None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Score one answer per row, in the order given.
+
+        A row without captions, with an unreadable image, or with messages that do not fit its images is a `RowError`.
+
+        Args:
+            prompts: B conversations that end with a user turn.
+            completions: B answers.
+            images: The pictures of each row (decoded, paths or `{"bytes", "path"}`), none for a text-only row.
+                By default those inside the prompts' image parts, and a column `image` where there is one.
+            captions: What is known about each row's images; needed if the judging prompt shows captions.
+            **columns: `row_name` is used in errors, `image` as said; all others are ignored.
+
+        Returns:
+            B scores.
+        """
+        names = columns.get("row_name") or [f"row {index}" for index in range(len(prompts))]
+        pictures = columns.get("image") if images is None else images
+        rows = list(
+            zip(
+                prompts,
+                completions,
+                pictures if pictures is not None else [None] * len(prompts),
+                captions if captions is not None else [None] * len(prompts),
+                names,
+                strict=True,
+            )
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            scores: list[float] = []
+            for start in range(0, len(rows), self.batch_size):
+                scores += self._score([self._judged(*row) for row in rows[start : start + self.batch_size]])
+            return scores
+        finally:
+            self.model.train(was_training)
+
+    def _judged(
+        self, prompt: Conversation, completion: Conversation, pictures: Any, captions: Sequence[str] | None, name: str
+    ) -> tuple[list[Message], list[Image.Image], str]:
+        """The conversation that the model reads for one row, with the row's decoded pictures."""
+        asked, inside = _without_pictures(prompt, "user")
+        answer, _ = _without_pictures(completion, "assistant")
+        if pictures is None:
+            pictures = inside
+        elif not isinstance(pictures, list | tuple):
+            pictures = [pictures]
+        decoded = [load_image(picture, name) for picture in pictures]
+        conversation = place_images(normalise_messages(asked, name), len(decoded), name)
+        conversation += normalise_messages(answer, name, "completion")
+        if self.judging_prompt is None:
+            return conversation, decoded, name
+        if self.judging_prompt.with_captions and not captions:
+            raise RowError(
+                name,
+                "it has no captions, but the reward model's judging prompt shows them",
+                "Give a `captions` column with at least one caption per row, or use a reward model trained with "
+                "with_captions: false",
+            )
+        return judging_messages(conversation, captions, self.judging_prompt), decoded, name
+
+    @torch.inference_mode()
+    def _score(self, rows: Sequence[tuple[list[Message], list[Image.Image], str]]) -> list[float]:
+        """One pass of the model over at most `batch_size` rows."""
+        conversations, pictures, names = zip(*rows, strict=True)
+        judged = self.judging_prompt is not None
+        encoding = encode(
+            self.processing_class,
+            conversations,
+            pictures,
+            row_names=names,
+            continue_final_message=judged,
+            judging_turn=judged,
+        )
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        ids = [torch.tensor(row) for row in encoding.input_ids]
+        device = self.model.device
+        logits = self.model(
+            input_ids=pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
+            **{key: value.to(device) for key, value in encoding.image_inputs.items()},
+        ).logits
+        return logits.squeeze(-1).float().tolist()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all that `from_pretrained` needs: adapter with head (or model), processor and judging prompt.
+
+        Args:
+            folder: Made if it is not there.
+        """
+        self.model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        save_settings(folder, self.judging_prompt, self.model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        judging_prompt: JudgingPrompt | None = None,
+        base_model: str | None = None,
+        revision: str | None = None,
+        model_args: LlavaModelConfig | None = None,
+        batch_size: int = 16,
+        device: torch.device | str | None = None,
+    ) -> "FactualReward":
+        """Load a reward model together with the prompt, caption format and image processor it was trained with.
+
+        A checkpoint without its prompt, processor or head, or with another prompt than the one given, is a
+        `ValueError`.
+
+        Args:
+            name: Hub ID or folder: what stage 2 or `save_pretrained` has written.
+            judging_prompt: For a checkpoint without factual_reward.json only: what the model was trained with.
+            base_model: Base of an adapter; by default the one its adapter_config.json names.
+            revision: Branch, tag or commit of `name`.
+            model_args: dtype, attention implementation, quantisation and `trust_remote_code`; by default fp32.
+            batch_size: As for the class.
+            device: As for the class.
+
+        Returns:
+            The reward.
+
+        Raises:
+            OSError: If there is no such model.
+        """
+        model_args = model_args if model_args is not None else LlavaModelConfig()
+        expected = ("adapter_config.json", "config.json")
+        files = {file: find_file(name, file, revision) for file in expected}
+        if not any(files.values()):
+            nothing = FileNotFoundError(f"it has none of {', '.join(expected)}")
+            raise OSError(not_found("reward model", name, revision, nothing))
+        settings = read_settings(name, judging_prompt, revision=revision)
+        if files["adapter_config.json"]:
+            config = PeftConfig.from_pretrained(name, revision=revision)
+            base = base_model or config.base_model_name_or_path
+            base_revision = None if base_model else settings.base_model_revision or config.revision
+            model = load_sequence_classifier(base, model_args, revision=base_revision)
+            model = load_adapter(model, name, is_trainable=False, revision=revision)
+        else:
+            model = load_sequence_classifier(name, model_args, revision=revision, new_head=False)
+        processor = load_processor(name, revision=revision, trust_remote_code=model_args.trust_remote_code)
+        model.requires_grad_(False)
+        return cls(model, processor, settings.judging_prompt, batch_size=batch_size, device=device)
+
+
+def _check_fit(model: PreTrainedModel | PeftModel, processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+    """Raise for a model that gives no scores, or that reads the processor's tokens as others."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(base, HEAD) or base.config.num_labels != 1:
+        raise ValueError(
+            f"{type(base).__name__} gives no single score (num_labels={base.config.num_labels}, expected a head "
+            f"`{HEAD}` with 1). Load it with load_sequence_classifier, or FactualReward.from_pretrained"
+        )
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    ids = {
+        "image_token_id": (
+            getattr(base.config, "image_token_id", None),
+            getattr(processing_class, "image_token_id", None),
+        ),
+        "vocabulary size": (base.get_input_embeddings().num_embeddings, len(tokenizer)),
+    }
+    wrong = (
+        ids["image_token_id"][0] != ids["image_token_id"][1] or ids["vocabulary size"][0] < ids["vocabulary size"][1]
+    )
+    if wrong:
+        raise ValueError(
+            f"the reward model '{base.name_or_path}' and its processor do not fit together: (model, processor) have "
+            + ", ".join(f"{what} {pair}" for what, pair in ids.items())
+            + ". Use the processor that was saved with the reward model"
+        )
+
+
+def _without_pictures(conversation: Conversation, role: str) -> tuple[list[Message], list[ImageRef]]:
+    """Messages whose image parts are empty, and the pictures that were in them (TRL's trainers put them there)."""
+    if isinstance(conversation, str):
+        return [{"role": role, "content": conversation}], []
+    pictures: list[ImageRef] = []
+    messages = []
+    for message in conversation:
+        content = message.get("content")
+        if isinstance(content, list):
+            pictures += [part["image"] for part in content if part.get("type") == "image" and part.get("image")]
+            content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
+        messages.append({**message, "content": content})
+    return messages, pictures
