@@ -262,12 +262,15 @@ def _quantization(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
 def _without_report() -> Iterator[None]:
     """Keep transformers from warning about a missing head: what is missing is checked here, and the head is meant."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_other)
 
 
 def _check_all_loaded(name: str, info: dict[str, Any]) -> None:
