@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -86,6 +86,8 @@ class RecipeParser(TrlParser):
             if action.dest in self._fields and action.type is not None and action.default is None:
                 action.type = _or_null(action.type)
                 action.choices = None if action.choices is None else [*action.choices, None]
+                if bool in get_args(self._hints[action.dest]):
+                    action.nargs, action.const = "?", True  # `--disable_tqdm`, like every other flag
         self._resolved: dict[str, Any] = {}
 
     @property

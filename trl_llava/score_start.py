@@ -1,6 +1,5 @@
 """What a reward or value model starts from: a base model, a checkpoint with a head, or any stage's adapter."""
 
-import copy
 import dataclasses
 from pathlib import Path
 
@@ -91,12 +90,14 @@ def load_score_model(
     weights = load_peft_weights(name, device="cpu", revision=revision)
     if any(HEAD in key.split(".") for key in weights):
         return load_adapter(model, name, is_trainable=True, revision=revision)
-    config = copy.copy(PeftConfig.from_pretrained(name, revision=revision))
+    weights |= {f"base_model.model.{HEAD}.{key}": value for key, value in model.score.state_dict().items()}
+    config = PeftConfig.from_pretrained(name, revision=revision)
     config.task_type, config.inference_mode = "SEQ_CLS", False
     config.modules_to_save = [*(config.modules_to_save or []), HEAD]
     peft_model = get_peft_model(model, config)
     result = set_peft_model_state_dict(peft_model, weights)
-    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+    wrong = [*result.unexpected_keys, *missing]
     if wrong:
         raise ValueError(
             f"adapter {name} does not fit {base} ({type(model).__name__}): {len(wrong)} weights have no counterpart, "

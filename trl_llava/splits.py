@@ -1,5 +1,6 @@
 """The training and evaluation rows that a recipe names: one data set, or a mixture of several."""
 
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig
@@ -58,7 +59,7 @@ def load_splits(
     def load_split(split: str) -> Dataset:
         return load(DatasetConfig(path=script_args.dataset_name, name=script_args.dataset_config, split=split))
 
-    with training_args.main_process_first(desc="loading the rows"):
+    with PartialState().main_process_first():
         if mixture.datasets:
             parts = [load(source) for source in mixture.datasets]
             train = concatenate_datasets(_keep_fractions(mixture.datasets, parts))
