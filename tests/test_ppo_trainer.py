@@ -101,7 +101,7 @@ def make_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> Lla
 def favour_the_stop_token(trainer: LlavaPPOTrainer) -> None:
     """Make responses of mixed length likely."""
     head = trainer.accelerator.unwrap_model(trainer.model).policy.get_base_model().lm_head.weight
-    head.data[trainer.stop_token_id] *= 4
+    head.data[trainer.stop_token_id] *= 8
 
 
 def weights(trainer: LlavaPPOTrainer) -> dict[str, torch.Tensor]:
@@ -212,7 +212,7 @@ def test_accumulation_changes_nothing_though_responses_differ_in_length(tiny_lla
 
 def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir, adapter_dir, tmp_path):
     trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
-    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     for size in (1, 3):
         trainer.args.local_rollout_forward_batch_size = size
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -276,14 +276,14 @@ def test_the_value_model_may_see_larger_pictures(tiny_llava_dir, adapter_dir, tm
     value.requires_grad_(False)
     value.score.requires_grad_(True)
     trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, value_model=value, value_processing_class=processor)
-    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     assert rollout.value_inputs.query_length == rollout.inputs.query_length + (8 * 8 - 4 * 4)
     trainer.train()
 
 
 def test_values_come_from_the_token_before_each_response_token(tiny_llava_dir, adapter_dir, tmp_path):
     trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
-    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     value = trainer.accelerator.unwrap_model(trainer.model).value_model
     row = next(i for i, images in enumerate(rollout.columns["images"]) if images)
     alone = rollout.select([row])
@@ -300,7 +300,7 @@ def test_padding_carries_nothing(tiny_llava_dir, adapter_dir, tmp_path):
     def trained(spoil: bool) -> dict[str, torch.Tensor]:
         trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
         favour_the_stop_token(trainer)
-        rollout = trainer.rollout(next(iter(trainer.dataloader)))
+        rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
         assert not rollout.mask.all()
         if spoil:
             rollout.responses[~rollout.mask] = 7
@@ -323,7 +323,7 @@ def test_the_image_token_is_never_sampled_nor_counted_in_the_distribution(tiny_l
     # Give the image token by far the largest logit.
     head = model.policy.get_base_model().lm_head
     head.weight.data[image_token] = head.weight.data.mean(0) * 1e3
-    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     assert not (rollout.responses == image_token).any()
     assert torch.isfinite(rollout.logprobs).all() and (rollout.logprobs[rollout.mask] > -30).all()
 
@@ -386,7 +386,7 @@ def test_reward_functions_join_with_weights(tiny_llava_dir, adapter_dir, tmp_pat
         tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=[one, half_opinion], reward_weights=[3.0, 10.0],
         reward_bias=0.5,
     )  # fmt: skip
-    rollout = trainer.rollout(next(iter(trainer.dataloader)))
+    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     trainer.score(rollout, 1)
     assert rollout.scores.tolist() == [23.5, 3.5, 23.5, 3.5]
     with pytest.raises(ValueError, match="`reward_weights` has 1 entries for 2 reward functions"):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from trl.trainer.utils import selective_log_softmax
 
 from trl_llava.rollout import ModelInputs, Rollout
@@ -152,14 +152,18 @@ class PolicyAndValue(nn.Module):
 
 
 def generate(
-    policy: nn.Module, inputs: ModelInputs, generation_config: GenerationConfig
+    policy: nn.Module,
+    inputs: ModelInputs,
+    generation_config: GenerationConfig,
+    noise: LogitsProcessor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Answer the prompts.
 
     Args:
         policy: the model, unwrapped.
         inputs: B prompts.
-        generation_config: how to sample.
+        generation_config: how to generate.
+        noise: what turns greedy decoding into sampling.
 
     Returns:
         responses: (B, R) token ids; after its first stop token a row holds padding.
@@ -170,6 +174,7 @@ def generate(
         attention_mask=inputs.attention_mask,
         **inputs.extras,
         generation_config=generation_config,
+        logits_processor=LogitsProcessorList([noise] if noise is not None else []),
     )
     responses = output[:, inputs.query_length :]
     return responses, torch.full((len(responses),), responses.shape[1], device=responses.device)

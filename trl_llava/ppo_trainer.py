@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -36,6 +37,7 @@ from trl_llava.lengths import drop_overlong
 from trl_llava.passes import PolicyAndValue, generate, response_logits, response_values, token_logprobs
 from trl_llava.ppo_report import sample_table, step_metrics
 from trl_llava.ppo_update import PPOUpdate
+from trl_llava.randomness import RolloutBatches, RowNoise, row_keys
 from trl_llava.rollout import ModelInputs, Rollout, chunks, pad_right
 from trl_llava.scoring import RewardFunction, Scorer
 
@@ -137,11 +139,7 @@ class LlavaPPOTrainer(PPOTrainer):
             peft_config=peft_config,
         )
         self.processing_class = self.callback_handler.processing_class = processing_class
-        if len(self.dataloader) == 0:
-            raise ValueError(
-                f"train_dataset has {len(train_dataset)} usable rows, fewer than the {args.batch_size} of one batch: "
-                "lower per_device_train_batch_size or gradient_accumulation_steps"
-            )
+        self.dataloader = self.rollout_batches(first_step=0)
         self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, self.suppressed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
@@ -171,12 +169,11 @@ class LlavaPPOTrainer(PPOTrainer):
             UnhealthyRunError: if KL or ratio are off at the first step, or a number is not finite.
         """
         self._begin()
-        batches = self._batches()
-        for step in range(1, self.args.num_total_batches + 1):
+        for step, batch in enumerate(self.dataloader, start=1):
             self.step_start = time.perf_counter()
             self.phase_seconds.clear()
             self.state.episode += self.args.batch_size
-            rollout = self.rollout(next(batches))
+            rollout = self.rollout(batch, step)
             self.score(rollout, step)
             self.compute_advantages(rollout, step)
             update_stats = self.update(rollout, step)
@@ -184,11 +181,12 @@ class LlavaPPOTrainer(PPOTrainer):
             self._end_step(step)
         self._end()
 
-    def rollout(self, batch: dict[str, Any]) -> Rollout:
+    def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
         """Answer a batch of prompts, and ask policy, reference and value about every token of the answers.
 
         Args:
             batch: what the collator returns, B rows.
+            step: the PPO step, counted from 1, which the sampling noise depends on.
 
         Returns:
             The rollout, not yet scored.
@@ -201,7 +199,7 @@ class LlavaPPOTrainer(PPOTrainer):
         logprobs, ref_logprobs, values = [], [], []
         with torch.no_grad():
             with self.phase("generation"):
-                responses, mask = self._generate(inputs, self.args.temperature)
+                responses, mask = self._generate(inputs, step)
             with self.phase("forward"), self.accelerator.autocast():
                 for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
                     answers = (responses[rows], mask[rows])
@@ -335,18 +333,20 @@ class LlavaPPOTrainer(PPOTrainer):
         yield
         self.phase_seconds[name] += time.perf_counter() - start
 
-    def _generate(self, inputs: ModelInputs, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample answers; returns ids (B, R) and their mask (B, R)."""
+    def _generate(self, inputs: ModelInputs, step: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample answers with the noise of a step, or greedily without one; returns ids (B, R) and mask (B, R)."""
         config = GenerationConfig(
             max_new_tokens=self.args.response_length,
-            temperature=temperature + 1e-7,
-            top_k=0,
-            top_p=1.0,
-            do_sample=True,
+            do_sample=False,  # `RowNoise` makes the argmax a draw
             eos_token_id=self.stop_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             suppress_tokens=self.suppressed or None,
         )
+        first = self.accelerator.process_index * len(inputs)
+        keys = None
+        if step is not None:
+            rows = torch.arange(first, first + len(inputs), device=self.accelerator.device)
+            keys = row_keys(self.args.seed, step, rows)
         gather = self.args.ds3_gather_for_generation
         responses, lengths = [], []
         with (
@@ -354,7 +354,8 @@ class LlavaPPOTrainer(PPOTrainer):
             self.accelerator.autocast(),
         ):
             for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
-                part, part_lengths = generate(model.policy, inputs.select(rows), config)
+                noise = None if keys is None else RowNoise(keys[rows], inputs.query_length, self.args.temperature)
+                part, part_lengths = generate(model.policy, inputs.select(rows), config, noise)
                 responses.append(part)
                 lengths.append(part_lengths)
         padded = pad_right(responses, self.tokenizer.pad_token_id)
@@ -385,13 +386,38 @@ class LlavaPPOTrainer(PPOTrainer):
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
         self.train_start = time.perf_counter()
-        # TRL seeds when the trainer is made; again here, so that nothing drawn in between changes the run.
-        torch.manual_seed(self.local_seed)
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        while True:
-            yield from self.dataloader
+    def rollout_batches(self, first_step: int) -> DataLoader:
+        """The batches of this process, from a step on.
+
+        Differs from TRL's in that a batch depends on seed and step alone, so that a resumed run sees what the
+        uninterrupted one saw.
+
+        Args:
+            first_step: the first step, counted from 0.
+
+        Returns:
+            A loader of one batch per step.
+
+        Raises:
+            ValueError: if there are fewer rows than a batch takes.
+        """
+        args, accelerator = self.args, self.accelerator
+        batches = RolloutBatches(
+            self.train_dataset_len,
+            args.batch_size,
+            (accelerator.process_index, accelerator.num_processes),
+            args.seed,
+            range(first_step, args.num_total_batches),
+        )
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and accelerator.device.type == "cuda",
+        )
 
     def log_step(self, rollout: Rollout, update_stats: dict[str, torch.Tensor]) -> None:
         """Log the step's metrics and where its time went.
@@ -426,7 +452,7 @@ class LlavaPPOTrainer(PPOTrainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def generate_completions(self, sampling: bool = False) -> None:
-        """Answer questions of the evaluation set at a low temperature; print some, and save all with their rewards.
+        """Answer questions of the evaluation set greedily; print some, and save all with their rewards.
 
         The table goes to `output_dir/completions/`, as TRL's `GRPOTrainer` does it.
 
@@ -458,7 +484,7 @@ class LlavaPPOTrainer(PPOTrainer):
                 wandb.log({"completions": wandb.Table(dataframe=table)})
 
     def answer(self, batch: dict[str, Any]) -> Rollout:
-        """Answer and score a batch nearly greedily, without asking policy, reference or value about its tokens.
+        """Answer a batch greedily and score it, without asking policy, reference or value about its tokens.
 
         Args:
             batch: what the collator returns, B rows.
@@ -469,7 +495,7 @@ class LlavaPPOTrainer(PPOTrainer):
         inputs = ModelInputs.from_batch(batch, self.accelerator.device)
         self.accelerator.unwrap_model(self.model).eval()
         with torch.no_grad():
-            responses, mask = self._generate(inputs, temperature=0.01)
+            responses, mask = self._generate(inputs, step=None)
         nothing = torch.zeros(len(inputs), 0, device=self.accelerator.device)
         rollout = Rollout(
             inputs,

@@ -13,6 +13,7 @@ from trl_llava import ppo_math
 from trl_llava.configs import LlavaPPOConfig
 from trl_llava.health import check_finite, check_first_step_ratio
 from trl_llava.passes import token_entropies, token_logprobs
+from trl_llava.randomness import mini_batch_order
 from trl_llava.rollout import Rollout, chunks
 
 
@@ -46,8 +47,6 @@ class PPOUpdate:
         self.model = model
         self.optimizer = optimizer
         self.suppressed = suppressed
-        # The order of mini-batches has a generator of its own, so that nothing else can disturb it.
-        self.order = np.random.RandomState((args.seed + 100003 * accelerator.process_index) % 2**32)
 
     def __call__(self, rollout: Rollout, step: int, nothing_moved_yet: bool) -> dict[str, torch.Tensor]:
         """Train on a rollout.
@@ -65,8 +64,8 @@ class PPOUpdate:
         """
         stats: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.check_ratio = self.args.check_first_step and nothing_moved_yet
-        for _ in range(self.args.num_ppo_epochs):
-            order = self.order.permutation(len(rollout))
+        for epoch in range(self.args.num_ppo_epochs):
+            order = mini_batch_order(len(rollout), self.args.seed, self.accelerator.process_index, step, epoch)
             for rows in np.split(order, self.args.num_mini_batches):
                 self._mini_batch(rollout, rows.tolist(), step, stats)
         return {name: torch.stack(values) for name, values in stats.items()}

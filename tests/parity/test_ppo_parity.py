@@ -4,6 +4,9 @@ Neutral also means that every response has full length: TRL puts the score behin
 loss on the token after it, where ours ends. So nothing may stop a response, and the pad and image ids lie outside of
 the language model's vocabulary, so that neither can be sampled. TRL's ratio statistics are left out: they are wrong
 whenever gradients are accumulated (an index is advanced in the wrong loop).
+
+"The same seed" means the same draws: TRL's trainer gets our batches and our sampling noise here, since it takes both
+from torch's global generator and ours do not.
 """
 
 from pathlib import Path
@@ -14,25 +17,27 @@ import pytest
 import tiny_models
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import (
     CLIPVisionConfig,
     DataCollatorWithPadding,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LogitsProcessorList,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from trl_llava.data import rows_from
 
 from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaPPOConfig
+from trl_llava.data import rows_from
 from trl_llava.ppo_trainer import LlavaPPOTrainer
+from trl_llava.randomness import RolloutBatches, RowNoise, row_keys
 from trl_llava.sequence_classification import LlavaForSequenceClassification
 
-# More rows than the steps use: in the last batch before the data loader's end, TRL takes an optimizer step after every
-# micro-batch, whatever the accumulation.
 QUESTIONS = [
     f"{question} {object_}?"
     for question in ("Is there a", "Describe the", "What is near the", "The correct option is the")
@@ -132,9 +137,38 @@ def upstream(
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[history],
     )
+    batches = RolloutBatches(len(rows), 4, (0, 1), seed=7, steps=range(4))
+    trainer.dataloader = DataLoader(trainer.train_dataset, batch_sampler=batches, collate_fn=trainer.data_collator)
     np.random.seed(7)  # TRL draws its mini-batches from the global generator
     trainer.train()
     return history.steps
+
+
+class GenerateWithRowNoise:
+    """TRL's `generate`, called for two rows at a time and two times a step, with the noise ours would use."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(
+        self, lm_backbone: Any, queries: torch.Tensor, pad_token_id: int, generation_config: GenerationConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        step, half = divmod(self.calls, 2)
+        self.calls += 1
+        keys = row_keys(7, step + 1, torch.arange(2) + 2 * half)
+        temperature = generation_config.temperature
+        greedy = GenerationConfig(
+            max_new_tokens=generation_config.max_new_tokens, output_logits=True, return_dict_in_generate=True
+        )
+        mask = queries != pad_token_id
+        output = lm_backbone.generate(
+            input_ids=queries.masked_fill(~mask, 0),
+            attention_mask=mask,
+            generation_config=greedy,
+            logits_processor=LogitsProcessorList([RowNoise(keys, queries.shape[1], temperature)]),
+        )
+        logits = torch.stack(output.logits, 1) / temperature
+        return torch.cat((queries, output.sequences[:, queries.shape[1] :]), 1), logits
 
 
 def ours(tokenizer: PreTrainedTokenizerFast, rows: Dataset, folder: Path, **changes: Any) -> list[dict[str, float]]:
@@ -173,7 +207,10 @@ def ours(tokenizer: PreTrainedTokenizerFast, rows: Dataset, folder: Path, **chan
     [{}, {"kl_estimator": "k3", "gamma": 0.9, "lam": 0.8, "temperature": 1.0, "kl_coef": 0.2, "vf_coef": 0.5}],
     ids=["defaults", "k3_discounted"],
 )
-def test_our_numbers_are_trls(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_our_numbers_are_trls(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl.experimental.ppo.ppo_trainer.generate", GenerateWithRowNoise())
     questions = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
     rows = rows_from(Dataset.from_list(questions), "prompt", name="questions")
     theirs = upstream(tokenizer, rows, tmp_path / "trl", **changes)

@@ -1,0 +1,148 @@
+"""Random choices of a PPO run, each a pure function of the seed and of what is chosen, never of what ran before.
+
+So the same row gets the same noise in any micro-batch, on any process and after any restart, and a resumed run needs
+no generator states. Letters: `B` batch, `V` vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import LogitsProcessor
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (https://doi.org/10.1145/2714064.2660195): int64 in, well-mixed int64 out."""
+
+    def shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift: torch's is arithmetic
+
+    values = (values ^ shift(values, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    values = (values ^ shift(values, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return values ^ shift(values, 31)
+
+
+def row_keys(seed: int, step: int, rows: torch.Tensor) -> torch.Tensor:
+    """One key for each row of a rollout.
+
+    Args:
+        seed: the run's seed.
+        step: the PPO step.
+        rows: (B,) indices of the rows in the batch of all processes.
+
+    Returns:
+        (B,) int64.
+    """
+    key = torch.tensor([seed], dtype=torch.int64, device=rows.device)
+    for part in (torch.tensor([step], dtype=torch.int64, device=rows.device), rows.to(torch.int64)):
+        key = _mix(key * 6364136223846793005 + part + 1442695040888963407)
+    return key
+
+
+def uniform(keys: torch.Tensor, position: int, size: int) -> torch.Tensor:
+    """Uniform numbers for each key.
+
+    Args:
+        keys: (B,) int64.
+        position: which draw of a key's sequence.
+        size: V, how many numbers.
+
+    Returns:
+        (B, V) float64 in (0, 1), the same on every device.
+    """
+    place = torch.tensor(position, dtype=torch.int64, device=keys.device) * 7046029254386353131
+    index = torch.arange(size, dtype=torch.int64, device=keys.device) * -7046029254386353131
+    state = _mix(_mix(keys + place).unsqueeze(1) + index)
+    bits = (state >> 12) & ((1 << 52) - 1)  # 52 bits and a half, so that neither 0 nor 1 comes out
+    return (bits.double() + 0.5) / (1 << 52)
+
+
+class RowNoise(LogitsProcessor):
+    """Adds Gumbel noise to the logits, so that their argmax is a draw from their softmax.
+
+    `generate(do_sample=False)` with this processor samples as `do_sample=True` does, only with noise that belongs to
+    a row and a position instead of to the state of a global generator.
+    """
+
+    def __init__(self, keys: torch.Tensor, prompt_length: int, temperature: float) -> None:
+        """Keep the keys of the rows of one call of `generate`.
+
+        Args:
+            keys: (B,) int64 from `row_keys`.
+            prompt_length: columns of `input_ids` before the first generated token.
+            temperature: the logits are divided by it.
+        """
+        self.keys = keys
+        self.prompt_length = prompt_length
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Make the draw.
+
+        Args:
+            input_ids: (B, length so far).
+            scores: (B, V) logits.
+
+        Returns:
+            (B, V) logits / temperature + noise.
+        """
+        draws = uniform(self.keys, input_ids.shape[1] - self.prompt_length, scores.shape[1])
+        return scores / self.temperature - (-draws.log()).log().to(scores.dtype)
+
+
+class RolloutBatches(Sampler[list[int]]):
+    """Which rows each step answers: every epoch a new order, of which each process takes its part.
+
+    Rows beyond the last whole batch of an epoch wait for the next one, as with TRL's `drop_last`.
+    """
+
+    def __init__(self, rows: int, batch_size: int, process: tuple[int, int], seed: int, steps: range) -> None:
+        """Describe the batches.
+
+        Args:
+            rows: number of rows in the data set.
+            batch_size: rows a step takes on all processes together.
+            process: index of this process, and how many there are.
+            seed: the run's seed.
+            steps: which steps, counted from 0.
+
+        Raises:
+            ValueError: if there are fewer rows than a batch takes.
+        """
+        if rows < batch_size:
+            raise ValueError(
+                f"train_dataset has {rows} usable rows, fewer than the {batch_size} of one batch: lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        self.rows, self.batch_size, self.process, self.seed, self.steps = rows, batch_size, process, seed, steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the rows of this process, step after step."""
+        index, processes = self.process
+        share = self.batch_size // processes
+        per_epoch = self.rows // self.batch_size
+        for step in self.steps:
+            epoch, place = divmod(step, per_epoch)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+            start = place * self.batch_size + index * share
+            yield order[start : start + share].tolist()
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def mini_batch_order(rows: int, seed: int, process: int, step: int, epoch: int) -> np.ndarray:
+    """The order in which one pass of an update takes the rows of a rollout.
+
+    Args:
+        rows: number of rows of this process.
+        seed: the run's seed.
+        process: index of this process.
+        step: the PPO step.
+        epoch: which pass over the rollout.
+
+    Returns:
+        (rows,) a permutation.
+    """
+    return np.random.default_rng([seed, process, step, epoch]).permutation(rows)
