@@ -242,7 +242,7 @@ def test_the_policy_learns_what_is_rewarded(tiny_llava_dir, adapter_dir, tmp_pat
     favour_the_stop_token(trainer)
     trainer.train()
     scores = [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
-    assert scores[0] < -0.9 and scores[-1] > -0.6
+    assert scores[-1] > scores[0] + 0.2, scores
 
 
 def test_columns_reach_the_reward_function_with_their_rows(tiny_llava_dir, adapter_dir, tmp_path):
