@@ -16,7 +16,9 @@ with warnings.catch_warnings():
     from trl.experimental.ppo import PPOConfig
 
 # TRL's own use of names that transformers has renamed; nothing a user could change in a recipe silences it.
-warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated", category=FutureWarning
+)
 
 Overlong = Literal["error", "drop"]
 _OVERLONG_HELP = (
