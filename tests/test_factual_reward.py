@@ -190,7 +190,8 @@ def test_round_trip_is_bit_equal(kind: str, tiny_llava_dir, red_image, blue_imag
     assert loaded.processing_class.chat_template == trained.processing_class.chat_template
     columns = columns_of(red_image, blue_image)
     for key, value in trained.model.state_dict().items():
-        assert torch.equal(loaded.model.state_dict()[key], value), key
+        if "original_module" not in key:  # the base's own head, which the adapter's stands in for
+            assert torch.equal(loaded.model.state_dict()[key], value), key
     # A matrix that came out of a file may lie unaligned, where the CPU adds in another order.
     assert loaded(**columns) == (
         trained(**columns) if kind == "adapter" else pytest.approx(trained(**columns), abs=1e-6)

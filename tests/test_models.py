@@ -188,6 +188,23 @@ def test_4_bit_quantises_the_language_model_only(tiny_llava_dir: Path) -> None:
     assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
+def test_4_bit_on_the_cpu_still_has_gradients_after_a_rollout(tiny_llava_dir: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = models.load_policy(args_for(tiny_llava_dir, load_in_4bit=True, dtype="bfloat16")).eval()
+    embeddings = model.get_input_embeddings().weight
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(input_ids=torch.tensor([[1, 300, 301]])).logits.float().square().sum().backward()
+        return embeddings.grad.clone()
+
+    before = gradient()
+    with torch.no_grad():  # here bitsandbytes would repack the weights on CPUs with AVX512-BF16
+        model(inputs_embeds=embeddings.detach()[None, 300:303])
+    assert torch.equal(gradient(), before)
+    assert before.abs().max() > 0
+
+
 def test_8_bit_loads(tiny_llava_dir: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     model = models.load_policy(args_for(tiny_llava_dir, load_in_8bit=True, dtype="bfloat16"))

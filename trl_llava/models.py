@@ -4,7 +4,6 @@ What a checkpoint lacks is an error here: weights that were not in it, a score h
 is the head of a reward model that is about to be trained, which is drawn from a seed.
 """
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,22 +19,18 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoProcessor,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from trl import get_quantization_config
 
 import trl_llava.sequence_classification  # noqa: F401  registers the score-head models
 from trl_llava.configs import LlavaModelConfig
-from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES, freeze_vision, set_square_padding
+from trl_llava.quantization import keep_differentiable, quantization_config
+from trl_llava.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
 
 HEAD = "score"
-# Kept in full precision when a base is quantised: the pictures' features must not depend on it, and the score head is
-# trained.
-UNQUANTIZED = [rf"(?:.*\.)?{name}" for name in (*TOWER_NAMES, *PROJECTOR_NAMES, "lm_head", HEAD)]
 
 
 def load_processor(
@@ -120,6 +115,7 @@ def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
         name, config=config, output_loading_info=True, **_loading_arguments(model_args)
     )
     _check_all_loaded(name, info)
+    keep_differentiable(model)
     freeze_vision(model, tower=model_args.freeze_vision_tower, projector=model_args.freeze_projector)
     return model
 
@@ -170,6 +166,7 @@ def load_sequence_classifier(
             f"'{name}' has no score head ({', '.join(sorted(head_keys))} not in its checkpoint), so its scores would "
             "be random. Use a trained reward model, or train one with `trl-llava reward`"
         )
+    keep_differentiable(model)
     if head_missing:
         _init_head(model.score, config.get_text_config().initializer_range, seed)
     if any(name.split(".")[-1] in TOWER_NAMES for name, _ in model.named_modules()):
@@ -240,22 +237,10 @@ def _loading_arguments(model_args: LlavaModelConfig) -> dict[str, Any]:
         "trust_remote_code": model_args.trust_remote_code,
     }
     if model_args.load_in_4bit or model_args.load_in_8bit:
-        arguments["quantization_config"] = _quantization(model_args)
+        arguments["quantization_config"] = quantization_config(model_args)
         device = PartialState().device
         arguments["device_map"] = {"": device.index if device.type == "cuda" else device}
     return arguments
-
-
-def _quantization(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
-    """TRL's 4 or 8 bit configuration, with tower, projector and heads left alone."""
-    field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"{field} needs bitsandbytes, which is not installed: `pip install trl-llava[qlora]`")
-    if model_args.load_in_4bit and model_args.dtype in (None, "auto"):
-        raise ValueError(f"{field} needs a dtype to compute in: set dtype to bfloat16 (found {model_args.dtype!r})")
-    config = get_quantization_config(model_args)
-    config.llm_int8_skip_modules = list(UNQUANTIZED)
-    return config
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""4 and 8 bit base models: only the language model's layers, and differentiable wherever they run."""
+
+import importlib.util
+
+from torch import nn
+from transformers import BitsAndBytesConfig
+from trl import get_quantization_config
+
+from trl_llava.configs import LlavaModelConfig
+from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
+
+# Patterns of module names. The pictures' features must not depend on it, and the score head is trained.
+UNQUANTIZED = [rf"(?:.*\.)?{name}" for name in (*TOWER_NAMES, *PROJECTOR_NAMES, "lm_head", "score")]
+
+
+def quantization_config(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
+    """TRL's configuration for a recipe with `load_in_4bit` or `load_in_8bit`, with `UNQUANTIZED` left alone.
+
+    Args:
+        model_args: The recipe's model fields.
+
+    Returns:
+        The configuration for `from_pretrained`.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+        ValueError: If 4 bit comes without a dtype to compute in.
+    """
+    field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"{field} needs bitsandbytes, which is not installed: `pip install trl-llava[qlora]`")
+    if model_args.load_in_4bit and model_args.dtype in (None, "auto"):
+        raise ValueError(f"{field} needs a dtype to compute in: set dtype to bfloat16 (found {model_args.dtype!r})")
+    config = get_quantization_config(model_args)
+    config.llm_int8_skip_modules = list(UNQUANTIZED)
+    return config
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for CPUs with AVX512-BF16.
+
+    It does so in the first pass without gradients, a rollout say, and every later backward pass through those weights
+    then stops there with no more than a warning.
+
+    Args:
+        model: A model, quantised or not; on a GPU nothing is repacked anyway.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
