@@ -7,109 +7,24 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import tiny_models
 import torch
-from datasets import Dataset, Image, List
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig
+from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prompt_rows, weights
+from transformers import AutoProcessor, LlavaConfig
 
-from trl_llava.adapters import load_adapter
-from trl_llava.configs import LlavaPPOConfig
 from trl_llava.health import UnhealthyRunError
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.sequence_classification import LlavaForSequenceClassification
-
-TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"
-
-
-def even_tokens(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """The share of even token ids: a reward that a policy can learn, and that needs no model."""
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-def rows(count: int = 8) -> Dataset:
-    """Questions, every third without an image."""
-    table = {
-        "prompt": [[{"role": "user", "content": f"What is in picture {i}?"}] for i in range(count)],
-        "images": [[] if i % 3 == 2 else [tiny_models.image(("red", "blue")[i % 2])] for i in range(count)],
-        "answer_type": [("general", "yes", "no", "A")[i % 4] for i in range(count)],
-        "captions": [[f"caption {i}"] for i in range(count)],
-    }
-    return Dataset.from_dict(table).cast_column("images", List(Image()))
 
 
 @pytest.fixture(scope="module")
 def adapter_dir(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter whose B matrices are not zero, as after SFT."""
-    torch.manual_seed(1)
-    model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return folder
-
-
-def make_policy(base: Path, adapter: Path) -> PeftModel:
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    model = load_adapter(model, str(adapter), is_trainable=True)
-    return load_adapter(model, str(adapter), adapter_name="reference", is_trainable=False)
-
-
-def make_value(base: Path, folder: Path | None = None) -> PeftModel:
-    torch.manual_seed(2)
-    model = LlavaForSequenceClassification.from_pretrained(folder or base, num_labels=1, dtype=torch.float32)
-    return get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["score"]))
-
-
-def make_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> LlavaPPOTrainer:
-    own = ("model", "value_model", "reward_funcs", "train_dataset", "eval_dataset", "value_processing_class")
-    given = {name: changes.pop(name) for name in own if name in changes}
-    parts = {
-        "model": lambda: make_policy(base, adapter),
-        "value_model": lambda: make_value(base),
-        "reward_funcs": lambda: even_tokens,
-        "train_dataset": rows,
-    }
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "total_episodes": 8,
-        "num_ppo_epochs": 1,
-        "response_length": 8,
-        "stop_token": "eos",
-        "learning_rate": 1e-2,
-        "num_sample_generations": 0,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "ref_adapter_name": "reference",
-        **changes,
-    }
-    return LlavaPPOTrainer(
-        args=LlavaPPOConfig(**settings),
-        processing_class=AutoProcessor.from_pretrained(base),
-        ref_model=None,
-        **{name: build() for name, build in parts.items() if name not in given},
-        **given,
-    )
-
-
-def favour_the_stop_token(trainer: LlavaPPOTrainer) -> None:
-    """Make responses of mixed length likely."""
-    head = trainer.accelerator.unwrap_model(trainer.model).policy.get_base_model().lm_head.weight
-    head.data[trainer.stop_token_id] *= 8
-
-
-def weights(trainer: LlavaPPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+    return make_adapter(tiny_llava_dir, tmp_path_factory.mktemp("adapter"))
 
 
 def test_adapters_and_head_move_and_all_else_is_bit_identical(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
     before = weights(trainer)
     trainer.train()
     after = weights(trainer)
@@ -122,7 +37,7 @@ def test_adapters_and_head_move_and_all_else_is_bit_identical(tiny_llava_dir, ad
 
 
 def test_what_a_step_logs(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(
+    trainer = ppo_trainer(
         tiny_llava_dir, adapter_dir, tmp_path, correctness_coef=2.0, length_coef=-10.0, missing_eos_penalty=8.0
     )
     trainer.train()
@@ -140,15 +55,15 @@ def test_what_a_step_logs(tiny_llava_dir, adapter_dir, tmp_path):
 
 
 def test_a_reference_that_is_not_the_start_stops_the_run(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, ref_adapter_name=None)  # the bare base
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, ref_adapter_name=None)  # the bare base
     with pytest.raises(UnhealthyRunError, match=r"objective/kl is .* expected 0"):
         trainer.train()
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, ref_adapter_name=None, check_first_step=False)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, ref_adapter_name=None, check_first_step=False)
     trainer.train()
 
 
 def test_a_policy_that_moved_between_rollout_and_update_stops_the_run(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
 
     def nudge(**columns: Any) -> list[float]:
         for name, parameter in trainer.model.named_parameters():
@@ -168,7 +83,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_names_function_and_row(
     def broken(completion_ids: list, **columns: Any) -> list[float]:
         return [bad if i == 2 else 0.0 for i in range(len(completion_ids))]
 
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=broken)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=broken)
     before = weights(trainer)
     with pytest.raises(UnhealthyRunError, match=r"the reward of broken is not finite at step 1 \(rows \[2\]"):
         trainer.train()
@@ -178,7 +93,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_names_function_and_row(
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(
     tiny_llava_dir, adapter_dir, tmp_path
 ):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
     poisoned = next(p for name, p in trainer.model.named_parameters() if "lora_B.default" in name)
     poisoned.register_hook(lambda gradient: gradient * math.nan)
     before = weights(trainer)
@@ -194,10 +109,10 @@ def losses(trainer: LlavaPPOTrainer) -> list[tuple[float, ...]]:
 
 
 def test_accumulation_changes_nothing_though_responses_differ_in_length(tiny_llava_dir, adapter_dir, tmp_path):
-    whole = make_trainer(
+    whole = ppo_trainer(
         tiny_llava_dir, adapter_dir, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1
     )
-    parts = make_trainer(
+    parts = ppo_trainer(
         tiny_llava_dir, adapter_dir, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4
     )
     for trainer in (whole, parts):
@@ -211,7 +126,7 @@ def test_accumulation_changes_nothing_though_responses_differ_in_length(tiny_lla
 
 
 def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
     rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     for size in (1, 3):
         trainer.args.local_rollout_forward_batch_size = size
@@ -224,7 +139,7 @@ def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir,
 
 
 def test_a_mini_batch_is_one_optimizer_step(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, num_mini_batches=2, num_ppo_epochs=3)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, num_mini_batches=2, num_ppo_epochs=3)
     steps = []
     trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.train()
@@ -235,8 +150,8 @@ def test_the_policy_learns_what_is_rewarded(tiny_llava_dir, adapter_dir, tmp_pat
     def short(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return [-len(ids) / 8 for ids in completion_ids]
 
-    trainer = make_trainer(
-        tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=short, train_dataset=rows(32), total_episodes=224,
+    trainer = ppo_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=short, train_dataset=prompt_rows(32), total_episodes=224,
         per_device_train_batch_size=16, num_ppo_epochs=2, kl_coef=0.0, temperature=1.0, lr_scheduler_type="constant",
     )  # fmt: skip
     favour_the_stop_token(trainer)
@@ -252,7 +167,7 @@ def test_columns_reach_the_reward_function_with_their_rows(tiny_llava_dir, adapt
         seen.extend(zip(prompts, completions, images, captions, answer_type, row_name, strict=True))
         return [0.0, 1.0, 2.0, 3.0]
 
-    make_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=look).train()
+    ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=look).train()
     assert len(seen) == 8
     for prompt, completion, images, captions, answer_type, name in seen:
         index = int(name.split("[")[1].rstrip("]"))
@@ -275,14 +190,14 @@ def test_the_value_model_may_see_larger_pictures(tiny_llava_dir, adapter_dir, tm
     value = LlavaForSequenceClassification(config)
     value.requires_grad_(False)
     value.score.requires_grad_(True)
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, value_model=value, value_processing_class=processor)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, value_model=value, value_processing_class=processor)
     rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     assert rollout.value_inputs.query_length == rollout.inputs.query_length + (8 * 8 - 4 * 4)
     trainer.train()
 
 
 def test_values_come_from_the_token_before_each_response_token(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
     rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
     value = trainer.accelerator.unwrap_model(trainer.model).value_model
     row = next(i for i, images in enumerate(rollout.columns["images"]) if images)
@@ -298,7 +213,7 @@ def test_padding_carries_nothing(tiny_llava_dir, adapter_dir, tmp_path):
     """A rollout with garbage behind its responses trains to the very same weights."""
 
     def trained(spoil: bool) -> dict[str, torch.Tensor]:
-        trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+        trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
         favour_the_stop_token(trainer)
         rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
         assert not rollout.mask.all()
@@ -316,7 +231,7 @@ def test_padding_carries_nothing(tiny_llava_dir, adapter_dir, tmp_path):
 
 
 def test_the_image_token_is_never_sampled_nor_counted_in_the_distribution(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
     model = trainer.accelerator.unwrap_model(trainer.model)
     image_token = model.policy.config.image_token_id
     assert trainer.suppressed == [image_token]
@@ -329,7 +244,7 @@ def test_the_image_token_is_never_sampled_nor_counted_in_the_distribution(tiny_l
 
 
 def test_save_model_writes_both_adapters_with_the_head(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path / "out")
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path / "out")
     trainer.train()
     trainer.save_model()
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -348,8 +263,8 @@ def test_save_model_writes_both_adapters_with_the_head(tiny_llava_dir, adapter_d
 
 
 def test_samples_are_shown_and_saved_with_each_reward_term(tiny_llava_dir, adapter_dir, tmp_path, capsys):
-    trainer = make_trainer(
-        tiny_llava_dir, adapter_dir, tmp_path, eval_dataset=rows(4), num_sample_generations=1,
+    trainer = ppo_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, eval_dataset=prompt_rows(4), num_sample_generations=1,
         per_device_eval_batch_size=4, length_coef=-1.0,
     )  # fmt: skip
     trainer.train()
@@ -362,11 +277,11 @@ def test_samples_are_shown_and_saved_with_each_reward_term(tiny_llava_dir, adapt
 
 def test_fewer_rows_than_a_batch_is_an_error_and_not_an_endless_loop(tiny_llava_dir, adapter_dir, tmp_path):
     with pytest.raises(ValueError, match="3 usable rows, fewer than the 4 of one batch"):
-        make_trainer(tiny_llava_dir, adapter_dir, tmp_path, train_dataset=rows(3))
+        ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, train_dataset=prompt_rows(3))
 
 
 def test_scores_are_normalised_by_the_first_batch(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, normalize_scores="first_batch", length_coef=-1.0)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, normalize_scores="first_batch", length_coef=-1.0)
     trainer.train()
     first, second = (e for e in trainer.state.log_history if "objective/kl" in e)
     assert first["rewards/even_tokens/mean"] == pytest.approx(0.0, abs=1e-5)
@@ -382,7 +297,7 @@ def test_reward_functions_join_with_weights(tiny_llava_dir, adapter_dir, tmp_pat
     def half_opinion(completion_ids, **columns):
         return [None if i % 2 else 2.0 for i in range(len(completion_ids))]
 
-    trainer = make_trainer(
+    trainer = ppo_trainer(
         tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=[one, half_opinion], reward_weights=[3.0, 10.0],
         reward_bias=0.5,
     )  # fmt: skip
@@ -390,12 +305,12 @@ def test_reward_functions_join_with_weights(tiny_llava_dir, adapter_dir, tmp_pat
     trainer.score(rollout, 1)
     assert rollout.scores.tolist() == [23.5, 3.5, 23.5, 3.5]
     with pytest.raises(ValueError, match="`reward_weights` has 1 entries for 2 reward functions"):
-        make_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=[one, half_opinion], reward_weights=[3.0])
+        ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=[one, half_opinion], reward_weights=[3.0])
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_llava_dir, adapter_dir, tmp_path):
-    plain = make_trainer(tiny_llava_dir, adapter_dir, tmp_path)
-    checkpointed = make_trainer(tiny_llava_dir, adapter_dir, tmp_path, gradient_checkpointing=True)
+    plain = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    checkpointed = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, gradient_checkpointing=True)
     assert losses(plain) == losses(checkpointed)
     expected = weights(plain)
     assert all(torch.equal(expected[name], value) for name, value in weights(checkpointed).items())

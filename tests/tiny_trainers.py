@@ -1,0 +1,99 @@
+"""Trainers on the tiny models, for unit tests and for the processes that launched tests start."""
+
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+import torch
+from datasets import Dataset, Image, List
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from trl_llava.adapters import load_adapter
+from trl_llava.configs import LlavaPPOConfig
+from trl_llava.ppo_trainer import LlavaPPOTrainer
+from trl_llava.sequence_classification import LlavaForSequenceClassification
+
+TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"
+
+
+def even_tokens(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The share of even token ids: a reward that a policy can learn, and that needs no model."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def prompt_rows(count: int = 8) -> Dataset:
+    """Questions, every third without an image."""
+    table = {
+        "prompt": [[{"role": "user", "content": f"What is in picture {i}?"}] for i in range(count)],
+        "images": [[] if i % 3 == 2 else [tiny_models.image(("red", "blue")[i % 2])] for i in range(count)],
+        "answer_type": [("general", "yes", "no", "A")[i % 4] for i in range(count)],
+        "captions": [[f"caption {i}"] for i in range(count)],
+    }
+    return Dataset.from_dict(table).cast_column("images", List(Image()))
+
+
+def make_adapter(base: Path, folder: Path) -> Path:
+    """A LoRA adapter whose B matrices are not zero, as after SFT."""
+    torch.manual_seed(1)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)).save_pretrained(folder)
+    return folder
+
+
+def make_policy(base: Path, adapter: Path) -> PeftModel:
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    model = load_adapter(model, str(adapter), is_trainable=True)
+    return load_adapter(model, str(adapter), adapter_name="reference", is_trainable=False)
+
+
+def make_value(base: Path, folder: Path | None = None) -> PeftModel:
+    torch.manual_seed(2)
+    model = LlavaForSequenceClassification.from_pretrained(folder or base, num_labels=1, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["score"]))
+
+
+def ppo_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> LlavaPPOTrainer:
+    own = ("model", "value_model", "reward_funcs", "train_dataset", "eval_dataset", "value_processing_class")
+    given = {name: changes.pop(name) for name in own if name in changes}
+    parts = {
+        "model": lambda: make_policy(base, adapter),
+        "value_model": lambda: make_value(base),
+        "reward_funcs": lambda: even_tokens,
+        "train_dataset": prompt_rows,
+    }
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "total_episodes": 8,
+        "num_ppo_epochs": 1,
+        "response_length": 8,
+        "stop_token": "eos",
+        "learning_rate": 1e-2,
+        "num_sample_generations": 0,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "ref_adapter_name": "reference",
+        **changes,
+    }
+    return LlavaPPOTrainer(
+        args=LlavaPPOConfig(**settings),
+        processing_class=AutoProcessor.from_pretrained(base),
+        ref_model=None,
+        **{name: build() for name, build in parts.items() if name not in given},
+        **given,
+    )
+
+
+def favour_the_stop_token(trainer: LlavaPPOTrainer) -> None:
+    """Make responses of mixed length likely."""
+    head = trainer.accelerator.unwrap_model(trainer.model).policy.get_base_model().lm_head.weight
+    head.data[trainer.stop_token_id] *= 8
+
+
+def weights(trainer: LlavaPPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
