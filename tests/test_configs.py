@@ -1,0 +1,113 @@
+"""Configs keep TRL's defaults, refuse what cannot work with images, and name the fields to change."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from trl import ModelConfig, RewardConfig, SFTConfig
+from trl.experimental.ppo import PPOConfig
+
+from trl_llava.configs import (
+    LlavaModelConfig,
+    LlavaPPOConfig,
+    LlavaRewardConfig,
+    LlavaScriptArguments,
+    LlavaSFTConfig,
+)
+
+
+def make(kind: type, **fields: Any) -> Any:
+    if kind in (LlavaScriptArguments, LlavaModelConfig):
+        return kind(**fields)
+    return kind(output_dir="unused", bf16=False, use_cpu=True, report_to="none", **fields)
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "trls", "changed"),
+    [
+        (LlavaSFTConfig, SFTConfig, {"assistant_only_loss"}),
+        (LlavaRewardConfig, RewardConfig, set()),
+        (LlavaPPOConfig, PPOConfig, {"sft_model_path", "reward_model_path"}),
+        (LlavaModelConfig, ModelConfig, set()),
+    ],
+)
+def test_trls_fields_keep_their_defaults(ours: type, trls: type, changed: set[str]) -> None:
+    mine, theirs = defaults(ours), defaults(trls)
+    assert {name for name in theirs if mine[name] != theirs[name]} == changed
+
+
+def test_our_ppo_fields_are_neutral() -> None:
+    config = make(LlavaPPOConfig)
+    off = ("correctness_coef", "length_coef", "normalize_scores", "reward_funcs", "reward_weights")
+    assert [getattr(config, name) for name in off] == [None] * 5
+    assert (config.clamp_kl, config.reward_scale, config.reward_bias) == (False, 1.0, 0.0)
+    assert make(LlavaRewardConfig).reward_centering == "trl"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (LlavaScriptArguments, {"dataset_streaming": True}, "`dataset_streaming` must stay False"),
+        (LlavaScriptArguments, {"ignore_bias_buffers": True}, "`ignore_bias_buffers` must stay False"),
+        (LlavaSFTConfig, {"packing": True}, "`packing` must stay False .found True.: .* never cut or joined"),
+        (LlavaSFTConfig, {"eval_packing": True}, "`eval_packing` must stay None"),
+        (LlavaSFTConfig, {"padding_free": True}, "`padding_free` must stay False"),
+        (LlavaSFTConfig, {"truncation_mode": "keep_end"}, "`truncation_mode` .* see `overlong`"),
+        (LlavaSFTConfig, {"dataset_text_field": "body"}, "`dataset_text_field` must stay 'text'"),
+        (LlavaSFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}}, "`dataset_kwargs` must stay None"),
+        (LlavaSFTConfig, {"pad_token": "x"}, "`pad_token` .* belongs to the processor"),
+        (LlavaSFTConfig, {"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` must stay"),
+        (LlavaSFTConfig, {"max_length": 0}, "`max_length` must be above 0, found 0"),
+        (LlavaRewardConfig, {"pad_token": "x"}, "`pad_token` .* belongs to the processor"),
+        (
+            LlavaRewardConfig,
+            {"reward_centering": "none", "center_rewards_coefficient": 0.1},
+            "`center_rewards_coefficient=0.1` contradicts reward_centering",
+        ),
+        (LlavaPPOConfig, {"batch_size": 8}, "`batch_size` must stay None .* the trainer computes it"),
+        (LlavaPPOConfig, {"eval_strategy": "steps"}, "`eval_strategy` .* no evaluation loss"),
+        (LlavaPPOConfig, {"temperature": 0.0}, "`temperature` must be above 0"),
+        (LlavaPPOConfig, {"missing_eos_penalty": -8.0, "stop_token": "eos"}, "`missing_eos_penalty` must be above 0"),
+        (LlavaPPOConfig, {"missing_eos_penalty": 8.0}, "needs a stop token.*`stop_token: eos`"),
+        (LlavaPPOConfig, {"stop_token": "eos", "stop_token_id": 2}, "`stop_token` and `stop_token_id` exclude"),
+        (
+            LlavaPPOConfig,
+            {"num_mini_batches": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+            r"`num_mini_batches` \(3\) must divide `per_device_train_batch_size` \(4\) \* "
+            r"`gradient_accumulation_steps` \(2\) = 8 .* change one of the three",
+        ),
+        (
+            LlavaPPOConfig,
+            {"whiten_rewards": True, "num_mini_batches": 2, "per_device_train_batch_size": 8},
+            r"`whiten_rewards` needs at least 8 .* leaves 4",
+        ),
+    ],
+)
+def test_refused_with_the_reason(kind: type, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(kind, **fields)
+
+
+@pytest.mark.parametrize(
+    ("assistant_only", "completion_only", "labels_on"),
+    [
+        (True, None, "answers"),
+        (True, False, "answers"),
+        (True, True, "completion"),
+        (False, None, "completion"),
+        (False, True, "completion"),
+        (False, False, "all"),
+    ],
+)
+def test_labels_on(assistant_only: bool, completion_only: bool | None, labels_on: str) -> None:
+    config = make(LlavaSFTConfig, assistant_only_loss=assistant_only, completion_only_loss=completion_only)
+    assert config.labels_on == labels_on
+
+
+def test_num_mini_batches_that_divides_is_fine() -> None:
+    config = make(LlavaPPOConfig, num_mini_batches=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert config.num_mini_batches == 4

@@ -1,0 +1,153 @@
+"""The parser: every key known, every value of its type, and a resolved recipe that repeats the run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trl_llava import train_ppo, train_reward, train_sft
+from trl_llava.recipe_values import RecipeDumper, RecipeError, RecipeLoader, convert
+
+CPU = {"output_dir": "unused", "bf16": False, "use_cpu": True}
+
+
+def write(folder: Path, name: str = "recipe.yaml", **values: Any) -> Path:
+    path = folder / name
+    path.write_text(yaml.dump({**CPU, **values}, Dumper=RecipeDumper))
+    return path
+
+
+def parse(folder: Path, *args: str, module: Any = train_ppo, **values: Any) -> tuple[Any, ...]:
+    return module.make_parser().parse(["--config", str(write(folder, **values)), *args])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rte": 1.0}, r"recipe.yaml: unknown key `learning_rte`; did you mean `learning_rate`\?"),
+        ({"xyzzy": 1}, r"recipe.yaml: unknown key `xyzzy`\."),
+        ({"num_processes": 2}, "`num_processes` belongs to the launcher; give it as --num_processes"),
+        ({"learning_rate": "fast"}, r"recipe.yaml: `learning_rate`: expected a number, found 'fast' \(str\)"),
+        ({"num_ppo_epochs": 1.5}, r"`num_ppo_epochs`: expected a whole number, found 1.5 \(float\)"),
+        ({"num_ppo_epochs": True}, r"`num_ppo_epochs`: expected a whole number, found True \(bool\)"),
+        ({"bf16": "yes"}, r"`bf16`: expected true or false or null, found 'yes' \(str\)"),
+        ({"clamp_kl": 1}, "`clamp_kl`: expected true or false, found 1"),
+        ({"run_name": 7}, r"`run_name`: expected text or null, found 7 \(int\)"),
+        ({"learning_rate": None}, r"`learning_rate`: expected a number, found None"),
+        ({"kl_estimator": "k2"}, "`kl_estimator`: expected one of 'k1', 'k3', found 'k2'"),
+        ({"lr_scheduler_type": "cosin"}, "`lr_scheduler_type`: expected one of 'linear', 'cosine'"),
+        ({"dtype": "bf16"}, "`dtype`: expected one of 'auto', 'bfloat16', 'float16', 'float32', found 'bf16'"),
+        ({"reward_weights": ["a"]}, "`reward_weights`: expected a list, each entry a number or null, found"),
+        ({"datasets": [{"path": "a", "spilt": "b"}]}, r"`datasets`: unknown key `spilt`; did you mean `split`\?"),
+        ({"datasets": [{"split": "b"}]}, "`datasets`: `path` is missing"),
+        ({"datasets": [{"path": 1}]}, r"`datasets`: `path`: expected text, found 1 \(int\)"),
+        ({"num_mini_batches": 3}, "recipe.yaml: `num_mini_batches` .3. must divide `per_device_train_batch_size`"),
+        ({"env": ["A"]}, "`env` must be a mapping"),
+    ],
+)
+def test_bad_value_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse(tmp_path, **values)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--learnin_rate", "3"], r"command line: unknown argument `--learnin_rate`; did you mean `learning_rate`\?"),
+        (["--learn", "3"], "command line: unknown argument `--learn`"),  # no abbreviations
+        (["--learning_rate", "fast"], "argument --learning_rate.*invalid float value: 'fast'"),
+        (["stray"], "unknown argument `stray`"),
+        (["--config"], "--config needs the path"),
+        (["--config", "nowhere.yaml"], "cannot read the recipe nowhere.yaml: No such file"),
+    ],
+)
+def test_bad_command_line_is_named(args: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train_ppo.make_parser().parse(args)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nkl_coef: 2\nseed: 3\n", "key `seed` is on line 1 and again on line 3"),
+        ("- a\n- b\n", "expected a mapping `key: value`, found list"),
+        ("", "expected a mapping `key: value`, found NoneType"),
+        ("a: [1\n", "recipe.yaml: while parsing"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        train_ppo.make_parser().parse(["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_yaml_as_people_write_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "output_dir: x\nbf16: no\nuse_cpu: yes\neval_strategy: no\nlearning_rate: 1e-4\nkl_coef: 1\n"
+        "lora_target_modules: all-linear\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
+    )
+    _, args, model_args, _, recipe = train_ppo.make_parser().parse(["--config", str(tmp_path / "recipe.yaml")])
+    assert (args.bf16, args.use_cpu, args.eval_strategy, args.learning_rate) == (False, True, "no", 1e-4)
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert model_args.lora_target_modules == "all-linear"
+    assert recipe.given["kl_coef"] == 1.0
+
+
+def test_command_line_overrides_and_unsets(tmp_path: Path) -> None:
+    _, args, model_args, *_ = parse(
+        tmp_path, "--length_coef", "null", "--seed=5", "--no_freeze_projector", "--disable_tqdm", length_coef=-10.0
+    )
+    assert (args.length_coef, args.seed, args.disable_tqdm) == (None, 5, True)
+    assert model_args.freeze_projector is False
+
+
+def test_env_is_set_as_in_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_LLAVA_TEST", "before")
+    *_, recipe = parse(tmp_path, env={"TRL_LLAVA_TEST": 3})
+    assert os.environ["TRL_LLAVA_TEST"] == "3"
+    assert "env" not in recipe.values
+
+
+@pytest.mark.parametrize("module", [train_sft, train_reward, train_ppo])
+def test_resolved_recipe_repeats_the_run(tmp_path: Path, module: Any) -> None:
+    first = parse(
+        tmp_path,
+        "--num_train_epochs",
+        "2",
+        module=module,
+        learning_rate=1e-5,
+        run_name="1e-4",
+        lora_target_modules=["q_proj", "v_proj"],
+        datasets=[{"path": "a", "fraction": 0.5}],
+        warmup_steps=0.03,
+    )
+    (tmp_path / "resolved.yaml").write_text(first[-1].to_yaml())
+    second = module.make_parser().parse(["--config", str(tmp_path / "resolved.yaml")])
+    assert second[-1].values == first[-1].values
+    for one, other in zip(first[:-1], second[:-1], strict=True):
+        assert {**vars(one), "distributed_state": 0} == {**vars(other), "distributed_state": 0}
+    assert (second[1].learning_rate, second[1].num_train_epochs, second[1].run_name) == (1e-5, 2.0, "1e-4")
+
+
+def test_token_is_used_but_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "old")
+    _, args, *_, recipe = parse(
+        tmp_path, "--hub_token", "hf_secret", module=train_sft, model_init_kwargs={"token": "hf_secret", "a": 1}
+    )
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+    assert args.hub_token is None  # the trainer pickles its arguments
+    assert "hf_secret" not in recipe.to_yaml()
+    assert recipe.values["model_init_kwargs"] == {"a": 1}
+
+
+def test_number_like_text_survives_the_dialect() -> None:
+    value = {"text": "1e-4", "number": 1e-4, "whole": 3, "flag": "no"}
+    assert yaml.load(yaml.dump(value, Dumper=RecipeDumper), Loader=RecipeLoader) == value
+
+
+def test_convert_keeps_whole_numbers_whole() -> None:
+    assert type(convert(3, float)) is float
+    assert type(convert(3, int)) is int
+    assert convert("a", list[str]) == ["a"]
