@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Value
 from trl_llava.images import load_image
 from trl_llava.row_formats import KNOWN_COLUMNS
 from trl_llava.row_maker import PROBLEM_COLUMNS, RowMaker
-from trl_llava.rows import ANSWERS, RowError, Stage, is_normalised, stage_features
+from trl_llava.rows import RowError, Stage, is_normalised, stage_features
 from trl_llava.sources import DatasetSource, RawRows, json_columns, read_source
 
 __all__ = ["RowError", "load_image", "load_rows", "rows_from"]
@@ -120,8 +120,6 @@ def _normalise(
     require_captions: bool,
     num_proc: int | None,
 ) -> Dataset:
-    if stage not in ANSWERS:
-        raise ValueError(f"stage is {stage!r}, expected one of {', '.join(ANSWERS)}.")
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}, expected `error` or `skip`.")
     if not len(raw.dataset):

@@ -159,6 +159,7 @@ def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
             row_name,
             f"the image is {ref!r}, expected a picture, a path, or a dict with `bytes` or `path`",
             "Correct the row",
+            "image missing",
         )
     if not Path(path).is_file():
         raise RowError(

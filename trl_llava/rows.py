@@ -62,7 +62,12 @@ def stage_features(stage: Stage, *, margin: bool = False) -> Features:
 
     Returns:
         The features, without the further columns that prompt rows may carry.
+
+    Raises:
+        ValueError: If there is no such stage.
     """
+    if stage not in ANSWERS:
+        raise ValueError(f"stage is {stage!r}, expected one of {', '.join(ANSWERS)}.")
     messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
     features = {"row_name": Value("string"), "images": List(Image(decode=False)), "prompt": messages}
     features.update(dict.fromkeys(ANSWERS[stage], messages))

@@ -1,0 +1,150 @@
+"""Pictures of every kind become 8-bit RGB, or an error that names the row."""
+
+import io
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from trl_llava import images
+from trl_llava.images import image_size, load_image, load_images, path_inside
+from trl_llava.rows import RowError
+
+
+def encoded(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def colours(image):
+    return [image.getpixel((x, 0)) for x in range(image.width)]
+
+
+def test_path_bytes_and_picture_are_the_same(tmp_path):
+    picture = Image.new("RGB", (3, 2), (10, 20, 30))
+    path = tmp_path / "a.png"
+    picture.save(path)
+    for ref in (picture, str(path), {"bytes": None, "path": str(path)}, encoded(picture)):
+        loaded = load_image(ref, "a[0]")
+        assert loaded.mode == "RGB" and loaded.size == (3, 2) and colours(loaded) == [(10, 20, 30)] * 3
+    assert [
+        [image.size for image in row] for row in load_images([{"row_name": "a[0]", "images": [str(path)]}, {}])
+    ] == [
+        [(3, 2)],
+        [],
+    ]
+
+
+def test_the_file_is_no_longer_needed(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2), "red").save(path)
+    loaded = load_image(str(path), "a[0]")
+    path.unlink()
+    assert colours(loaded) == [(255, 0, 0)] * 3
+
+
+def test_cmyk_is_converted():
+    cmyk = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
+    assert colours(load_image(cmyk, "a[0]")) == [(255, 0, 0)]
+    (red, green, blue) = colours(load_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), "a[0]"))[0]
+    assert red > 200 and green < 60 and blue < 60
+
+
+def sixteen_bit(values):
+    """A 16-bit grey PNG with one line of pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    line = b"\0" + struct.pack(f">{len(values)}H", *values)
+    head = struct.pack(">IIBBBBB", len(values), 1, 16, 0, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
+    return {"bytes": b"\x89PNG\r\n\x1a\n" + body, "path": None}
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    loaded = load_image(sixteen_bit([0, 257, 32896, 65535]), "a[0]")
+    assert colours(loaded) == [(0, 0, 0), (1, 1, 1), (128, 128, 128), (255, 255, 255)]
+
+
+def test_values_of_unknown_range_are_an_error():
+    with pytest.raises(RowError, match=r"a\[0\]: the image has values from -5 to -5"):
+        load_image(Image.new("I", (2, 2), -5), "a[0]")
+    with pytest.raises(RowError, match="floating-point pixels"):
+        load_image(Image.new("F", (2, 2), 0.5), "a[0]")
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_taken(format):
+    first, second = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    animated = encoded(first, format, save_all=True, append_images=[second], duration=50)
+    red, green, blue = load_image(animated, "a[0]").getpixel((2, 2))
+    assert red > 240 and green < 10 and blue < 10
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("1", 1), ("L", 255), ("P", 0), ("LA", (255, 0)), ("RGBA", (255,) * 4)])
+def test_other_modes_become_rgb(mode, colour):
+    assert load_image(encoded(Image.new(mode, (2, 2), colour)), "a[0]").mode == "RGB"
+
+
+def test_exif_orientation_is_applied():
+    picture = Image.new("RGB", (4, 2), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter turn
+    turned = encoded(picture, "JPEG", exif=exif)
+    assert load_image(turned, "a[0]").size == (2, 4) == image_size(turned, "a[0]")
+    assert image_size(encoded(picture), "a[0]") == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("ref", "problem", "reason"),
+    [
+        ("/nowhere/a.png", "the image file /nowhere/a.png does not exist", "image missing"),
+        ({"bytes": None, "path": None}, "expected a picture, a path, or a dict", "image missing"),
+        (None, "the image is None, expected a picture", "image missing"),
+        ({"bytes": b"", "path": None}, "the image has no bytes", "empty image"),
+        ({"bytes": b"not a picture", "path": "x.png"}, "the image x.png cannot be read", "damaged image"),
+        (Image.new("RGB", (0, 5)), r"the image has no pixels \(0x5\)", "empty image"),
+    ],
+)
+def test_what_is_no_picture_names_the_row(ref, problem, reason):
+    with pytest.raises(RowError, match=problem) as caught:
+        load_image(ref, "a[0]")
+    assert str(caught.value).startswith("a[0]: ") and caught.value.reason == reason
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_truncated_picture_names_the_row(format):
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    content = encoded(noise, format)["bytes"]
+    with pytest.raises(RowError, match=r"a\[0\]: the image cannot be read"):
+        load_image({"bytes": content[: len(content) // 2], "path": None}, "a[0]")
+
+
+def test_an_empty_file_names_the_row(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(RowError, match=r"a.jpg cannot be read"):
+        load_image(str(tmp_path / "a.jpg"), "a[0]")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
+    bomb = encoded(Image.new("1", (30_000, 3_000)))
+    assert len(bomb["bytes"]) < 100_000
+    with pytest.raises(RowError, match="30000x3000 pixels, expected at most 89478485"):
+        load_image(bomb, "a[0]")
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    with pytest.raises(RowError, match="4x4 pixels, expected at most 10"):
+        load_image(Image.new("RGB", (4, 4)), "a[0]")
+
+
+@pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png", "", "b/.."])
+def test_a_file_name_must_not_leave_its_folder(name):
+    with pytest.raises(RowError, match=r"a\[0\]: the image file name is .* without `\.\.`"):
+        path_inside("/data/images", name, "a[0]")
+
+
+def test_a_file_name_may_have_folders():
+    assert path_inside("/data/images", "train2017/0..1.png", "a[0]") == "/data/images/train2017/0..1.png"
