@@ -1,0 +1,113 @@
+"""A run's folder: another run is never touched, and what is written can be trusted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trl_llava import output_dir, train_sft
+from trl_llava.output_dir import OutputDirError, claim, record
+
+
+def parse(folder: Path, *args: str) -> tuple[Any, Any]:
+    words = ["--output_dir", str(folder), "--bf16", "false", "--use_cpu", *args]
+    _, training_args, *_, recipe = train_sft.make_parser().parse(words)
+    return training_args, recipe
+
+
+def start(folder: Path, *args: str) -> None:
+    parsed = parse(folder, *args)
+    claim(*parsed)
+    record(*parsed)
+
+
+def finish(folder: Path) -> dict[str, bytes]:
+    """Pretends that a run got as far as a checkpoint; returns what must not change."""
+    checkpoint = folder / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_gets_recipe_and_versions(tmp_path: Path) -> None:
+    start(tmp_path / "a" / "b")
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["recipe.yaml", "versions.json"]
+    versions = json.loads((tmp_path / "a" / "b" / "versions.json").read_text())
+    assert {"python", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "trl_llava"} <= set(versions)
+    assert versions["trl"].startswith("1.12.")
+
+
+def test_nothing_is_written_before_training_starts(tmp_path: Path) -> None:
+    assert claim(*parse(tmp_path / "run")) is None
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_another_run_is_refused_and_named(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    before = finish(tmp_path / "run")
+    with pytest.raises(OutputDirError, match=r"holds another run.*`learning_rate` \(2e-05 there, 0.1 now\)") as error:
+        claim(*parse(tmp_path / "run", "--learning_rate", "0.1"))
+    assert "Choose another `output_dir`" in str(error.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputDirError, match="is not empty and no run of trl_llava"):
+        claim(*parse(tmp_path))
+    assert contents(tmp_path) == {str(tmp_path / "thesis.txt"): b"precious"}
+
+
+def test_the_same_run_resumes_or_says_how(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    before = finish(tmp_path / "run")
+    with pytest.raises(OutputDirError, match="already holds this run: .*`resume_from_checkpoint: true`"):
+        claim(*parse(tmp_path / "run"))
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", "true")) == checkpoint
+    assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", checkpoint)) == checkpoint
+    assert contents(tmp_path / "run") == before
+
+
+def test_the_same_run_that_left_nothing_starts_again(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    start(tmp_path / "run")
+
+
+def test_a_moved_folder_is_still_the_same_run(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    finish(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert claim(*parse(tmp_path / "moved", "--resume_from_checkpoint", "true")) is not None
+
+
+@pytest.mark.parametrize("value", ["true", "nowhere"])
+def test_missing_checkpoint_is_named(tmp_path: Path, value: str) -> None:
+    with pytest.raises(OutputDirError, match="`resume_from_checkpoint`: .*(holds no checkpoint|is not a checkpoint)"):
+        claim(*parse(tmp_path / "run", "--resume_from_checkpoint", value))
+
+
+def test_unwritable_output_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputDirError, match="cannot write into `output_dir` .*file/run: Not a directory. Choose"):
+        claim(*parse(tmp_path / "file" / "run"))
+    with pytest.raises(OutputDirError, match="`output_dir`"):
+        claim(*parse(tmp_path / "file"))
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "recipe.yaml"
+    output_dir.write_atomically(path, "old")
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(output_dir.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        output_dir.write_atomically(path, "new")
+    assert path.read_text() == "old"
