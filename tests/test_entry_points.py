@@ -1,0 +1,293 @@
+"""The three entry points, end to end on a tiny model: what they leave behind, and what they refuse before training."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+from trl_llava import train_ppo, train_reward, train_sft
+from trl_llava.console import run_as_program
+from trl_llava.factual_reward import FactualReward
+from trl_llava.ppo_roles import find_function
+from trl_llava.recipe_values import RecipeError
+from trl_llava.rows import RowError
+
+SAVED = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "processor_config.json",
+    "recipe.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "versions.json",
+}
+QUICK = [
+    *("--use_cpu", "--disable_tqdm", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"),
+    *("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2"),
+    *("--logging_steps", "1", "--learning_rate", "0.01"),
+]
+QUESTION = [{"role": "user", "content": "what is it?"}]
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def constant(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward function that a recipe can name."""
+    return [0.5] * len(completions)
+
+
+class Work:
+    """A folder with rows for each stage, and the words that every run here needs."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base = folder, base
+        colors = ["red", "blue"] * 3
+        for color in set(colors):
+            tiny_models.image(color).save(folder / f"{color}.png")
+        rows = [{"images": [f"{color}.png"], "prompt": QUESTION} for color in colors]
+        facts = [{**row, "captions": [f"a {color} square"]} for row, color in zip(rows, colors, strict=True)]
+        self.write("sft", [{**row, "completion": answer("a square")} for row in rows])
+        self.write("reward", [{**row, "chosen": answer("a square"), "rejected": answer("a dog")} for row in facts])
+        self.write("plain", [{**row, "chosen": answer("a square"), "rejected": answer("a dog")} for row in rows])
+        self.write("ppo", facts)
+
+    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        (self.folder / f"{name}.json").write_text(json.dumps(rows))
+
+    def words(self, rows: str, out: str, *more: str) -> list[str]:
+        places = ["--dataset_name", f"{self.folder}/{rows}.json", "--output_dir", f"{self.folder}/{out}"]
+        return [*QUICK, *places, *more]
+
+    def sft(self, out: str, *more: str) -> Any:
+        base = ["--model_name_or_path", str(self.base), "--max_steps", "2"]
+        return train_sft.main(self.words("sft", out, *base, *more))
+
+    def reward(self, out: str, *more: str, rows: str = "reward") -> Any:
+        base = ["--model_name_or_path", str(self.base), "--max_steps", "2"]
+        return train_reward.main(self.words(rows, out, *base, *more))
+
+    def ppo(self, out: str, *more: str, rows: str = "ppo") -> Any:
+        short = ["--total_episodes", "4", "--response_length", "4", "--stop_token", "eos", "--num_ppo_epochs", "1"]
+        return train_ppo.main(self.words(rows, out, *short, "--num_sample_generations", "0", *more))
+
+
+@pytest.fixture(scope="module")
+def work(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(tmp_path_factory.mktemp("work"), tiny_llava_dir)
+
+
+@pytest.fixture(scope="module")
+def policy(work: Work) -> Path:
+    work.sft("policy", "--use_peft", "--lora_r", "2", "--test_split_size", "2", "--eval_strategy", "steps")
+    return work.folder / "policy"
+
+
+@pytest.fixture(scope="module")
+def reward_model(work: Work) -> Path:
+    work.reward("reward_model", "--use_peft", "--lora_r", "2")
+    return work.folder / "reward_model"
+
+
+def test_sft_leaves_everything_behind(work: Work, policy: Path) -> None:
+    assert {path.name for path in policy.iterdir()} == SAVED
+    state = json.loads((policy / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert sum("eval_loss" in entry for entry in state["log_history"]) == 2
+    assert str(work.base) in (policy / "README.md").read_text()
+    changed = [
+        key
+        for key, value in load_file(policy / "adapter_model.safetensors").items()
+        if "lora_B" in key and value.any()
+    ]
+    assert changed and not any("vision_tower" in key for key in changed)
+
+
+def test_reward_model_carries_head_and_prompt(reward_model: Path, red_image: Any) -> None:
+    assert {path.name for path in reward_model.iterdir()} == SAVED | {"factual_reward.json"}
+    assert any("score" in key for key in load_file(reward_model / "adapter_model.safetensors"))
+    prompt = json.loads((reward_model / "factual_reward.json").read_text())["judging_prompt"]
+    assert (prompt["with_captions"], prompt["seed"]) == (True, 0)
+    scores = FactualReward.from_pretrained(str(reward_model))(
+        [QUESTION], [answer("a square")], images=[[red_image]], captions=[["a red square"]]
+    )
+    assert len(scores) == 1
+
+
+def test_ppo_trains_policy_and_value(work: Work, policy: Path, reward_model: Path) -> None:
+    trainer = work.ppo(
+        "ppo", "--sft_model_path", str(policy), "--reward_model_path", str(reward_model), "--length_coef", "-1"
+    )
+    folder = work.folder / "ppo"
+    assert {path.name for path in folder.iterdir()} == SAVED | {"value_model"}
+    first = json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
+    assert first["objective/kl"] == 0.0
+    assert {"rewards/factual_reward/mean", "rewards/length/mean"} <= set(first)
+    assert (trainer.args.model_adapter_name, trainer.args.ref_adapter_name) == ("default", "reference")
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (policy, folder))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    head = load_file(folder / "value_model" / "adapter_model.safetensors")
+    assert any("score" in key and value.any() for key, value in head.items())
+
+
+def test_ppo_with_functions_of_ones_own(work: Work, policy: Path) -> None:
+    own = "test_entry_points:constant"
+    trainer = work.ppo(
+        "ppo_own",
+        "--sft_model_path",
+        str(policy),
+        "--value_init",
+        "policy",
+        "--reward_funcs",
+        own,
+        "--reward_weights",
+        "2",
+    )
+    assert trainer.state.log_history[0]["objective/scores"] == 1.0
+
+
+def test_ppo_from_a_whole_model_without_lora(work: Work) -> None:
+    start = ["--model_name_or_path", str(work.base), "--value_init", "policy"]
+    trainer = work.ppo("ppo_full", *start, "--reward_funcs", "test_entry_points:constant", "--total_episodes", "2")
+    assert (work.folder / "ppo_full" / "model.safetensors").is_file()
+    assert trainer.state.log_history[0]["objective/kl"] == 0.0
+
+
+def test_sft_resumes_exactly(work: Work) -> None:
+    words = ["--use_peft", "--lora_r", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    work.sft("whole", *words)
+    shutil.copytree(work.folder / "whole", work.folder / "resumed")
+    for path in (work.folder / "resumed").iterdir():
+        if path.name == "checkpoint-2":
+            shutil.rmtree(path)
+        elif path.is_file() and path.name not in ("recipe.yaml", "versions.json"):
+            path.unlink()
+    work.sft("resumed", *words, "--resume_from_checkpoint", "true")
+    whole, resumed = (load_file(work.folder / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_reward_model_starts_from_the_policys_adapter(work: Work, policy: Path) -> None:
+    trainer = work.reward(
+        "from_policy", "--adapter_name_or_path", str(policy), "--max_steps", "1", "--learning_rate", "0"
+    )
+    start = load_file(policy / "adapter_model.safetensors")
+    end = load_file(work.folder / "from_policy" / "adapter_model.safetensors")
+    assert all(torch.equal(start[key], end[key]) for key in start)
+    assert end.keys() - start.keys() == {"base_model.model.score.weight", "base_model.model.score.bias"}
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert any("lora_" in name for name in trainable) and any("score" in name for name in trainable)
+
+
+# --- what is refused, and that it is before anything is trained or written -----------------------------------------
+
+
+def test_model_that_does_not_exist(work: Work) -> None:
+    with pytest.raises(
+        OSError, match=r"cannot load 'nobody/no-such-model'.*without network, one that is in the cache"
+    ):
+        work.sft("none", "--model_name_or_path", "nobody/no-such-model")
+    assert not list((work.folder / "none").iterdir())
+
+
+def test_rows_are_named_once(work: Work) -> None:
+    with pytest.raises(RecipeError, match=r"either `dataset_name` or `datasets`: neither is given"):
+        train_sft.main([*QUICK, "--output_dir", str(work.folder / "none"), "--model_name_or_path", str(work.base)])
+    with pytest.raises(RecipeError, match=r"`test_split_size` must be a share .* below the 6 rows, found 6"):
+        work.sft("none", "--test_split_size", "6")
+
+
+def test_missing_captions_are_named(work: Work) -> None:
+    with pytest.raises(RowError, match=r"plain.json\[0\].*caption"):
+        work.reward("none", rows="plain")
+
+
+def test_adapter_for_another_base(work: Work, policy: Path, tmp_path: Path) -> None:
+    other = tiny_models.tiny_llava(tmp_path / "other", vocab_size=640)
+    with pytest.raises(RecipeError, match=r"`model_name_or_path` is .*other, but adapter .*policy was trained on"):
+        work.ppo("none", "--sft_model_path", str(policy), "--model_name_or_path", str(other))
+    next_base = tiny_models.tiny_llava_next(tmp_path / "next")
+    wider = tmp_path / "wider"
+    shutil.copytree(policy, wider)
+    config = json.loads((wider / "adapter_config.json").read_text())
+    (wider / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
+    with pytest.raises(ValueError, match=r"adapter .*wider' does not fit model"):
+        work.sft("none", "--adapter_name_or_path", str(wider), "--model_name_or_path", str(next_base))
+
+
+def test_reward_model_without_head(work: Work, policy: Path) -> None:
+    start = ["--sft_model_path", str(policy), "--reward_model_path", str(policy)]
+    with pytest.raises(ValueError, match=r"policy' has no factual_reward.json"):
+        work.ppo("none", *start)
+
+
+def test_adapter_without_head_is_no_reward_model(work: Work, policy: Path, reward_model: Path, tmp_path: Path) -> None:
+    headless = tmp_path / "headless"
+    shutil.copytree(policy, headless)
+    shutil.copy(reward_model / "factual_reward.json", headless)
+    with pytest.raises(ValueError, match=r"adapter '.*headless' has no score head"):
+        work.ppo("none", "--sft_model_path", str(policy), "--reward_model_path", str(headless))
+
+
+def test_reward_model_of_another_family(work: Work, policy: Path, tmp_path: Path) -> None:
+    other = Work(tmp_path, tiny_models.tiny_llava_next(tmp_path / "next", vocab_size=640))
+    other.reward("other", "--use_peft", "--lora_r", "2", "--max_steps", "1")
+    start = ["--sft_model_path", str(policy), "--reward_model_path", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match=r"policy and value model \(reward_model_path\) do not fit together"):
+        work.ppo("none", *start)
+
+
+def test_nothing_to_learn_from(work: Work, policy: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nothing to learn from: set `reward_model_path`"):
+        work.ppo("none", "--sft_model_path", str(policy))
+
+
+def test_num_mini_batches_that_does_not_divide(work: Work) -> None:
+    with pytest.raises(RecipeError, match=r"`num_mini_batches` \(3\) must divide `per_device_train_batch_size` \(2\)"):
+        work.ppo("none", "--num_mini_batches", "3")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_colon", "'no_colon' must be 'package.module:function'"),
+        ("no.such.module:f", "cannot import 'no.such.module'"),
+        ("math:no_such", "module 'math' has no function 'no_such'"),
+        ("math:pi", "module 'math' has no function 'pi'"),
+    ],
+)
+def test_reward_function_that_is_not_there(path: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        find_function(path)
+
+
+def test_an_entry_point_explains_itself_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_as_program(lambda: train_sft.main(["--learning_rte", "1"]))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: command line: unknown argument `--learning_rte`; did you mean `learning_rate`?\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["-m", "trl_llava.cli", "sft"], ["-m", "trl_llava.train_sft"]])
+def test_the_programs_run(work: Work, tmp_path: Path, launcher: list[str]) -> None:
+    rows = ["--dataset_name", f"{work.folder}/sft.json", "--output_dir", str(tmp_path / "run")]
+    words = [*QUICK, *rows, "--model_name_or_path", str(work.base), "--max_steps", "1", "--use_peft"]
+    result = subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SAVED
