@@ -12,7 +12,7 @@ from trl_llava.rollout import Rollout
 
 def step_metrics(
     rollout: Rollout,
-    update_stats: dict[str, torch.Tensor],
+    update_metrics: dict[str, float],
     kl_coef: float,
     gather: Callable[[torch.Tensor], torch.Tensor],
     reduce: Reduce,
@@ -21,7 +21,7 @@ def step_metrics(
 
     Args:
         rollout: the finished rollout.
-        update_stats: statistics by name, one entry per micro-batch.
+        update_metrics: what the update says of itself.
         kl_coef: weight of the KL penalty.
         gather: concatenates a tensor over all processes.
         reduce: sums a tensor over all processes.
@@ -44,9 +44,7 @@ def step_metrics(
         "completions/clipped_ratio": 1.0 - gather(rollout.stopped).float().mean(),
         "val/num_eos_tokens": reduce(rollout.stopped.sum()),
     }
-    for name, values in update_stats.items():
-        metrics[name] = gather(values).float().mean()
-    metrics["val/ratio_var"] = gather(update_stats["val/ratio"]).var() if len(update_stats["val/ratio"]) > 1 else 0.0
+    metrics |= update_metrics
     for name, values in rollout.terms.items():
         everywhere = gather(values)
         metrics[f"rewards/{name}/mean"] = everywhere.mean()

@@ -176,8 +176,8 @@ class LlavaPPOTrainer(PPOTrainer):
             rollout = self.rollout(batch, step)
             self.score(rollout, step)
             self.compute_advantages(rollout, step)
-            update_stats = self.update(rollout, step)
-            self.log_step(rollout, update_stats)
+            update_metrics = self.update(rollout, step)
+            self.log_step(rollout, update_metrics)
             self._end_step(step)
         self._end()
 
@@ -262,7 +262,7 @@ class LlavaPPOTrainer(PPOTrainer):
         advantages, rollout.returns = ppo_math.gae(rewards, rollout.values, mask, args.gamma, args.lam)
         rollout.advantages = ppo_math.masked_whiten(advantages, mask, reduce=self.sum_over_processes)
 
-    def update(self, rollout: Rollout, step: int) -> dict[str, torch.Tensor]:
+    def update(self, rollout: Rollout, step: int) -> dict[str, float]:
         """Train policy and value on the rollout.
 
         Args:
@@ -270,7 +270,7 @@ class LlavaPPOTrainer(PPOTrainer):
             step: the PPO step, counted from 1.
 
         Returns:
-            Statistics by name, one entry per micro-batch (or optimizer step) of this process.
+            Metrics by TRL's names, over all processes.
 
         Raises:
             UnhealthyRunError: if a ratio is not 1 before the first update, or loss or gradient are not finite.
@@ -419,15 +419,15 @@ class LlavaPPOTrainer(PPOTrainer):
             pin_memory=args.dataloader_pin_memory and accelerator.device.type == "cuda",
         )
 
-    def log_step(self, rollout: Rollout, update_stats: dict[str, torch.Tensor]) -> None:
+    def log_step(self, rollout: Rollout, update_metrics: dict[str, float]) -> None:
         """Log the step's metrics and where its time went.
 
         Args:
             rollout: the finished rollout.
-            update_stats: what `update` returned.
+            update_metrics: what `update` returned.
         """
         gather = self.accelerator.gather
-        metrics = step_metrics(rollout, update_stats, self.args.kl_coef, gather, self.sum_over_processes)
+        metrics = step_metrics(rollout, update_metrics, self.args.kl_coef, gather, self.sum_over_processes)
         seconds = time.perf_counter() - self.step_start
         metrics |= {f"time/{name}": value for name, value in self.phase_seconds.items()}
         metrics["time/step"] = seconds

@@ -48,7 +48,7 @@ class PPOUpdate:
         self.optimizer = optimizer
         self.suppressed = suppressed
 
-    def __call__(self, rollout: Rollout, step: int, nothing_moved_yet: bool) -> dict[str, torch.Tensor]:
+    def __call__(self, rollout: Rollout, step: int, nothing_moved_yet: bool) -> dict[str, float]:
         """Train on a rollout.
 
         Args:
@@ -57,20 +57,21 @@ class PPOUpdate:
             nothing_moved_yet: `True` at the first step, whose first ratios must be 1.
 
         Returns:
-            Statistics by name, one entry per micro-batch (`grad_norm`: per optimizer step) of this process.
+            Metrics by TRL's names: means over all tokens of all processes and passes; `grad_norm` over the steps.
 
         Raises:
             UnhealthyRunError: if a ratio is not 1 before the first update, or loss or gradient are not finite.
         """
-        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
+        self.grad_norms: list[torch.Tensor] = []
         self.check_ratio = self.args.check_first_step and nothing_moved_yet
         for epoch in range(self.args.num_ppo_epochs):
             order = mini_batch_order(len(rollout), self.args.seed, self.accelerator.process_index, step, epoch)
             for rows in np.split(order, self.args.num_mini_batches):
-                self._mini_batch(rollout, rows.tolist(), step, stats)
-        return {name: torch.stack(values) for name, values in stats.items()}
+                self._mini_batch(rollout, rows.tolist(), step)
+        return self._metrics()
 
-    def _mini_batch(self, rollout: Rollout, rows: list[int], step: int, stats: dict[str, list[torch.Tensor]]) -> None:
+    def _mini_batch(self, rollout: Rollout, rows: list[int], step: int) -> None:
         """One optimizer step, accumulated over micro-batches so that each real token weighs the same."""
         accelerator = self.accelerator
         tokens = accelerator.reduce(rollout.mask[rows].sum(), reduction="sum")
@@ -82,7 +83,7 @@ class PPOUpdate:
             # Not `accelerator.accumulate`: it also synchronises whenever the data loader reaches its end.
             accelerator.sync_gradients = part is parts[-1]
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(self.model):
-                loss = self._loss(rollout.select(part), tokens, stats)
+                loss = self._loss(rollout.select(part), tokens)
                 check_finite("the loss", loss.detach(), step)
                 accelerator.backward(loss * undo_averaging)
         max_norm = self.args.max_grad_norm or math.inf  # the norm is wanted even where nothing is clipped
@@ -90,11 +91,11 @@ class PPOUpdate:
         if grad_norm is not None:
             grad_norm = torch.as_tensor(grad_norm, device=accelerator.device).detach().float()
             check_finite("the gradient norm", grad_norm, step)
-            stats["grad_norm"].append(grad_norm)
+            self.grad_norms.append(grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _loss(self, part: Rollout, tokens: torch.Tensor, stats: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+    def _loss(self, part: Rollout, tokens: torch.Tensor) -> torch.Tensor:
         """The share of a micro-batch in the mini-batch's loss, which is a mean over `tokens` tokens."""
         args, mask = self.args, part.mask
         logits, values = self.model(part, args.temperature, self.suppressed)
@@ -105,11 +106,27 @@ class PPOUpdate:
             if self.check_ratio:
                 check_first_step_ratio(policy.ratio, mask, args.first_step_ratio_tolerance)
                 self.check_ratio = False
-            stats["policy/approxkl_avg"].append(0.5 * ppo_math.masked_mean(policy.log_ratio**2, mask))
-            stats["policy/clipfrac_avg"].append(ppo_math.masked_mean(policy.clipped.float(), mask))
-            stats["policy/entropy_avg"].append(ppo_math.masked_mean(token_entropies(logits), mask))
-            stats["loss/policy_avg"].append(ppo_math.masked_mean(policy.losses, mask))
-            stats["loss/value_avg"].append(ppo_math.masked_mean(value.losses, mask))
-            stats["val/clipfrac_avg"].append(ppo_math.masked_mean(value.clipped.float(), mask))
-            stats["val/ratio"].append(ppo_math.masked_mean(policy.ratio, mask))
+            for name, values in {
+                "policy/approxkl_avg": 0.5 * policy.log_ratio**2,
+                "policy/clipfrac_avg": policy.clipped.float(),
+                "policy/entropy_avg": token_entropies(logits),
+                "loss/policy_avg": policy.losses,
+                "loss/value_avg": value.losses,
+                "val/clipfrac_avg": value.clipped.float(),
+                "val/ratio": policy.ratio,
+                "val/ratio_var": policy.ratio**2,
+                "tokens": torch.ones_like(policy.ratio),
+            }.items():
+                self.sums[name] += ppo_math.masked_sum(values, mask)
         return (policy.losses.sum() + args.vf_coef * value.losses.sum()) / tokens
+
+    def _metrics(self) -> dict[str, float]:
+        names = list(self.sums)
+        totals = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]), reduction="sum")
+        totals = dict(zip(names, totals.tolist(), strict=True))
+        tokens = totals.pop("tokens")
+        metrics = {name: total / tokens for name, total in totals.items()}
+        metrics["val/ratio_var"] -= metrics["val/ratio"] ** 2
+        if self.grad_norms:
+            metrics["grad_norm"] = torch.stack(self.grad_norms).mean().item()
+        return metrics
