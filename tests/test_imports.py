@@ -1,0 +1,94 @@
+"""Imports run one way, so that a run can be followed from top to bottom; read with `ast`, nothing is executed."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "trl_llava"
+LAYERS = (
+    ("cli",),
+    ("demo",),
+    ("train_sft", "train_reward", "train_ppo"),
+    # what the entry points share
+    ("console", "model_card", "output_dir", "ppo_roles", "recipe", "recipe_values", "score_start", "splits"),
+    ("sft_trainer", "reward_trainer", "ppo_trainer", "factual_reward"),
+    (
+        *("rollout", "passes", "ppo_update", "ppo_report", "scoring", "health", "reward_settings"),
+        *("collators", "encoding", "lengths"),
+        *("models", "sequence_classification", "adapters", "quantization"),
+        *("data", "sources", "row_maker", "row_formats", "captions"),
+        *("convert_checkpoint", "convert_adapter", "checkpoint_layouts", "paper_tokenizer", "whole_folder"),
+    ),
+    (
+        *("configs", "prompts", "ppo_math", "reward_terms", "vision_tower", "rows"),
+        *("images", "plain_text", "padding", "randomness"),
+    ),
+    ("__init__",),
+)
+LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name without `trl_llava.`."""
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def own_imports(path: Path) -> set[str]:
+    known = modules()
+    names = {name.removeprefix("trl_llava.") for name in imported(path) if name.startswith("trl_llava.")}
+    return {name for name in names if name in known}
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_every_module_has_a_layer() -> None:
+    found = {top(name) for name in modules()}
+    assert found <= set(LAYER), f"give {sorted(found - set(LAYER))} a place in LAYERS"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_run_downwards(module: str) -> None:
+    upwards = {name for name in own_imports(modules()[module]) if LAYER[top(name)] < LAYER[top(module)]}
+    assert not upwards
+
+
+def test_no_cycles() -> None:
+    graph = {name: own_imports(path) for name, path in modules().items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+
+
+def test_trainers_do_not_know_each_other() -> None:
+    trainers = {"sft_trainer", "reward_trainer", "ppo_trainer"}
+    for name in trainers:
+        assert not own_imports(modules()[name]) & (trainers - {name})
+
+
+def test_ppo_trainer_takes_any_reward() -> None:
+    assert "factual_reward" not in own_imports(modules()["ppo_trainer"])
+
+
+def test_only_the_ppo_trainer_is_tied_to_trls_ppo() -> None:
+    users = {
+        name: {used for used in imported(path) if used.startswith("trl.experimental")}
+        for name, path in modules().items()
+    }
+    users = {name: used for name, used in users.items() if used}
+    # configs.py subclasses PPOConfig: the one exception.
+    assert set(users) == {"ppo_trainer", "configs"}
+    assert users["configs"] == {"trl.experimental.ppo", "trl.experimental.ppo.PPOConfig"}
