@@ -1,0 +1,131 @@
+"""The `trl-llava` command: what goes to the launcher, what to the stage, and what is said when neither knows it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+
+from trl_llava import cli
+from trl_llava.recipe_values import RecipeError
+
+ROOT = Path(__file__).parents[1]
+FIELDS = frozenset({"learning_rate", "bf16", "freeze_projector", "debug"})
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), "bf16": False, "use_cpu": True}))
+    return path
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
+    """What would have been launched."""
+    ran: list[argparse.Namespace] = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", ran.append)
+    return ran
+
+
+def test_arguments_are_told_apart() -> None:
+    words = ["--config", "a.yaml", "--num_processes", "2", "--learning_rate", "1", "--no_freeze_projector"]
+    words += ["--main-process-port=1", "--debug", "x", "--accelerate_config", "cpu"]
+    launch, training = cli.split_arguments(words, FIELDS, launch_command_parser())
+    assert launch == ["--num_processes", "2", "--main-process-port=1", "--accelerate_config", "cpu"]
+    # `debug` is an option of both: it is the recipe's, as for `trl`.
+    assert training == ["--config", "a.yaml", "--learning_rate", "1", "--no_freeze_projector", "--debug", "x"]
+
+
+def test_unknown_option_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"unknown option `--learnin_rate`; did you mean `--learning_rate`\?"):
+        cli.split_arguments(["--learnin_rate", "1"], FIELDS, launch_command_parser())
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_stage_is_launched_as_a_module(stage: str, recipe: Path, launched: list[argparse.Namespace]) -> None:
+    assert cli.main([stage, "--config", str(recipe), "--seed", "3"]) == 0
+    (args,) = launched
+    assert (args.module, args.training_script) == (True, f"trl_llava.train_{stage}")
+    assert args.training_script_args == ["--config", str(recipe), "--seed", "3"]
+    assert (args.num_machines, args.mixed_precision, args.dynamo_backend) == (1, "no", "no")
+    assert args.num_processes >= 1
+
+
+@pytest.mark.parametrize("given", ["cpu", str(ROOT / "accelerate_configs" / "cpu.yaml")])
+def test_accelerate_config_by_name_and_by_file(given: str, recipe: Path, launched: list[argparse.Namespace]) -> None:
+    assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", given, "--num_processes", "2"]) == 0
+    (args,) = launched
+    assert args.config_file == str(ROOT / "accelerate_configs" / "cpu.yaml")
+    assert args.num_processes == 2
+
+
+def test_accelerate_config_that_is_not_there(
+    recipe: Path,
+    launched: list[argparse.Namespace],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Any,
+    tmp_path: Path,
+) -> None:
+    assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero9"]) == 2
+    assert "neither a file nor one of cpu, ddp, fsdp2, single_gpu, zero2, zero3" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_config_folder", lambda: tmp_path / "installed")
+    assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero2"]) == 2
+    assert "work in a checkout of trl-llava only; give a file" in capsys.readouterr().err
+    assert not launched
+
+
+def test_a_bad_recipe_is_not_launched(
+    recipe: Path, launched: list[argparse.Namespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text("learning_rte: 1\n")
+    assert cli.main(["sft", "--config", str(recipe)]) == 2
+    assert capsys.readouterr().err == f"error: {recipe}: unknown key `learning_rte`; did you mean `learning_rate`?\n"
+    assert not launched
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["score", "--help"]])
+def test_help_ends_well(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert all(
+        name in out for name in (("--reward_model", "--caption") if "score" in words else (*cli.STAGES, "demo"))
+    )
+
+
+def test_help_of_a_stage_names_recipe_and_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ppo", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: trl-llava ppo --config recipe.yaml [--field value ...]")
+    assert "--correctness_coef" in out
+    assert "one of cpu, ddp, fsdp2, single_gpu, zero2, zero3" in out
+
+
+def test_score_prints_one_number(
+    tmp_path: Path, red_image: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    class Reward:
+        def __call__(self, **columns: Any) -> list[float]:
+            seen.update(columns)
+            return [1.25]
+
+    monkeypatch.setattr("trl_llava.factual_reward.FactualReward.from_pretrained", lambda name, revision: Reward())
+    red_image.save(tmp_path / "red.png")
+    words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "What?"]
+    assert cli.main([*words, "--answer", "A square.", "--caption", "red", "--caption", "square"]) == 0
+    assert capsys.readouterr().out == "1.2500\n"
+    assert seen["captions"] == [["red", "square"]]
+    assert seen["images"][0][0].size == (40, 32)
+    assert seen["completions"] == [[{"role": "assistant", "content": "A square."}]]
+
+
+def test_score_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["score", "--reward_model", str(tmp_path), "--image", str(tmp_path / "no.png"), "--question", "?"]
+    assert cli.main([*words, "--answer", "!"]) == 2
+    assert "--image: " in capsys.readouterr().err
