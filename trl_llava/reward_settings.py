@@ -40,10 +40,20 @@ def save_settings(
         model: The model; an adapter's base is pinned to the commit that it was loaded at.
     """
     pinned = getattr(model.get_base_model().config, "_commit_hash", None) if isinstance(model, PeftModel) else None
+    write_settings(folder, RewardSettings(judging_prompt, pinned))
+
+
+def write_settings(folder: str | Path, values: RewardSettings) -> None:
+    """Write factual_reward.json for a model that is not loaded.
+
+    Args:
+        folder: Where the model is saved.
+        values: What it must be read with.
+    """
     settings = {
         "format_version": FORMAT_VERSION,
-        "judging_prompt": None if judging_prompt is None else judging_prompt.to_dict(),
-        "base_model_revision": pinned,
+        "judging_prompt": None if values.judging_prompt is None else values.judging_prompt.to_dict(),
+        "base_model_revision": values.base_model_revision,
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (Path(folder) / SETTINGS_FILE).write_text(text, encoding="utf-8")
