@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import onevision_processor
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from trl_llava.encoding import encode
@@ -43,10 +43,12 @@ def byte_level():
     """A GPT-2-like tokenizer: words with their space, offsets without it, ChatML."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        ["What is in the picture? A red square and a blue circle."] * 4,
+        # The last words make a token of a space and the first byte of a private character, as large vocabularies have.
+        ["What is in the picture? A red square and a blue circle. \U000f0000 \U000f1000 \U000fa000"] * 4,
         trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
     )
     fast = PreTrainedTokenizerFast(

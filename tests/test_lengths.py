@@ -20,7 +20,7 @@ def dataset(red_image, blue_image):
         return {
             "images": images,
             "prompt": [{"role": "user", "content": question}],
-            "chosen": [{"role": "assistant", "content": "Yes."}],
+            "chosen": [{"role": "assistant", "content": "Yes." + " Yes, there is." * 3 * (len(images) == 2)}],
             "rejected": [{"role": "assistant", "content": "No, there is not."}],
             "captions": ["a square"],
         }
@@ -43,6 +43,7 @@ def test_lengths_are_those_of_the_batch(family, request, dataset):
     assert token_lengths(list(dataset), prompt) == prompt(list(dataset))["attention_mask"].sum(1).tolist()
     pair = PreferenceCollator(processor, judging_prompt=JudgingPrompt())
     both = pair(list(dataset))["attention_mask"].sum(1).view(2, 4)
+    assert (both[0] > both[1]).tolist() == [False, False, True, False]
     assert token_lengths(list(dataset), pair) == both.amax(0).tolist()
 
 

@@ -118,18 +118,10 @@ class SFTCollator:
 
         >>> picture, what = {"type": "image"}, {"type": "text", "text": "What"}
         >>> rows = [
-        ...     {
-        ...         "row_name": "a[0]",
-        ...         "images": [red],
-        ...         "prompt": [{"role": "user", "content": [picture, what]}],
-        ...         "completion": [{"role": "assistant", "content": [{"type": "text", "text": "cat"}]}],
-        ...     },
-        ...     {
-        ...         "row_name": "a[1]",
-        ...         "images": [],
-        ...         "prompt": [{"role": "user", "content": [what]}],
-        ...         "completion": [{"role": "assistant", "content": [{"type": "text", "text": "dog dog"}]}],
-        ...     },
+        ...     {"row_name": "a[0]", "images": [red], "prompt": [{"role": "user", "content": [picture, what]}],
+        ...      "completion": [{"role": "assistant", "content": [{"type": "text", "text": "cat"}]}]},
+        ...     {"row_name": "a[1]", "images": [], "prompt": [{"role": "user", "content": [what]}],
+        ...      "completion": [{"role": "assistant", "content": [{"type": "text", "text": "dog dog"}]}]},
         ... ]
         >>> batch = SFTCollator(processor)(rows)
         >>> batch["input_ids"]
