@@ -11,7 +11,7 @@ from trl_llava.health import check_finite
 from trl_llava.ppo_math import Reduce, one_process
 from trl_llava.reward_terms import correctness, length_term
 
-RewardFunction = Callable[..., list[float | None]]
+RewardFunction = Callable[..., Sequence[float | None]]
 """TRL's signature: `prompts`, `completions`, `completion_ids` and the rows' columns -> one float (or None) per row."""
 
 
