@@ -19,7 +19,8 @@ LAYERS = (
         *("collators", "encoding", "lengths"),
         *("models", "sequence_classification", "adapters", "quantization"),
         *("data", "sources", "row_maker", "row_formats", "captions"),
-        *("convert_checkpoint", "convert_adapter", "checkpoint_layouts", "paper_tokenizer", "whole_folder"),
+        *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
+        *("merge", "whole_folder"),
     ),
     (
         *("configs", "prompts", "ppo_math", "reward_terms", "vision_tower", "rows"),

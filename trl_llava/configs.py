@@ -275,7 +275,6 @@ class LlavaPPOConfig(PPOConfig):
             {
                 "train_sampling_strategy": _ROWS_ARE_OURS["train_sampling_strategy"],
                 "eval_strategy": ("no", "PPO has no evaluation loss; `test_split_size` rows fill its tables"),
-                "resume_from_checkpoint": (None, "PPO cannot resume yet; start again in another `output_dir`"),
             },
         )
         _require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")

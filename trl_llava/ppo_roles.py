@@ -1,7 +1,6 @@
 """Who takes part in a PPO run: policy, reference, value model and rewards, as the recipe names them."""
 
 import importlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
@@ -14,6 +13,7 @@ from trl_llava.factual_reward import FactualReward
 from trl_llava.models import check_same_tokenizer, load_policy, load_processor
 from trl_llava.recipe_values import RecipeError
 from trl_llava.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
+from trl_llava.scoring import RewardFunction
 
 
 class Policy(NamedTuple):
@@ -108,7 +108,7 @@ def load_value_model(
     return model, None if same else processor
 
 
-def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[Callable[..., list[float]]]:
+def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[RewardFunction]:
     """Loads the factual reward, if one is named, and the recipe's own functions.
 
     Args:
@@ -122,7 +122,7 @@ def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[Cal
         RecipeError: If there is none, or a function cannot be found.
         ValueError: If the checkpoint has no judging prompt or no head.
     """
-    rewards: list[Callable[..., list[float]]] = []
+    rewards: list[RewardFunction] = []
     if args.reward_model_path is not None:
         rewards.append(
             FactualReward.from_pretrained(
@@ -141,7 +141,7 @@ def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[Cal
     return rewards
 
 
-def find_function(path: str) -> Callable[..., list[float]]:
+def find_function(path: str) -> RewardFunction:
     """Imports a reward function.
 
     Args:
@@ -182,10 +182,10 @@ def _processor(
     name: str, model_args: LlavaModelConfig, revision: str | None, base: str | None = None
 ) -> ProcessorMixin:
     """The processor saved with a stage's result, else its base's."""
-    options = {"trust_remote_code": model_args.trust_remote_code, "pad_to_square": model_args.pad_to_square}
+    trusted, square = model_args.trust_remote_code, model_args.pad_to_square
     try:
-        return load_processor(name, revision=revision, **options)
+        return load_processor(name, revision=revision, trust_remote_code=trusted, pad_to_square=square)
     except OSError:
         if base is None or base == name:
             raise
-        return load_processor(base, **options)
+        return load_processor(base, trust_remote_code=trusted, pad_to_square=square)

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -166,7 +166,7 @@ class RecipeParser(TrlParser):
         self._resolved = {name: _plain(value) for name, value in vars(parsed).items() if name in self._fields}
         return parsed, unknown
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         """Argparse's way out, without printing 200 options and exiting.
 
         Args:

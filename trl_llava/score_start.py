@@ -1,6 +1,6 @@
 """What a reward or value model starts from: a base model, a checkpoint with a head, or any stage's adapter."""
 
-import dataclasses
+import copy
 from pathlib import Path
 
 import torch
@@ -129,6 +129,6 @@ def with_base(model_args: LlavaModelConfig, name: str, revision: str | None) -> 
     Returns:
         A copy.
     """
-    changed = dataclasses.replace(model_args, model_name_or_path=name, model_revision=revision or "main")
-    changed.trust_remote_code = model_args.trust_remote_code
+    changed = copy.copy(model_args)
+    changed.model_name_or_path, changed.model_revision = name, revision or "main"
     return changed

@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     script_args, training_args, model_args, mixture, recipe = make_parser("train_ppo").parse(words)
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
-    output_dir.claim(training_args, recipe)
+    checkpoint = output_dir.claim(training_args, recipe)
     train_rows, eval_rows = load_splits(script_args, mixture, training_args, "prompt")
     policy = load_policy_roles(training_args, model_args)
     rewards = load_rewards(training_args, model_args)
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     )
     trainer.create_model_card = functools.partial(write_model_card, trainer, "ppo", policy.base, recipe)
     output_dir.record(training_args, recipe)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)
     return trainer
 

@@ -52,6 +52,8 @@ def make_judging_prompt(args: LlavaRewardConfig) -> JudgingPrompt:
         RecipeError: If a text is unknown, missing its mark, or not a text.
     """
     texts = args.judging_prompt or {}
+    if not isinstance(texts, dict):
+        raise RecipeError(f"`judging_prompt` must be a mapping of texts, found {texts!r}.")
     wrong = [name for name, text in texts.items() if not isinstance(text, str)]
     if wrong:
         raise RecipeError(
