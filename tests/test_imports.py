@@ -15,7 +15,17 @@ LAYERS = (
     ("console", "model_card", "output_dir", "ppo_roles", "recipe", "recipe_values", "score_start", "splits"),
     ("sft_trainer", "reward_trainer", "ppo_trainer", "factual_reward"),
     (
-        *("rollout", "passes", "ppo_update", "ppo_report", "scoring", "health", "reward_settings"),
+        *(
+            "rollout",
+            "passes",
+            "ppo_update",
+            "ppo_report",
+            "ppo_data",
+            "ppo_checkpoint",
+            "scoring",
+            "health",
+            "reward_settings",
+        ),
         *("collators", "encoding", "lengths"),
         *("models", "sequence_classification", "adapters", "quantization"),
         *("data", "sources", "row_maker", "row_formats", "captions"),

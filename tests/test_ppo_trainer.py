@@ -314,3 +314,37 @@ def test_gradient_checkpointing_changes_nothing(tiny_llava_dir, adapter_dir, tmp
     assert losses(plain) == losses(checkpointed)
     expected = weights(plain)
     assert all(torch.equal(expected[name], value) for name, value in weights(checkpointed).items())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny_llava_dir, adapter_dir, tmp_path):
+    settings = {"total_episodes": 16, "save_strategy": "steps", "save_steps": 1, "normalize_scores": "first_batch"}
+    whole = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path / "whole", **settings)
+    favour_the_stop_token(whole)
+    whole.train()
+    resumed = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path / "whole", **settings)
+    favour_the_stop_token(resumed)
+    torch.manual_seed(12345)  # nothing may depend on the global generator
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected, actual = weights(whole), weights(resumed)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    timed = ("time/", "tokens_per_second", "eps")
+    for first, second in zip(whole.state.log_history, resumed.state.log_history, strict=True):
+        assert {k: v for k, v in first.items() if not k.startswith(timed)} == {
+            k: v for k, v in second.items() if not k.startswith(timed)
+        }
+
+
+def test_resuming_the_last_checkpoint_of_a_finished_run_does_nothing(tiny_llava_dir, adapter_dir, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **settings).train()
+    again = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2 and len(again.state.log_history) == 2
+
+
+def test_resuming_from_what_is_no_checkpoint_is_an_error(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(FileNotFoundError, match=r"has no ppo_state\.json"):
+        trainer.train(resume_from_checkpoint=str(adapter_dir))

@@ -1,11 +1,16 @@
 """What a PPO step says of itself: metrics under TRL's names, and a table of sample answers with their rewards."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from trl_llava.configs import LlavaPPOConfig
 from trl_llava.ppo_math import Reduce
 from trl_llava.rollout import Rollout
 
@@ -83,3 +88,25 @@ def sample_table(rollout: Rollout, answers: list[str]) -> pd.DataFrame:
         "score": rollout.scores.tolist(),
     }
     return pd.DataFrame({**table, **{name: values.tolist() for name, values in rollout.terms.items()}})
+
+
+def report_samples(table: pd.DataFrame, args: LlavaPPOConfig, step: int) -> None:
+    """Print some sample answers, and save all to `output_dir/completions/`, as TRL's `GRPOTrainer` does.
+
+    Args:
+        table: what `sample_table` returns.
+        args: the config.
+        step: how many PPO steps were done.
+    """
+    shown = Table(*table.columns, title=f"Sample answers after step {step}", show_lines=True)
+    for row in table.head(5).round(3).astype(str).itertuples(index=False):
+        shown.add_row(*map(escape, row))
+    Console().print(shown)
+    folder = Path(args.output_dir) / "completions"
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / f"completions_{step:05d}.parquet")
+    if "wandb" in args.report_to:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.log({"completions": wandb.Table(dataframe=table)})

@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 from trl.experimental.ppo import PPOTrainer
-from trl.experimental.ppo.ppo_trainer import print_rich_table
+from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 from trl.models.utils import unwrap_model_for_generation
 
 from trl_llava import ppo_math
@@ -35,35 +36,20 @@ from trl_llava.data import rows_from
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.lengths import drop_overlong
 from trl_llava.passes import PolicyAndValue, generate, response_logits, response_values, token_logprobs
-from trl_llava.ppo_report import sample_table, step_metrics
+from trl_llava.ppo_checkpoint import (
+    load_optimizer,
+    load_roles,
+    load_scheduler,
+    load_state,
+    save_roles,
+    save_state,
+)
+from trl_llava.ppo_data import PolicyAndValueCollator, rollout_loader
+from trl_llava.ppo_report import report_samples, sample_table, step_metrics
 from trl_llava.ppo_update import PPOUpdate
-from trl_llava.randomness import RolloutBatches, RowNoise, row_keys
+from trl_llava.randomness import RowNoise, row_keys
 from trl_llava.rollout import ModelInputs, Rollout, chunks, pad_right
 from trl_llava.scoring import RewardFunction, Scorer
-
-
-@dataclass
-class PolicyAndValueCollator:
-    """Encode each batch twice: for the policy, and under "value" for a value model with a processor of its own.
-
-    Attributes:
-        policy: the policy's collator.
-        value: the value model's collator.
-    """
-
-    policy: PromptCollator
-    value: PromptCollator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Encode B rows.
-
-        Args:
-            rows: B rows.
-
-        Returns:
-            The policy's batch, and the value model's under "value".
-        """
-        return {**self.policy(rows), "value": self.value(rows)}
 
 
 class LlavaPPOTrainer(PPOTrainer):
@@ -139,7 +125,7 @@ class LlavaPPOTrainer(PPOTrainer):
             peft_config=peft_config,
         )
         self.processing_class = self.callback_handler.processing_class = processing_class
-        self.dataloader = self.rollout_batches(first_step=0)
+        self.dataloader = self._batches_from(0)
         self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, self.suppressed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
@@ -162,14 +148,20 @@ class LlavaPPOTrainer(PPOTrainer):
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Train for `args.num_total_batches` steps.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or `True` for the last one in `args.output_dir`; the run goes
+                on as if it had never stopped.
 
         Raises:
             UnhealthyRunError: if KL or ratio are off at the first step, or a number is not finite.
+            FileNotFoundError: if there is no such checkpoint.
         """
-        self._begin()
-        for step, batch in enumerate(self.dataloader, start=1):
+        self._begin(resume_from_checkpoint)
+        first = self.state.global_step
+        for step, batch in enumerate(self._batches_from(first), start=first + 1):
             self.step_start = time.perf_counter()
             self.phase_seconds.clear()
             self.state.episode += self.args.batch_size
@@ -376,10 +368,12 @@ class LlavaPPOTrainer(PPOTrainer):
 
     # --- around the loop ----------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
         args = self.args
         self.state.global_step = 0
         self.state.episode = 0
+        if resume_from_checkpoint:
+            self._restore(resume_from_checkpoint)
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.state.compute_steps(args, self.state.max_steps)
@@ -388,36 +382,25 @@ class LlavaPPOTrainer(PPOTrainer):
         self.train_start = time.perf_counter()
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
 
-    def rollout_batches(self, first_step: int) -> DataLoader:
-        """The batches of this process, from a step on.
+    def _batches_from(self, step: int) -> DataLoader:
+        return rollout_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, step)
 
-        Differs from TRL's in that a batch depends on seed and step alone, so that a resumed run sees what the
-        uninterrupted one saw.
-
-        Args:
-            first_step: the first step, counted from 0.
-
-        Returns:
-            A loader of one batch per step.
-
-        Raises:
-            ValueError: if there are fewer rows than a batch takes.
-        """
-        args, accelerator = self.args, self.accelerator
-        batches = RolloutBatches(
-            self.train_dataset_len,
-            args.batch_size,
-            (accelerator.process_index, accelerator.num_processes),
-            args.seed,
-            range(first_step, args.num_total_batches),
-        )
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and accelerator.device.type == "cuda",
-        )
+    def _restore(self, checkpoint: str | bool) -> None:
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise FileNotFoundError(f"{self.args.output_dir} holds no checkpoint-* to resume from")
+        folder = Path(checkpoint)
+        load_state(self.scorer, folder)
+        saved = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
+        for name in ("global_step", "episode", "epoch", "log_history", "best_metric", "best_model_checkpoint"):
+            setattr(self.state, name, getattr(saved, name))
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model, str(folder), load_module_strict=False)
+        else:
+            load_roles(self.accelerator.unwrap_model(self.model), folder, self.model_adapter_name or "default")
+            load_optimizer(self.optimizer, folder)
+        load_scheduler(self.lr_scheduler, folder)
 
     def log_step(self, rollout: Rollout, update_metrics: dict[str, float]) -> None:
         """Log the step's metrics and where its time went.
@@ -472,16 +455,7 @@ class LlavaPPOTrainer(PPOTrainer):
                 break
         if not tables or not self.accelerator.is_main_process:
             return
-        table = pd.concat(tables, ignore_index=True)
-        print_rich_table(table.head(5).round(3))
-        folder = Path(self.args.output_dir) / "completions"
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(folder / f"completions_{self.state.global_step:05d}.parquet")
-        if "wandb" in self.args.report_to:
-            import wandb
-
-            if wandb.run is not None:
-                wandb.log({"completions": wandb.Table(dataframe=table)})
+        report_samples(pd.concat(tables, ignore_index=True), self.args, self.state.global_step)
 
     def answer(self, batch: dict[str, Any]) -> Rollout:
         """Answer a batch greedily and score it, without asking policy, reference or value about its tokens.
@@ -521,17 +495,9 @@ class LlavaPPOTrainer(PPOTrainer):
         folder = Path(output_dir or self.args.output_dir)
         state = self.accelerator.get_state_dict(self.model)  # gathers what is sharded, so every process calls it
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            for role, place in (("policy", folder), ("value_model", folder / "value_model")):
-                part = getattr(model, role)
-                own = {
-                    key.removeprefix(f"{role}."): value for key, value in state.items() if key.startswith(f"{role}.")
-                }
-                adapters = {}
-                if isinstance(part, PeftModel):
-                    adapters["selected_adapters"] = [self.model_adapter_name or "default"]
-                part.save_pretrained(place, state_dict=own, **adapters)
+            save_roles(self.accelerator.unwrap_model(self.model), state, folder, self.model_adapter_name or "default")
             self.processing_class.save_pretrained(folder)
+            save_state(self.scorer, folder)
             torch.save(self.args, folder / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
