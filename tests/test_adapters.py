@@ -235,6 +235,18 @@ def test_loaded_adapter_computes_what_was_saved(task: str, tiny_llava_dir: Path,
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_adapter_with_the_hubs_old_module_names_loads(task: str, tiny_llava_dir: Path, tmp_path: Path) -> None:
+    trained = saved(tiny_llava_dir, tmp_path, task)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    old = {key.replace("model.model.language_model.", "model.language_model.model."): weights[key] for key in weights}
+    assert len(old.keys() - weights.keys()) == 2 * 14
+    save_file(old, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = classifier(tiny_llava_dir, seed=9) if task == "SEQ_CLS" else policy(tiny_llava_dir)
+    loaded = load_adapter(base, str(tmp_path), is_trainable=False)
+    assert torch.equal(loaded(input_ids=IDS).logits, trained(input_ids=IDS).logits)
+
+
 def test_second_adapter_leaves_the_first_as_it_is(tiny_llava_dir: Path, tmp_path: Path) -> None:
     saved(tiny_llava_dir, tmp_path / "a", "SEQ_CLS", seed=1)
     other = saved(tiny_llava_dir, tmp_path / "b", "SEQ_CLS", seed=2)

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
+from trl_llava import factual_reward
 from trl_llava.adapters import lora_config
 from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaModelConfig
@@ -138,7 +139,8 @@ def test_columns_of_different_length_are_an_error(reward: FactualReward) -> None
         reward([ask("What?")], [say("A."), say("B.")], captions=[["a"], ["b"]])
 
 
-def test_scoring_leaves_the_models_mode_and_gradients_alone(reward: FactualReward) -> None:
+def test_scoring_leaves_the_models_mode_and_gradients_alone(tiny_llava_dir: Path) -> None:
+    reward = with_adapter(tiny_llava_dir, lora_dropout=0.5)
     call = {"prompts": [ask("What?")], "completions": [say("A square.")], "captions": [["a"]]}
     reward.model.train()
     assert reward(**call) == reward(**call)
@@ -165,9 +167,9 @@ def test_name_in_trls_logs(reward: FactualReward) -> None:
 # ------------------------------------------------------------------------------------------------ saved and loaded
 
 
-def with_adapter(folder: Path) -> FactualReward:
+def with_adapter(folder: Path, lora_dropout: float = 0.0) -> FactualReward:
     base = classifier(folder)
-    model = get_peft_model(base, lora_config(args_for(folder, lora_dropout=0.0), base, task="SEQ_CLS"))
+    model = get_peft_model(base, lora_config(args_for(folder, lora_dropout=lora_dropout), base, task="SEQ_CLS"))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -276,6 +278,24 @@ def test_processor_of_another_model_is_refused(tiny_llava_dir: Path) -> None:
 def test_reward_model_that_does_not_exist_is_named() -> None:
     with pytest.raises(OSError, match="reward model: cannot load 'nobody/no-such-reward'"):
         FactualReward.from_pretrained("nobody/no-such-reward")
+
+
+def test_base_is_pinned_to_the_commit_it_was_loaded_at(
+    tiny_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = with_adapter(tiny_llava_dir)
+    trained.model.get_base_model().config._commit_hash = "0123abc"  # what a model from the Hub has
+    trained.save_pretrained(tmp_path)
+    asked: list[str | None] = []
+
+    def load(name: str, model_args: LlavaModelConfig, *, revision: str | None) -> PreTrainedModel:
+        asked.append(revision)
+        return load_sequence_classifier(name, model_args)
+
+    monkeypatch.setattr(factual_reward, "load_sequence_classifier", load)
+    FactualReward.from_pretrained(str(tmp_path))
+    FactualReward.from_pretrained(str(tmp_path), base_model=str(tiny_llava_dir))
+    assert asked == ["0123abc", None]
 
 
 def test_moved_base_is_named_and_can_be_given(tiny_llava_dir: Path, tmp_path: Path) -> None:

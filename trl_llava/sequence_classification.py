@@ -213,8 +213,9 @@ for _config_class, _model_class in (
     _model_class.config_class = _config_class
     # Without exist_ok, `register` returns silently for a config that transformers owns.
     AutoModelForSequenceClassification.register(_config_class, _model_class, exist_ok=True)
-    # The checkpoints on the Hub name their weights `language_model.model.*`. transformers renames them by model type,
-    # but only for its own classes.
+    # The checkpoints on the Hub name their weights `language_model.model.*`; transformers renames them by model type,
+    # but only for its own classes. With the mapping ours are saved under those names too, and adapters that were
+    # trained when the modules had those names load.
     register_checkpoint_conversion_mapping(
         _model_class.__name__, get_checkpoint_conversion_mapping(_config_class.model_type), overwrite=True
     )
