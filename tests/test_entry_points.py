@@ -131,7 +131,7 @@ def test_ppo_trains_policy_and_value(work: Work, policy: Path, reward_model: Pat
         "ppo", "--sft_model_path", str(policy), "--reward_model_path", str(reward_model), "--length_coef", "-1"
     )
     folder = work.folder / "ppo"
-    assert {path.name for path in folder.iterdir()} == SAVED | {"value_model"}
+    assert {path.name for path in folder.iterdir()} == SAVED | {"ppo_state.json", "value_model"}
     first = json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
     assert first["objective/kl"] == 0.0
     assert {"rewards/factual_reward/mean", "rewards/length/mean"} <= set(first)
