@@ -107,7 +107,7 @@ def detect(folder: Path) -> Layout:
         return Layout("model", folder)
     steps = sorted(path.name for path in folder.glob("checkpoint-*"))
     if steps:
-        raise ValueError(f"{folder} holds several checkpoints; give one of them as SRC: {', '.join(steps)}")
+        raise ValueError(f"{folder} holds checkpoints; give one of them as SRC: {', '.join(steps)}")
     raise ValueError(
         f"{folder} is in none of the layouts that can be converted: it holds "
         f"{sorted(path.name for path in folder.iterdir())}. Expected config.json with pytorch_model*.bin (a model), "

@@ -1,4 +1,4 @@
-"""The `trl-llava` command: the three stages through `accelerate launch`, a single score, the demo."""
+"""The `trl-llava` command: the three stages through `accelerate launch`, and tools around their checkpoints."""
 
 import argparse
 import difflib
@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in STAGES:
             return launch_stage(words[0], words[1:])
-        return _score(parser.parse_args(words or ["--help"]))
-    except (RecipeError, ValueError, OSError) as error:
+        args = parser.parse_args(words or ["--help"])
+        return {"score": _score, "convert": _convert, "merge": _merge}[args.command](args)
+    except (RecipeError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -195,7 +196,30 @@ def _make_parser() -> argparse.ArgumentParser:
         "--caption", action="append", default=[], help="a caption of the image; may be given many times"
     )
     score.add_argument("--revision", help="branch, tag or commit of the checkpoint")
+    _add_checkpoint_tools(commands)
     return parser
+
+
+def _add_checkpoint_tools(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="the paper's or LLaVA's own checkpoint -> one that loads anywhere")
+    convert.add_argument("source", metavar="SRC", help="folder, or Hub ID with the folder inside (org/name/sft_model)")
+    convert.add_argument("target", metavar="DST", help="new folder")
+    convert.add_argument("--base", help="for adapters: Hub ID or folder of the converted base; the adapter names it")
+    convert.add_argument("--base_folder", help="where that base is now, if not yet on the Hub")
+    convert.add_argument("--base_revision", help="branch, tag or commit of the base")
+    convert.add_argument("--value_base", help="for PPO checkpoints: base of the value model, if it has its own")
+    convert.add_argument("--vision_tower", help="for models: CLIP folder or Hub ID, if not as config.json says")
+    convert.add_argument(
+        "--no_captions", action="store_true", help="for reward models: trained on judging prompts without captions"
+    )
+    convert.add_argument("--revision", help="branch, tag or commit of SRC")
+    merge = commands.add_parser("merge", help="an adapter and its base -> one model with dense weights")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub ID")
+    merge.add_argument("target", metavar="DST", help="new folder")
+    merge.add_argument("--base", help="the base model, if not the one that the adapter names")
+    merge.add_argument("--revision", help="branch, tag or commit of ADAPTER")
+    merge.add_argument("--quantized", action="store_true", help="merge into a base that is stored in 4 or 8 bits")
+    merge.add_argument("--tolerance", type=float, help="largest logit difference to keep, as a share of the largest")
 
 
 def _score(args: argparse.Namespace) -> int:
@@ -211,6 +235,37 @@ def _score(args: argparse.Namespace) -> int:
     completion = [{"role": "assistant", "content": args.answer}]
     scores = reward(prompts=[prompt], completions=[completion], images=[[image]], captions=[args.caption or None])
     print(f"{scores[0]:.4f}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    """Prints what was converted, and where its parts came from."""
+    from trl_llava.convert_checkpoint import convert
+
+    options = ("base", "base_folder", "base_revision", "value_base", "vision_tower", "revision")
+    given = {name: getattr(args, name) for name in options}
+    kind, notes = convert(args.source, args.target, with_captions=not args.no_captions, **given)
+    print("\n".join([f"{args.source}: {kind} -> {args.target}", *(f"  {note}" for note in notes)]))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    """Prints how far the merged model is from base and adapter."""
+    from trl_llava.merge import merge
+
+    check = merge(
+        args.adapter,
+        args.target,
+        base=args.base,
+        revision=args.revision,
+        quantized=args.quantized,
+        tolerance=args.tolerance,
+    )
+    print(
+        f"{args.adapter} -> {args.target} ({check.dtype}): largest logit difference {check.largest_difference:.3g} on "
+        f"a probe batch; largest logit {check.largest_logit:.3g}, the adapter moves logits by up to "
+        f"{check.adapter_effect:.3g}"
+    )
     return 0
 
 

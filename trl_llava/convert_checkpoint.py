@@ -66,6 +66,7 @@ def convert(
             f"{source} is a {layout.kind}, whose own record of its base is a path of the authors' machine. Name the "
             "base with --base: the Hub ID (or folder) of the converted model that it was trained on"
         )
+    base, value_base = _lasting(base), _lasting(value_base or base)
     base_source = base_folder or base
     processor = load_processor(base_source, revision=None if base_folder else base_revision)
     check_no_other_weights(layout.folder)
@@ -87,15 +88,20 @@ def convert(
             convert_adapter(
                 layout.value_adapter,
                 output / VALUE_FOLDER,
-                base=value_base or base,
-                base_source=value_base or base_source,
-                base_revision=None if value_base else base_revision,
+                base=value_base,
+                base_source=base_source if value_base == base else value_base,
+                base_revision=base_revision if value_base == base else None,
                 head=layout.head,
             )
             notes.append(f"The value model's adapter and head are in {VALUE_FOLDER}/.")
         processor.save_pretrained(output)
         _write_card(output, layout.kind, source, notes, base=base)
     return layout.kind, notes
+
+
+def _lasting(base: str) -> str:
+    """A folder's name that also holds in another working directory; a Hub ID as it is."""
+    return str(Path(base).absolute()) if Path(base).is_dir() else base
 
 
 def _write_card(output: Path, kind: Kind, source: str, notes: list[str], base: str | None) -> None:
