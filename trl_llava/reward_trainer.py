@@ -10,9 +10,9 @@ from trl import RewardTrainer
 from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
-from trl_llava.factual_reward import save_settings
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
+from trl_llava.reward_settings import save_settings
 
 EvalDataset = Dataset | dict[str, Dataset] | None
 PAPER_CENTERING = 1e-3
