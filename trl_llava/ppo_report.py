@@ -49,12 +49,11 @@ def step_metrics(
         "completions/clipped_ratio": 1.0 - gather(rollout.stopped).float().mean(),
         "val/num_eos_tokens": reduce(rollout.stopped.sum()),
     }
-    metrics |= update_metrics
     for name, values in rollout.terms.items():
         everywhere = gather(values)
         metrics[f"rewards/{name}/mean"] = everywhere.mean()
         metrics[f"rewards/{name}/std"] = everywhere.std(unbiased=False)
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items()} | update_metrics
 
 
 def last_question(messages: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from transformers import (
     ProcessorMixin,
     ProgressCallback,
     TrainerCallback,
+    TrainerControl,
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
@@ -78,6 +79,8 @@ class LlavaPPOTrainer(PPOTrainer):
     Raises:
         ValueError: if the data set holds less than one batch of rows.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -249,10 +252,11 @@ class LlavaPPOTrainer(PPOTrainer):
             check_first_step_kl(rollout.kl.sum(1).mean().item(), args.first_step_kl_tolerance)
         scale = 1.0 if args.whiten_rewards else args.reward_scale
         rewards = ppo_math.shape_rewards(rollout.scores, rollout.kl, mask, args.kl_coef, scale)
+        whitening = {"reduce": self.sum_over_processes, "variance": args.whiten_variance}
         if args.whiten_rewards:
-            rewards = ppo_math.masked_whiten(rewards, mask, shift_mean=False, reduce=self.sum_over_processes)
+            rewards = ppo_math.masked_whiten(rewards, mask, shift_mean=False, **whitening)
         advantages, rollout.returns = ppo_math.gae(rewards, rollout.values, mask, args.gamma, args.lam)
-        rollout.advantages = ppo_math.masked_whiten(advantages, mask, reduce=self.sum_over_processes)
+        rollout.advantages = ppo_math.masked_whiten(advantages, mask, **whitening)
 
     def update(self, rollout: Rollout, step: int) -> dict[str, float]:
         """Train policy and value on the rollout.
@@ -337,8 +341,8 @@ class LlavaPPOTrainer(PPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         keys = None
         if step is not None:
-            rows = torch.arange(first, first + len(inputs), device=self.accelerator.device)
-            keys = row_keys(self.args.seed, step, rows)
+            places = torch.arange(first, first + len(inputs), device=self.accelerator.device)
+            keys = row_keys(self.args.seed, step, places)
         gather = self.args.ds3_gather_for_generation
         responses, lengths = [], []
         with (
@@ -386,11 +390,10 @@ class LlavaPPOTrainer(PPOTrainer):
         return rollout_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, step)
 
     def _restore(self, checkpoint: str | bool) -> None:
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise FileNotFoundError(f"{self.args.output_dir} holds no checkpoint-* to resume from")
-        folder = Path(checkpoint)
+        found = get_last_checkpoint(self.args.output_dir) if checkpoint is True else str(checkpoint)
+        if found is None:
+            raise FileNotFoundError(f"{self.args.output_dir} holds no checkpoint-* to resume from")
+        folder = Path(found)
         load_state(self.scorer, folder)
         saved = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
         for name in ("global_step", "episode", "epoch", "log_history", "best_metric", "best_model_checkpoint"):

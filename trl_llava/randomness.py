@@ -77,7 +77,7 @@ class RowNoise(LogitsProcessor):
         self.prompt_length = prompt_length
         self.temperature = temperature
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Make the draw.
 
         Args:

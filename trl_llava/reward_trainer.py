@@ -1,6 +1,6 @@
 """Stage 2: a reward model that sees the image, the question, the answer and the captions of the image."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -14,7 +14,7 @@ from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
 
-EvalDataset = Dataset | dict[str, Dataset] | None
+EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 PAPER_CENTERING = 1e-3
 
 
@@ -74,7 +74,8 @@ class LlavaRewardTrainer(RewardTrainer):
         )
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
+        # `None` until transformers asks for the first time.
+        if getattr(self, "_signature_columns", None) is None:
             self._signature_columns = ["row_name", "images", "prompt", "chosen", "rejected", "captions", "margin"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

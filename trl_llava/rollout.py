@@ -110,6 +110,8 @@ class ModelInputs:
 class Rollout:
     """One batch of answers and what is known of them; a row's entries share one index everywhere.
 
+    What the loop has not yet computed is empty.
+
     Attributes:
         inputs: the prompts as the policy sees them.
         value_inputs: the prompts as the value model sees them (its image tokens may differ in number).
@@ -136,11 +138,11 @@ class Rollout:
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
-    scores: torch.Tensor | None = None
+    scores: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
-    kl: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
+    kl: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    returns: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -161,6 +163,8 @@ class Rollout:
             value = getattr(self, item.name)
             if isinstance(value, ModelInputs):
                 picked[item.name] = value.select(rows)
+            elif isinstance(value, torch.Tensor) and value.numel() == 0:
+                picked[item.name] = value
             elif isinstance(value, torch.Tensor):
                 picked[item.name] = value[rows][:, :width] if value.dim() == 2 else value[rows]
             elif isinstance(value, dict):

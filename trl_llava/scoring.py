@@ -31,7 +31,8 @@ class Scorer:
     """Scores responses as a config says, and remembers what it normalises with.
 
     The score of a response is `sum_i weight_i * normalise(function_i)`, plus the correctness and length terms, minus
-    the penalty for a missing stop token, plus the bias; the order and the formulae are the paper's.
+    the penalty for a missing stop token (which may also replace what the functions say), plus the bias; the formulae
+    are the paper's.
     """
 
     def __init__(self, args: LlavaPPOConfig, reward_funcs: Sequence[RewardFunction]) -> None:
@@ -94,7 +95,8 @@ class Scorer:
             rewards = self._rewards(name, function, call, stopped.device)
             check_finite(f"the reward of {name}", rewards, step)
             terms[name] = weight * self._normalise(name, rewards, reduce)
-        for name, values in self._symbolic(call, stopped).items():
+        functions = sum(terms.values(), start=torch.zeros(len(stopped), device=stopped.device))
+        for name, values in self._symbolic(call, stopped, functions).items():
             check_finite(f"the reward term {name}", values, step)
             terms[name] = values
         scores = torch.stack(list(terms.values())).sum(0) if terms else torch.zeros(len(stopped)).to(stopped.device)
@@ -116,13 +118,16 @@ class Scorer:
             return rewards
         if name not in self.normalisers:
             count = reduce(torch.tensor(float(len(rewards)), device=rewards.device))
-            mean = reduce(rewards.sum()) / count
-            std = (reduce(((rewards - mean) ** 2).sum()) / count).sqrt()
-            self.normalisers[name] = (mean.item(), std.item())
+            centre = reduce(rewards.sum()) / count
+            spread = (reduce(((rewards - centre) ** 2).sum()) / count).sqrt()
+            self.normalisers[name] = (centre.item(), spread.item())
         mean, std = self.normalisers[name]
         return (rewards - mean) / (std + 1e-8)
 
-    def _symbolic(self, call: dict[str, Any], stopped: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _symbolic(
+        self, call: dict[str, Any], stopped: torch.Tensor, functions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The terms of the config; `functions` (B,) is the sum of the reward functions."""
         args, terms = self.args, {}
         if args.correctness_coef is not None:
             values = correctness(**call, coef=args.correctness_coef, yes_no=args.yes_no)
@@ -131,5 +136,6 @@ class Scorer:
             values = length_term(**call, coef=args.length_coef, response_length=args.response_length)
             terms["length"] = torch.tensor(values, device=stopped.device)
         if args.missing_eos_penalty is not None:
-            terms["missing_eos"] = -args.missing_eos_penalty * (~stopped).float()
+            replaced = functions if args.missing_eos_replaces else torch.zeros_like(functions)
+            terms["missing_eos"] = (~stopped).float() * (-args.missing_eos_penalty - replaced)
         return terms

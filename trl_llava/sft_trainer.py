@@ -1,7 +1,7 @@
 """Stage 1: supervised fine-tuning on conversations about images."""
 
 import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
@@ -12,7 +12,7 @@ from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
 from trl_llava.lengths import drop_overlong
 
-EvalDataset = Dataset | dict[str, Dataset] | None
+EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
 class LlavaSFTTrainer(SFTTrainer):
@@ -25,8 +25,8 @@ class LlavaSFTTrainer(SFTTrainer):
         model: model, or Hub ID or folder of one.
         args: the config.
         train_dataset: rows in the project's or in TRL's format.
-        eval_dataset: the same, or a dict of them.
         processing_class: the processor.
+        eval_dataset: the same, or a dict of them.
         **kwargs: all else that `SFTTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
     """
 
@@ -68,5 +68,6 @@ class LlavaSFTTrainer(SFTTrainer):
         )
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
+        # `None` until transformers asks for the first time.
+        if getattr(self, "_signature_columns", None) is None:
             self._signature_columns = ["row_name", "images", "prompt", "completion"]
