@@ -252,6 +252,9 @@ class LlavaPPOConfig(PPOConfig):
         "no_only", "Correctness of yes/no questions: the paper's bonus for 'No' only, or the same for 'Yes'."
     )
     length_coef: float | None = _option(None, "Weight of length / response_length (paper: -10). None: off.")
+    missing_eos_replaces: bool = _option(
+        False, "A response without a stop token gets -`missing_eos_penalty` instead of its rewards, not besides them."
+    )
     reward_bias: float = _option(0.0, "Added to every score.")
     normalize_scores: Literal["first_batch"] | None = _option(
         None, "'first_batch': shift and scale the rewards by mean and spread of the first batch."
@@ -259,6 +262,10 @@ class LlavaPPOConfig(PPOConfig):
     # The loss
     clamp_kl: bool = _option(False, "Clamp the per-token KL at 0 from below (paper: True).")
     reward_scale: float = _option(1.0, "Factor on the per-token rewards unless they are whitened (paper: 10).")
+    whiten_variance: Literal["sample", "population"] = _option(
+        "sample",
+        "Whitening divides by the number of tokens minus 1 ('sample') or by their number (paper: 'population').",
+    )
     # Health
     check_first_step: bool = _option(
         True, "Stop with an explanation if the first step's KL is not 0 or its ratio not 1."

@@ -111,15 +111,20 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = one_p
 
 
 def masked_whiten(
-    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True, reduce: Reduce = one_process
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    shift_mean: bool = True,
+    reduce: Reduce = one_process,
+    variance: Literal["sample", "population"] = "sample",
 ) -> torch.Tensor:
-    """Scale the real tokens' values to variance 1 (with Bessel's correction) and, unless told not to, mean 0.
+    """Scale the real tokens' values to variance 1 and, unless told not to, mean 0.
 
     Args:
         values: (B, R) float.
         mask: (B, R) bool, `True` at real tokens.
         shift_mean: `False` keeps the mean.
         reduce: sums a tensor over all processes: the statistics are those of the whole rollout batch.
+        variance: "sample" divides by the number of tokens minus 1 (TRL), "population" by their number (the paper).
 
     Returns:
         (B, R) float, 0 at padding.
@@ -131,8 +136,9 @@ def masked_whiten(
     if count < 2:
         raise ValueError(f"masked_whiten needs at least 2 real tokens, found {int(count)}: use a larger batch")
     mean = masked_mean(values, mask, reduce)
-    variance = reduce(masked_sum((values - mean) ** 2, mask)) / (count - 1)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    degrees = count - 1 if variance == "sample" else count
+    spread = reduce(masked_sum((values - mean) ** 2, mask)) / degrees
+    whitened = (values - mean) * torch.rsqrt(spread + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, torch.zeros_like(whitened))

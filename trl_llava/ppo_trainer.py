@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +253,13 @@ class LlavaPPOTrainer(PPOTrainer):
             check_first_step_kl(rollout.kl.sum(1).mean().item(), args.first_step_kl_tolerance)
         scale = 1.0 if args.whiten_rewards else args.reward_scale
         rewards = ppo_math.shape_rewards(rollout.scores, rollout.kl, mask, args.kl_coef, scale)
-        whitening = {"reduce": self.sum_over_processes, "variance": args.whiten_variance}
+        whiten = partial(
+            ppo_math.masked_whiten, mask=mask, reduce=self.sum_over_processes, variance=args.whiten_variance
+        )
         if args.whiten_rewards:
-            rewards = ppo_math.masked_whiten(rewards, mask, shift_mean=False, **whitening)
+            rewards = whiten(rewards, shift_mean=False)
         advantages, rollout.returns = ppo_math.gae(rewards, rollout.values, mask, args.gamma, args.lam)
-        rollout.advantages = ppo_math.masked_whiten(advantages, mask, **whitening)
+        rollout.advantages = whiten(advantages)
 
     def update(self, rollout: Rollout, step: int) -> dict[str, float]:
         """Train policy and value on the rollout.
