@@ -23,6 +23,7 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
+    set_seed,
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
@@ -99,6 +100,7 @@ class LlavaPPOTrainer(PPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
+        set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
         self.scorer = Scorer(args, [reward_funcs] if callable(reward_funcs) else reward_funcs)
@@ -166,8 +168,6 @@ class LlavaPPOTrainer(PPOTrainer):
         self._begin(resume_from_checkpoint)
         first = self.state.global_step
         for step, batch in enumerate(self._batches_from(first), start=first + 1):
-            self.step_start = time.perf_counter()
-            self.phase_seconds.clear()
             self.state.episode += self.args.batch_size
             rollout = self.rollout(batch, step)
             self.score(rollout, step)
@@ -175,6 +175,7 @@ class LlavaPPOTrainer(PPOTrainer):
             update_metrics = self.update(rollout, step)
             self.log_step(rollout, update_metrics)
             self._end_step(step)
+            self._start_clock()
         self._end()
 
     def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
@@ -387,7 +388,12 @@ class LlavaPPOTrainer(PPOTrainer):
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
         self.train_start = time.perf_counter()
+        self._start_clock()
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+
+    def _start_clock(self) -> None:
+        self.step_start = time.perf_counter()  # before the batch is loaded, which is part of a step
+        self.phase_seconds.clear()
 
     def _batches_from(self, step: int) -> DataLoader:
         return rollout_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, step)
