@@ -224,9 +224,12 @@ def _add_checkpoint_tools(commands: Any) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     """Prints one number."""
+    from transformers.utils import logging as transformers_logging
+
     from trl_llava.factual_reward import FactualReward
     from trl_llava.images import load_image
 
+    transformers_logging.disable_progress_bar()
     image = load_image(args.image, "--image")
     reward = FactualReward.from_pretrained(args.reward_model, revision=args.revision)
     prompt: list[dict[str, Any]] = [
