@@ -27,14 +27,14 @@ LAYERS = (
             "reward_settings",
         ),
         *("collators", "encoding", "lengths"),
-        *("models", "sequence_classification", "adapters", "quantization"),
+        *("models", "sequence_classification", "adapters", "quantization", "chat_templates"),
         *("data", "sources", "row_maker", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),
     ),
     (
         *("configs", "prompts", "ppo_math", "reward_terms", "vision_tower", "rows"),
-        *("images", "plain_text", "padding", "randomness"),
+        *("images", "plain_text", "padding", "randomness", "chat_templates"),
     ),
     ("__init__",),
 )
