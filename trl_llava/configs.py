@@ -25,6 +25,10 @@ _OVERLONG_HELP = (
     "What to do with a row that is longer than the limit: 'error' names it and stops, 'drop' leaves it out and counts "
     "it. Rows are never cut, because a cut through an image's tokens changes the image."
 )
+_TEMPLATE_HELP = (
+    "Chat template instead of the saved one, saved with the processor: 'vicuna_v1' (LLaVA-1.5's, with an </s> after "
+    "each answer), a .jinja file, or Hub ID or folder of a model."
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -142,6 +146,7 @@ class LlavaSFTConfig(SFTConfig):
         "Compute the loss on the assistant's answers of all turns and their end-of-turn tokens. If False, "
         "`completion_only_loss` decides: the last answer (True or None) or the whole text (False).",
     )
+    chat_template_path: str | None = _option(None, _TEMPLATE_HELP)
     overlong: Overlong = _option("error", _OVERLONG_HELP)
 
     def __post_init__(self) -> None:
@@ -187,6 +192,7 @@ class LlavaRewardConfig(RewardConfig):
     # JSON text on the command line becomes a mapping, as for TRL's own fields of this kind.
     _VALID_DICT_FIELDS = [*RewardConfig._VALID_DICT_FIELDS, "judging_prompt"]  # noqa: RUF012
 
+    chat_template_path: str | None = _option(None, _TEMPLATE_HELP)
     with_captions: bool = _option(True, "Show the captions of the image to the reward model in the judging turn.")
     caption_seed: int = _option(0, "Seed of the order of the captions, which is the same for both answers of a pair.")
     judging_prompt: dict[str, Any] | str | None = _option(
@@ -237,6 +243,7 @@ class LlavaPPOConfig(PPOConfig):
         "reward", "Backbone that the value model starts from; its head always starts at zero."
     )
     # Prompts
+    chat_template_path: str | None = _option(None, f"{_TEMPLATE_HELP} The reward model keeps its own.")
     max_prompt_length: int | None = _option(None, "Longest prompt in tokens, image tokens included. None: no limit.")
     overlong: Overlong = _option("error", _OVERLONG_HELP)
     # The score of a response

@@ -248,15 +248,15 @@ def _answer_span(text: str, before: str | None, through: str, specials: list[str
         raise ValueError(
             f"{row_name}: the answers cannot be located, because the chat template does not {part}. Expected the "
             "conversation up to an answer, with the generation prompt, to be the beginning of the whole conversation. "
-            "Use another chat template, such as trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE."
+            "Set another chat template: `chat_template_path` in a recipe (a .jinja file, or vicuna_v1)."
         )
     # What follows the stop token (a newline in some templates) is not generated, so it is not learned either.
     body = through.rstrip()
     if len(body) <= len(before) or not body.endswith(tuple(specials)):
         raise ValueError(
             f"{row_name}: the chat template ends an answer with {through[len(before) :][-20:]!r}, not with a special "
-            "token, so a model trained with it would never learn to stop. Set a chat template that writes one, such "
-            "as trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE."
+            "token, so a model trained with it would never learn to stop. Set a chat template that writes one: "
+            "`chat_template_path: vicuna_v1` in a recipe, trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE in Python."
         )
     return len(before), len(body)
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import trl_llava.sequence_classification  # noqa: F401  registers the score-head models
+from trl_llava.chat_templates import set_chat_template
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.quantization import keep_differentiable, quantization_config
 from trl_llava.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
@@ -34,7 +35,12 @@ HEAD = "score"
 
 
 def load_processor(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, pad_to_square: bool | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    pad_to_square: bool | None = None,
+    chat_template_path: str | None = None,
 ) -> ProcessorMixin:
     """The processor of an image-text model: tokenizer, image processor and chat template.
 
@@ -43,12 +49,13 @@ def load_processor(
         revision: Branch, tag or commit.
         trust_remote_code: Run code that the repository brings along.
         pad_to_square: Pad pictures to a square as the paper does; None leaves the image processor as it was saved.
+        chat_template_path: Chat template instead of the saved one, as for `chat_templates.set_chat_template`.
 
     Returns:
-        The processor; its chat template is the saved one.
+        The processor.
 
     Raises:
-        OSError: If there is no such model.
+        OSError: If there is no such model or chat template.
         ImportError: If the processor needs a package that is not installed.
         ValueError: If a part is missing that training needs; the message names it.
     """
@@ -66,6 +73,8 @@ def load_processor(
             f"'{name}' has no image processor, only a {type(processor).__name__}: it is a text-only model. Choose an "
             "image-text model, or put one together with trl_llava.vision_tower.assemble_llava"
         )
+    if chat_template_path is not None:
+        set_chat_template(processor, chat_template_path, trust_remote_code=trust_remote_code)
     tokenizer = getattr(processor, "tokenizer", None)
     missing = {
         "tokenizer": tokenizer is None,
@@ -78,7 +87,7 @@ def load_processor(
         parts = ", ".join(part for part, is_missing in missing.items() if is_missing)
         raise ValueError(
             f"the processor of '{name}' ({type(processor).__name__}) has no {parts}. Load it, set what is missing "
-            "(e.g. processor.chat_template = trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE, "
+            "(a chat template also by `chat_template_path: vicuna_v1` in the recipe; "
             "processor.tokenizer.pad_token = '<unk>'), save it to a folder, and use that folder"
         )
     if pad_to_square is not None:

@@ -12,6 +12,7 @@ from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig
 from trl_llava.factual_reward import FactualReward
 from trl_llava.models import check_same_tokenizer, load_policy, load_processor
 from trl_llava.recipe_values import RecipeError
+from trl_llava.reward_settings import find_file
 from trl_llava.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
 from trl_llava.scoring import RewardFunction
 
@@ -60,14 +61,15 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
         raise RecipeError("set `sft_model_path` (stage 1's adapter or model), or `model_name_or_path`.")
     trained_on = adapter_base(start, revision)
     if trained_on is None:
-        return _full_policy(model_args, start, revision)
+        return _full_policy(args, model_args, start, revision)
     base = agreed_base(model_args.model_name_or_path, start, trained_on)
     base_revision = model_args.model_revision if base == model_args.model_name_or_path else None
     model = load_policy(with_base(model_args, base, base_revision))
     model = load_adapter(model, start, adapter_name="default", is_trainable=True, revision=revision)
     load_adapter(model, start, adapter_name="reference", is_trainable=False, revision=revision)
     args.model_adapter_name, args.ref_adapter_name = "default", "reference"
-    return Policy(model, None, None, _processor(base, model_args, base_revision), base, (start, revision))
+    processor = _processor(start, args, model_args, revision, base)
+    return Policy(model, None, None, processor, base, (start, revision))
 
 
 def load_value_model(
@@ -100,7 +102,7 @@ def load_value_model(
     model = load_score_model(name, model_args, base=given, revision=revision, seed=args.seed)
     zero_head(model)
     base = policy.base if field == "policy" else (adapter_base(name, revision) or name)
-    processor = policy.processor if field == "policy" else _processor(name, model_args, revision, base)
+    processor = policy.processor if field == "policy" else _processor(name, args, model_args, revision, base)
     check_same_tokenizer(policy.processor, processor, f"value model ({field})")
     same = processor.chat_template == policy.processor.chat_template and (
         processor.image_processor.to_dict() == policy.processor.image_processor.to_dict()
@@ -167,10 +169,10 @@ def find_function(path: str) -> RewardFunction:
     return function
 
 
-def _full_policy(model_args: LlavaModelConfig, start: str, revision: str | None) -> Policy:
+def _full_policy(args: LlavaPPOConfig, model_args: LlavaModelConfig, start: str, revision: str | None) -> Policy:
     """A policy whose start is a whole model: trained with a fresh adapter, or as a whole against a second copy."""
     model = load_policy(with_base(model_args, start, revision))
-    processor = _processor(start, model_args, revision)
+    processor = _processor(start, args, model_args, revision)
     peft_config = lora_config(model_args, model, task="CAUSAL_LM")
     reference = None
     if peft_config is None:
@@ -179,13 +181,15 @@ def _full_policy(model_args: LlavaModelConfig, start: str, revision: str | None)
 
 
 def _processor(
-    name: str, model_args: LlavaModelConfig, revision: str | None, base: str | None = None
+    name: str, args: LlavaPPOConfig, model_args: LlavaModelConfig, revision: str | None, base: str | None = None
 ) -> ProcessorMixin:
     """The processor saved with a stage's result, else its base's."""
-    trusted, square = model_args.trust_remote_code, model_args.pad_to_square
-    try:
-        return load_processor(name, revision=revision, trust_remote_code=trusted, pad_to_square=square)
-    except OSError:
-        if base is None or base == name:
-            raise
-        return load_processor(base, trust_remote_code=trusted, pad_to_square=square)
+    if base is not None and not find_file(name, "tokenizer_config.json", revision):  # an adapter saved on its own
+        name, revision = base, model_args.model_revision if base == model_args.model_name_or_path else None
+    return load_processor(
+        name,
+        revision=revision,
+        trust_remote_code=model_args.trust_remote_code,
+        pad_to_square=model_args.pad_to_square,
+        chat_template_path=args.chat_template_path,
+    )

@@ -92,7 +92,9 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
         pad_to_square=model_args.pad_to_square,
+        chat_template_path=training_args.chat_template_path,
     )
+    training_args.chat_template_path = None  # the processor has it now; TRL would set it after the rows are checked
     train_rows, eval_rows = load_splits(
         script_args, mixture, training_args, "preference", require_captions=training_args.with_captions
     )
