@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prompt_rows, weights
 from transformers import AutoProcessor, LlavaConfig
@@ -158,6 +160,28 @@ def test_the_policy_learns_what_is_rewarded(tiny_llava_dir, adapter_dir, tmp_pat
     trainer.train()
     scores = [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
     assert scores[-1] > scores[0] + 0.2, scores
+
+
+@pytest.fixture
+def fresh_accelerator_state() -> Iterator[None]:
+    """Accelerate keeps one precision for the life of a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_bf16_computes_in_bf16_and_passes_the_first_steps_checks(
+    tiny_llava_dir, adapter_dir, tmp_path, fresh_accelerator_state
+):
+    trainer = ppo_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, bf16=True, use_cpu=True, local_rollout_forward_batch_size=3
+    )
+    seen = set()
+    lm_head = trainer.accelerator.unwrap_model(trainer.model).policy.get_base_model().lm_head
+    lm_head.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}  # in generation, log-probabilities and update alike
+    assert trainer.state.log_history[0]["objective/kl"] == 0.0
 
 
 def test_columns_reach_the_reward_function_with_their_rows(tiny_llava_dir, adapter_dir, tmp_path):

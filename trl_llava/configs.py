@@ -278,7 +278,9 @@ class LlavaPPOConfig(PPOConfig):
         True, "Stop with an explanation if the first step's KL is not 0 or its ratio not 1."
     )
     first_step_kl_tolerance: float = _option(1e-3, "Largest |KL| per response that the first step may show.")
-    first_step_ratio_tolerance: float = _option(1e-2, "Largest |ratio - 1| that the first step may show.")
+    first_step_ratio_tolerance: float | None = _option(
+        None, "Largest mean |ratio - 1| that the first step may show. None: 0.001, or 0.05 where it runs in 16 bit."
+    )
 
     def __post_init__(self) -> None:
         computed = "the trainer computes it from the batch size per device, accumulation and the number of processes"

@@ -34,15 +34,16 @@ def check_first_step_ratio(ratio: torch.Tensor, mask: torch.Tensor, tolerance: f
     Args:
         ratio: (B, R) new over old probability.
         mask: (B, R) bool, `True` at real tokens.
-        tolerance: largest distance from 1 that rounding explains.
+        tolerance: largest mean distance from 1 that rounding explains; in 16 bit a single token may be far off, as
+            another number of rows makes another order of sums.
 
     Raises:
-        UnhealthyRunError: if one is further away.
+        UnhealthyRunError: if the mean distance is larger.
     """
-    worst = (ratio - 1).abs()[mask].max().item()
-    if not worst <= tolerance:
+    distance = (ratio - 1).abs()[mask].mean().item()
+    if not distance <= tolerance:
         raise UnhealthyRunError(
-            f"the probability ratio is off by {worst:.3g} in the first micro-batch, expected 1 (within "
+            f"the probability ratio is off by {distance:.3g} in the first micro-batch, expected 1 (within "
             f"first_step_ratio_tolerance={tolerance:g}): the update computes other log-probabilities than the rollout "
             "did. Usual causes: dropout is on in training, another dtype or autocast in one of the passes, or padding "
             "that leaks into the attention"

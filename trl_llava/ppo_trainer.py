@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, patch_environment
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -79,7 +79,7 @@ class LlavaPPOTrainer(PPOTrainer):
         peft_config: wraps the policy in a fresh adapter.
 
     Raises:
-        ValueError: if the data set holds less than one batch of rows.
+        ValueError: if the data set holds less than one batch of rows, or the process has another mixed precision.
     """
 
     control: TrainerControl
@@ -115,21 +115,28 @@ class LlavaPPOTrainer(PPOTrainer):
         value_collator = None
         if value_processing_class is not None and value_processing_class is not processing_class:
             value_collator = PromptCollator(value_processing_class, max_prompt_length=None)
-        super().__init__(
-            args=args,
-            processing_class=self.tokenizer,
-            model=model,
-            ref_model=ref_model,
-            # TRL moves its reward model to the device; our reward functions hold and place their models themselves.
-            reward_model=nn.Identity(),
-            train_dataset=train_dataset,
-            value_model=value_model,
-            data_collator=collator if value_collator is None else PolicyAndValueCollator(collator, value_collator),
-            eval_dataset=eval_dataset,
-            optimizers=optimizers,
-            callbacks=callbacks,
-            peft_config=peft_config,
-        )
+        # TRL's PPO makes its accelerator without the precision that `args` asks for; it reads this instead.
+        with patch_environment(ACCELERATE_MIXED_PRECISION=args.mixed_precision):
+            super().__init__(
+                args=args,
+                processing_class=self.tokenizer,
+                model=model,
+                ref_model=ref_model,
+                # TRL moves its reward model to the device; our reward functions place their models themselves.
+                reward_model=nn.Identity(),
+                train_dataset=train_dataset,
+                value_model=value_model,
+                data_collator=collator if value_collator is None else PolicyAndValueCollator(collator, value_collator),
+                eval_dataset=eval_dataset,
+                optimizers=optimizers,
+                callbacks=callbacks,
+                peft_config=peft_config,
+            )
+        if self.accelerator.mixed_precision != args.mixed_precision:
+            raise ValueError(
+                f"this process already runs with mixed precision {self.accelerator.mixed_precision!r}, but the config "
+                f"asks for {args.mixed_precision!r}: set `bf16` and `fp16` accordingly, or start a new process"
+            )
         self.processing_class = self.callback_handler.processing_class = processing_class
         self.dataloader = self._batches_from(0)
         self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, self.suppressed)

@@ -104,7 +104,7 @@ class PPOUpdate:
         value = ppo_math.value_loss(values, part.values, part.returns, mask, args.cliprange_value)
         with torch.no_grad():
             if self.check_ratio:
-                check_first_step_ratio(policy.ratio, mask, args.first_step_ratio_tolerance)
+                check_first_step_ratio(policy.ratio, mask, self._ratio_tolerance())
                 self.check_ratio = False
             for name, values in {
                 "policy/approxkl_avg": 0.5 * policy.log_ratio**2,
@@ -119,6 +119,13 @@ class PPOUpdate:
             }.items():
                 self.sums[name] += ppo_math.masked_sum(values, mask)
         return (policy.losses.sum() + args.vf_coef * value.losses.sum()) / tokens
+
+    def _ratio_tolerance(self) -> float:
+        if self.args.first_step_ratio_tolerance is not None:
+            return self.args.first_step_ratio_tolerance
+        model = self.accelerator.unwrap_model(self.model)
+        in_16_bit = self.accelerator.mixed_precision != "no" or model.policy.dtype != torch.float32
+        return 5e-2 if in_16_bit else 1e-3
 
     def _metrics(self) -> dict[str, float]:
         names = list(self.sums)
