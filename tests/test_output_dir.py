@@ -66,7 +66,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_the_same_run_resumes_or_says_how(tmp_path: Path) -> None:
     start(tmp_path / "run")
     before = finish(tmp_path / "run")
-    with pytest.raises(OutputDirError, match="already holds this run: .*`resume_from_checkpoint: true`"):
+    with pytest.raises(OutputDirError, match=r"already holds this run: .*`resume_from_checkpoint: true`"):
         claim(*parse(tmp_path / "run"))
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
     assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", "true")) == checkpoint
@@ -88,13 +88,13 @@ def test_a_moved_folder_is_still_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["true", "nowhere"])
 def test_missing_checkpoint_is_named(tmp_path: Path, value: str) -> None:
-    with pytest.raises(OutputDirError, match="`resume_from_checkpoint`: .*(holds no checkpoint|is not a checkpoint)"):
+    with pytest.raises(OutputDirError, match=r"`resume_from_checkpoint`: .*(holds no checkpoint|is not a checkpoint)"):
         claim(*parse(tmp_path / "run", "--resume_from_checkpoint", value))
 
 
 def test_unwritable_output_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputDirError, match="cannot write into `output_dir` .*file/run: Not a directory. Choose"):
+    with pytest.raises(OutputDirError, match=r"cannot write into `output_dir` .*file/run: Not a directory. Choose"):
         claim(*parse(tmp_path / "file" / "run"))
     with pytest.raises(OutputDirError, match="`output_dir`"):
         claim(*parse(tmp_path / "file"))
