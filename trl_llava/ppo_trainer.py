@@ -139,6 +139,9 @@ class LlavaPPOTrainer(PPOTrainer):
             )
         self.processing_class = self.callback_handler.processing_class = processing_class
         self.dataloader = self._batches_from(0)
+        if eval_dataset is not None:  # TRL's loader drops a last batch that is not full, which may be the only one
+            eval_loader = DataLoader(eval_dataset, args.per_device_eval_batch_size, collate_fn=collator)
+            self.eval_dataloader = self.accelerator.prepare(eval_loader)
         self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, self.suppressed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
