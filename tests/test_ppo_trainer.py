@@ -289,7 +289,7 @@ def test_save_model_writes_both_adapters_with_the_head(tiny_llava_dir, adapter_d
 def test_samples_are_shown_and_saved_with_each_reward_term(tiny_llava_dir, adapter_dir, tmp_path, capsys):
     trainer = ppo_trainer(
         tiny_llava_dir, adapter_dir, tmp_path, eval_dataset=prompt_rows(4), num_sample_generations=1,
-        per_device_eval_batch_size=4, length_coef=-1.0,
+        per_device_eval_batch_size=16, length_coef=-1.0,
     )  # fmt: skip
     trainer.train()
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
