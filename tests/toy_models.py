@@ -1,0 +1,121 @@
+"""The recipes' models at toy size: layers an eighth, widths a sixty-fourth (LLaVA-1.5) or sixteenth (OneVision) of the
+real ones, patches of 2 pixels, as many patches as the real towers, and the real ratio between tower and language model.
+"""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
+
+PATCH = 2
+# Real: 7B 32 layers, 4096 wide, 32 heads, 11008 inside; 13B 40, 5120, 40, 13824; CLIP-L/14 24, 1024, 16, 4096.
+VICUNA = {"7b": (4, 64, 4, 172), "13b": (5, 80, 5, 216)}
+CLIP = (3, 16, 2, 64)
+# llava-hf's templates, which write nothing a model could learn to stop at, or begin answers with another space.
+NO_STOP = VICUNA_V1_CHAT_TEMPLATE.replace(" + eos_token", " + ' '")
+OTHER_START = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def llava_1_5(folder: Path, size: str, pixels: int, *, chat_template: str = VICUNA_V1_CHAT_TEMPLATE) -> Path:
+    """LLaVA-1.5 of `size` "7b" or "13b" with the tower for `pixels` 224 or 336: 256 or 576 patches."""
+    side = pixels // 14 * PATCH
+    tokenizer = tiny_models.tiny_tokenizer()
+    processor = LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+    layers, width, heads, inside = VICUNA[size]
+    text = dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=inside)
+    layers, width, heads, inside = CLIP
+    tower = dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=inside)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=side, patch_size=PATCH, projection_dim=width, **tower),
+        text_config=LlamaConfig(
+            **{**tiny_models.text_config(len(tokenizer)), "num_key_value_heads": text["num_attention_heads"], **text}
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(pixels // 14) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(0)
+    return tiny_models._save(LlavaForConditionalGeneration(config), processor, folder)
+
+
+def onevision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """LLaVA-OneVision-0.5B: SigLIP-so400m at 384 pixels (729 patches), Qwen2-0.5B, ChatML.
+
+    `AutoProcessor` needs torchvision for the video part, so `trl_llava.models` gets one that leaves the part out.
+    """
+    side = 384 // 14 * PATCH
+    tokenizer = tiny_models.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>", "<|im_start|>"]})
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.chat_template = None
+    grid = [[rows * side, columns * side] for rows in range(1, 7) for columns in range(1, 7)]
+    processor = tiny_models.ImageOnlyOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=grid),
+        tokenizer,
+        num_image_tokens=729,
+        chat_template=OTHER_START,
+    )
+    tower = dict(num_hidden_layers=3, hidden_size=72, num_attention_heads=9, intermediate_size=269)
+    text = dict(num_hidden_layers=3, hidden_size=56, num_attention_heads=7, num_key_value_heads=1)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(image_size=side, patch_size=PATCH, vision_use_head=False, **tower),
+        text_config=Qwen2Config(
+            **{
+                **tiny_models.text_config(len(tokenizer)),
+                **text,
+                "intermediate_size": 304,
+                "tie_word_embeddings": True,
+            }
+            | {"eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 8192}
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=grid,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    tiny_models._save(LlavaOnevisionForConditionalGeneration(config), processor, folder)
+
+    class AutoProcessorWithoutVideo:
+        @staticmethod
+        def from_pretrained(name: str, **kwargs: object) -> tiny_models.ImageOnlyOnevisionProcessor:
+            return tiny_models.ImageOnlyOnevisionProcessor(
+                LlavaOnevisionImageProcessorPil.from_pretrained(name),
+                tiny_models.PreTrainedTokenizerFast.from_pretrained(name),
+                num_image_tokens=729,
+                chat_template=(Path(name) / "chat_template.jinja").read_text(),
+            )
+
+    monkeypatch.setattr("trl_llava.models.AutoProcessor", AutoProcessorWithoutVideo)
+    return folder
