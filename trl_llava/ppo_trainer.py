@@ -38,7 +38,7 @@ from trl_llava.configs import LlavaPPOConfig
 from trl_llava.data import rows_from
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.lengths import drop_overlong
-from trl_llava.passes import PolicyAndValue, generate, response_logits, response_values, token_logprobs
+from trl_llava.passes import PolicyAndValue, encode_images, generate, response_logits, response_values, token_logprobs
 from trl_llava.ppo_checkpoint import (
     load_optimizer,
     load_roles,
@@ -205,6 +205,12 @@ class LlavaPPOTrainer(PPOTrainer):
         model.eval()
         logprobs, ref_logprobs, values = [], [], []
         with torch.no_grad():
+            with self.phase("images"), self.accelerator.autocast():
+                at_once = self.args.local_rollout_forward_batch_size
+                value_inputs = encode_images(model.value_model, value_inputs, at_once)
+                # The reference shares the policy's tower, unless it is a model of its own.
+                ref_inputs = None if self.ref_model is None else encode_images(self.ref_model, inputs, at_once)
+                inputs = encode_images(model.policy, inputs, at_once)
             with self.phase("generation"):
                 responses, mask = self._generate(inputs, step)
             with self.phase("forward"), self.accelerator.autocast():
@@ -212,7 +218,7 @@ class LlavaPPOTrainer(PPOTrainer):
                     answers = (responses[rows], mask[rows])
                     logprobs.append(self._logprobs(model.policy, inputs.select(rows), *answers))
                     with self.reference(model.policy) as reference:
-                        ref_logprobs.append(self._logprobs(reference, inputs.select(rows), *answers))
+                        ref_logprobs.append(self._logprobs(reference, (ref_inputs or inputs).select(rows), *answers))
                     values.append(response_values(model.value_model, value_inputs.select(rows), *answers))
         all_values = torch.cat(values)
         return Rollout(

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-# Keys with one entry per row rather than per image, whatever their shape says.
-ROW_KEYS = ("batch_num_images",)
+# LLaVA-OneVision's processor says how many images each row has, rows without any left out.
+COUNTS = "batch_num_images"
 
 
 @dataclass
@@ -24,12 +25,15 @@ class ModelInputs:
         images_per_row: number of images of each of the B rows.
         extras: whatever else the model takes: `pixel_values` and `image_sizes` with one entry per image,
             (B, Q) token kinds, or entries per row.
+        image_features: what tower and projector made of each image, (N, H) each, once they have run; then the
+            tensors they were made from are no longer in `extras`.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     images_per_row: list[int]
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    image_features: list[torch.Tensor] | None = None
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any], device: torch.device) -> "ModelInputs":
@@ -70,7 +74,11 @@ class ModelInputs:
         images = [starts[row] + offset for row in rows for offset in range(self.images_per_row[row])]
         extras = {}
         for key, value in self.extras.items():
-            if key in ROW_KEYS or value.shape == self.input_ids.shape:
+            if key == COUNTS:
+                if images:
+                    counts = [self.images_per_row[row] for row in rows if self.images_per_row[row]]
+                    extras[key] = torch.tensor(counts, dtype=value.dtype, device=value.device)
+            elif value.shape == self.input_ids.shape:
                 extras[key] = value[list(rows)]
             elif value.shape[0] == sum(self.images_per_row):
                 if images:  # a model takes no empty `pixel_values`
@@ -82,11 +90,27 @@ class ModelInputs:
                     f"{tuple(self.input_ids.shape)}. Processors that flatten image patches do not work in PPO yet"
                 )
         rows = list(rows)
+        features = None if self.image_features is None else [self.image_features[image] for image in images]
         return ModelInputs(
-            self.input_ids[rows], self.attention_mask[rows], [self.images_per_row[row] for row in rows], extras
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            [self.images_per_row[row] for row in rows],
+            extras,
+            features,
         )
 
-    def followed_by(self, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def image_kwargs(self) -> dict[str, Any]:
+        """The images as keyword arguments of a forward pass or of `generate`: encoded already, or as pixels.
+
+        Returns:
+            `mm_encoder_outputs` if the features are there, and the extras.
+        """
+        if not self.image_features:
+            return dict(self.extras)
+        encoded = BaseModelOutputWithPooling(pooler_output=list(self.image_features))
+        return {**self.extras, "mm_encoder_outputs": {"image": encoded}}
+
+    def followed_by(self, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
         """Keyword arguments of a forward pass over prompt and response.
 
         Args:
@@ -94,16 +118,17 @@ class ModelInputs:
             mask: (B, R) bool, `True` at real tokens.
 
         Returns:
-            `input_ids` and `attention_mask` of shape (B, Q + R), and the extras.
+            `input_ids` and `attention_mask` of shape (B, Q + R), and the images.
         """
         attention_mask = torch.cat((self.attention_mask, mask.to(self.attention_mask.dtype)), 1)
         # Padding becomes id 0: a pad id may lie outside of the embedding.
         input_ids = torch.cat((self.input_ids, responses), 1).masked_fill(attention_mask == 0, 0)
-        extras = {
-            key: torch.cat((value, torch.zeros_like(responses)), 1) if value.shape == self.input_ids.shape else value
+        token_kinds = {
+            key: torch.cat((value, torch.zeros_like(responses)), 1)
             for key, value in self.extras.items()
+            if value.shape == self.input_ids.shape
         }
-        return {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
+        return {**self.image_kwargs(), **token_kinds, "input_ids": input_ids, "attention_mask": attention_mask}
 
 
 @dataclass

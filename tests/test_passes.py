@@ -1,0 +1,126 @@
+"""Image features computed once give the numbers that pixels give in every pass, for every family."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset, Image, List
+from tiny_trainers import make_adapter, ppo_trainer
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+
+from trl_llava.collators import PromptCollator
+from trl_llava.data import rows_from
+from trl_llava.passes import encode_images, generate, response_logits, response_values
+from trl_llava.rollout import ModelInputs
+from trl_llava.sequence_classification import (
+    LlavaForSequenceClassification,
+    LlavaNextForSequenceClassification,
+    LlavaOnevisionForSequenceClassification,
+)
+
+SCORE_CLASSES = {
+    "tiny_llava_dir": LlavaForSequenceClassification,
+    "tiny_llava_next_dir": LlavaNextForSequenceClassification,
+    "tiny_llava_onevision_dir": LlavaOnevisionForSequenceClassification,
+}
+
+
+def make_inputs(family: str, folder: Path) -> ModelInputs:
+    """Four rows with 1, 0, 2 and 1 images of different sizes."""
+    if family == "tiny_llava_onevision_dir":
+        processor = tiny_models.onevision_processor()
+    else:
+        processor = AutoProcessor.from_pretrained(folder)
+    pictures = [
+        [tiny_models.image("red")],
+        [],
+        [tiny_models.image("blue", (30, 60)), tiny_models.image("green", (50, 20))],
+        [tiny_models.image("black", (28, 28))],
+    ]
+    questions = [[{"role": "user", "content": f"What is in the picture {i}?"}] for i in range(4)]
+    dataset = Dataset.from_dict({"prompt": questions, "images": pictures}).cast_column("images", List(Image()))
+    batch = PromptCollator(processor)(list(rows_from(dataset, "prompt")))
+    return ModelInputs.from_batch(batch, torch.device("cpu"))
+
+
+def policy_and_value(family: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    policy = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    value = SCORE_CLASSES[family].from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(value.score.weight)
+    return policy, value.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+def test_features_give_what_pixels_give(family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    policy, value = policy_and_value(family, folder)
+    pixels = make_inputs(family, folder)
+    features = encode_images(policy, pixels, batch_size=2)
+    assert "pixel_values" not in features.extras and len(features.image_features) == 4
+    responses = torch.randint(10, 300, (4, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(responses, dtype=torch.bool)
+    with torch.no_grad():
+        for rows in ([0, 1, 2, 3], [2], [1], [3, 0]):
+            part = (responses[rows], mask[rows])
+            expected = response_logits(policy, pixels.select(rows), *part, temperature=1.0)
+            actual = response_logits(policy, features.select(rows), *part, temperature=1.0)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                response_values(value, encode_images(value, pixels, 8).select(rows), *part),
+                response_values(value, pixels.select(rows), *part),
+                rtol=1e-4,
+                atol=1e-5,
+            )
+
+
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+def test_generation_from_features_is_generation_from_pixels(family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    policy, _ = policy_and_value(family, folder)
+    pixels = make_inputs(family, folder)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=3)
+    expected, _ = generate(policy, pixels, config)
+    actual, _ = generate(policy, encode_images(policy, pixels, batch_size=8), config)
+    assert torch.equal(actual, expected)
+
+
+def test_the_image_matters(tiny_llava_dir: Path) -> None:
+    """Else the tests above would also pass with the features of another picture."""
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    features = encode_images(policy, make_inputs("tiny_llava_dir", tiny_llava_dir), batch_size=8)
+    swapped = encode_images(policy, make_inputs("tiny_llava_dir", tiny_llava_dir), batch_size=8)
+    swapped.image_features[0], swapped.image_features[1] = swapped.image_features[1], swapped.image_features[0]
+    part = (torch.full((1, 3), 20), torch.ones(1, 3, dtype=torch.bool))
+    with torch.no_grad():
+        first = response_logits(policy, features.select([0]), *part, temperature=1.0)
+        second = response_logits(policy, swapped.select([0]), *part, temperature=1.0)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_a_trained_projector_is_run_in_every_pass(tiny_llava_dir: Path) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
+    policy.model.multi_modal_projector.requires_grad_(True)
+    assert encode_images(policy, inputs, batch_size=8) is inputs
+
+
+def test_each_picture_is_encoded_once_a_step_for_each_model(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
+    trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path / "out", total_episodes=4, num_ppo_epochs=3)
+    for parameter in (p for n, p in trainer.model.named_parameters() if "vision_tower" in n or "projector" in n):
+        assert not parameter.requires_grad
+    seen = {"policy": 0, "value_model": 0}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for role in seen:
+        tower = getattr(model, role).get_base_model().model.vision_tower
+
+        def count(module: torch.nn.Module, args: tuple, role: str = role) -> None:
+            seen[role] += args[0].shape[0]
+
+        tower.register_forward_pre_hook(count)
+    batch = next(iter(trainer.dataloader))
+    trainer.train()
+    pictures = sum(len(images) for images in batch["columns"]["images"])
+    assert pictures > 0 and seen == {"policy": pictures, "value_model": pictures}
