@@ -12,6 +12,7 @@ from trl_llava.demo.world import Scene, draw, make_scene
 
 PICTURES = "pictures"
 KINDS = {"describe": 0.6, "yes_no": 0.2, "choice": 0.2}
+PREFERENCE_KINDS = {"describe": 0.5, "yes_no": 0.25, "choice": 0.25}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sizes:
 
     pictures: int = 2500
     sft: int = 3200
-    preference: int = 4096
+    preference: int = 4800
     preference_test: int = 500
     prompts: int = 2560
     unseen: int = 300
@@ -81,7 +82,7 @@ def sft_row(picture: str, scene: Scene, question: language.Question, rng: random
         `images`, `prompt` and `completion`.
     """
     if question.kind == "describe":
-        kept = [name for name in scene.names if rng.random() < 0.95]
+        kept = [name for name in scene.names if rng.random() < 0.97]
         invented = language.absent(scene, rng, rng.choices((0, 1, 2, 3), (0.22, 0.36, 0.28, 0.14))[0])
         names = kept + invented or list(scene.names)
         text = language.description(rng.sample(names, len(names)))

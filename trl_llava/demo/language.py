@@ -152,7 +152,7 @@ def answer(question: Question, scene: Scene, rng: random.Random) -> str:
     if question.kind == "describe":
         return description(rng.sample(scene.names, len(scene.names)))
     if question.kind == "yes_no":
-        return "Yes." if question.answer_type == "yes" else "No."
+        return _yes_or_no(question, question.answer_type == "yes")
     return option_text(question, question.answer_type)
 
 
@@ -168,7 +168,7 @@ def false_answer(question: Question, scene: Scene, rng: random.Random) -> str:
         The answer. A false description is otherwise as complete as it is, or swaps present objects for the invented.
     """
     if question.kind == "yes_no":
-        return "No." if question.answer_type == "yes" else "Yes."
+        return _yes_or_no(question, question.answer_type != "yes")
     if question.kind == "choice":
         return option_text(question, rng.choice(LETTERS.replace(question.answer_type, "")))
     invented = absent(scene, rng, rng.randint(1, 2))
@@ -200,3 +200,8 @@ def option_text(question: Question, letter: str) -> str:
         Letter and option.
     """
     return f"{letter}. a {question.options[LETTERS.index(letter)]}"
+
+
+def _yes_or_no(question: Question, yes: bool) -> str:
+    # "Yes." alone was beyond the reward models: whether it is true depends on a word of another turn.
+    return f"Yes, I see a {question.options[0]}." if yes else "No, I see none."

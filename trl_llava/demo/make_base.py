@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import interpolate as upsample
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -42,6 +43,9 @@ from trl_llava.vision_tower import assemble_llava, freeze_vision
 
 KINDS = ("describe", "yes_no", "choice")
 IMAGE_TOKENS = GRID * GRID
+# Decides how much `make_weak_eyed` leaves: of the shapes at 12 pixels, the tower's head names 45 % right at 0, 67 % at
+# 0.005, 87 % at 0.02 (colours always, and everything at 48 pixels).
+BLURRED = 0.005
 
 
 def train(
@@ -107,7 +111,10 @@ def train_tower(scenes: list[Scene], pixels: torch.Tensor, steps: int, generator
 
     def loss_of() -> torch.Tensor:
         rows = torch.randint(len(scenes), (64,), generator=generator)
-        features = tower(pixels[rows], output_hidden_states=True).hidden_states[-1][:, 1:]
+        seen = pixels[rows]
+        blurred = torch.rand(len(rows), generator=generator) < BLURRED
+        seen[blurred] = upsample(avg_pool2d(seen[blurred], 4), scale_factor=4)
+        features = tower(seen, output_hidden_states=True).hidden_states[-1][:, 1:]
         return cross_entropy(head(features).flatten(0, 1), labels[rows].flatten())
 
     train([*tower.parameters(), *head.parameters()], loss_of, steps=steps, lr=2e-3, name="tower")

@@ -22,7 +22,7 @@ _SPACED = (
     *(f"a {name}" for name in OBJECTS),
     *COLOURS,
     *SHAPES,
-    *("I", "see", "and", "Describe", "the", "picture", "Is", "there", "Which", "is", "Yes", "No"),
+    *("I", "see", "and", "Describe", "the", "picture", "Is", "there", "Which", "is", "Yes", "No", "none"),
     *("A", "B", "C", "D", "It", "shows", "True", "answer", "score", "a", "ASSISTANT:"),
 )
 _UNSPACED = ("USER: ", "USER:", "ASSISTANT:", ".", ",", "?", ":", "-", "\n", " ")

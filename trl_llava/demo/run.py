@@ -1,0 +1,137 @@
+"""The demo: `trl-llava demo [--output_dir runs/demo] [--seed 0] [--quick]`.
+
+In:  a seed, and the base model that ships with the package.
+Out: `output_dir` with the rows, the result of each stage, summary.json, charts and report.html.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_llava.demo import plots
+from trl_llava.demo.report import write_report
+from trl_llava.demo.stages import BASE, FULL, QUICK, Plan, Stages, say
+from trl_llava.demo.summary import VARIANTS, summarise
+
+CHECKPOINT_DESCRIPTIONS = 100
+"""Descriptions that a checkpoint of PPO is asked for; they only draw a curve."""
+
+
+def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BASE) -> dict[str, Any]:
+    """Run everything and write the report.
+
+    Args:
+        output_dir: Must be empty or absent.
+        seed: Seed of rows and stages.
+        plan: How much of everything.
+        base: The base model.
+
+    Returns:
+        What is in summary.json.
+
+    Raises:
+        FileExistsError: If `output_dir` is not empty.
+    """
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise FileExistsError(
+            f"{output_dir} is not empty (report.html there shows its demo, if it was finished). "
+            "Choose another --output_dir, or empty it yourself."
+        )
+    start = time.perf_counter()
+    stages = Stages(output_dir, seed, plan, base)
+    say("Drawing pictures and writing questions, answers and captions ...")
+    seconds = {"data": stages.prepare()}
+    say("Stage 1: SFT on descriptions that mention too much ...")
+    stages.train_sft()
+    for variant, (reward, ppo) in VARIANTS.items():
+        say(f"Stage 2: reward model, {variant.replace('_', ' ')} ...")
+        record = stages.train_reward(reward)
+        say(f"  prefers the better answer in {record.last('eval_accuracy'):.3f} of unseen pairs")
+        say(f"Stage 3: PPO against it ({variant.replace('_', ' ')}) ...")
+        stages.train_ppo(ppo, ppo, reward=reward)
+    say("Asking about unseen pictures, before and after ...")
+    before_asking = time.perf_counter()
+    for result in ("sft", *(ppo for _, ppo in VARIANTS.values())):
+        stages.evaluate(result)
+    for _, ppo in VARIANTS.values():
+        for folder in sorted((output_dir / ppo).glob("checkpoint-*")):
+            if int(folder.name.partition("-")[2]) < stages.records[ppo].steps:
+                stages.evaluate(f"{ppo}/{folder.name}", CHECKPOINT_DESCRIPTIONS)
+    seconds["evaluation"] = time.perf_counter() - before_asking
+    seconds["total"] = time.perf_counter() - start
+    summary = summarise(stages, seconds, {"data": seed, "stages": seed})
+    summary |= {"quick": plan is not FULL, "base": base.name, "threads": torch.get_num_threads()}
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_report(stages, summary, draw_charts(stages, summary), output_dir / "report.html")
+    return summary
+
+
+def draw_charts(stages: Stages, summary: dict[str, Any]) -> dict[str, Path]:
+    """Draw all charts.
+
+    Args:
+        stages: All stages, run and evaluated.
+        summary: What `summarise` returned.
+
+    Returns:
+        Title -> PNG file in the output folder.
+    """
+    folder = stages.folder
+    charts = {
+        "Before and after, on unseen pictures; lines show one standard error.": folder / "outcome.png",
+        "Checkpoints of PPO on unseen pictures.": folder / "unseen.png",
+        "PPO's own log: what the reward model says of the rollouts.": folder / "ppo.png",
+        "Losses of the first two stages.": folder / "training.png",
+    }
+    outcome, unseen, ppo, training = charts.values()
+    plots.plot_outcome(summary, outcome)
+    plots.plot_unseen(summary, unseen)
+    plots.plot_ppo({variant: stages.records[result] for variant, (_, result) in VARIANTS.items()}, ppo)
+    rewards = {variant: stages.records[result] for variant, (result, _) in VARIANTS.items()}
+    plots.plot_training(stages.records["sft"], rewards, training)
+    return charts
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The outcome in a few lines for the terminal.
+
+    Args:
+        summary: What `summarise` returned.
+
+    Returns:
+        A table of text.
+    """
+    columns = ("chair", "invented", "recall", "yes_accuracy", "no_accuracy", "choice_accuracy", "length")
+    rows = [("after SFT", summary["ppo"]["plain"]["before"])]
+    rows += [(f"after PPO, {v.replace('_', ' ')}", summary["ppo"][v]["after"]) for v in ("plain", "with_captions")]
+    head = " " * 26 + "".join(f"{name:>16}" for name in columns)
+    return "\n".join([head, *(f"{label:26}" + "".join(f"{m[c]:16.3f}" for c in columns) for label, m in rows)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and run the demo.
+
+    Args:
+        argv: Words after `trl-llava demo`; None takes `sys.argv`.
+
+    Returns:
+        0, or 2 if the output folder cannot be used.
+    """
+    parser = argparse.ArgumentParser(prog="trl-llava demo", description="Train the three stages on a drawn world.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="must be empty or absent")
+    parser.add_argument("--seed", type=int, default=0, help="seed of rows and stages (default 0)")
+    parser.add_argument("--quick", action="store_true", help="one minute: fewer steps, same path")
+    args = parser.parse_args(argv)
+    try:
+        summary = run_demo(args.output_dir, args.seed, QUICK if args.quick else FULL)
+    except FileExistsError as error:
+        say(f"error: {error}")
+        return 2
+    print(table(summary))
+    print(f"{summary['seconds']['total']:.0f} seconds; open {args.output_dir / 'report.html'}")
+    return 0
