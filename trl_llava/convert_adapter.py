@@ -1,6 +1,7 @@
 """The paper's adapters and heads to PEFT adapters of today's models."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +122,8 @@ def _check_fit(
     if kind == "SEQ_CLS":
         model_config.num_labels = 1
     with torch.device("meta"):
-        model = get_peft_model(automodel.from_config(model_config), config, low_cpu_mem_usage=True)
+        # PEFT writes the model's name into the configuration it is given.
+        model = get_peft_model(automodel.from_config(model_config), deepcopy(config), low_cpu_mem_usage=True)
         expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
