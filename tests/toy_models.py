@@ -1,5 +1,5 @@
-"""The recipes' models at toy size: layers an eighth, widths a sixty-fourth (LLaVA-1.5) or sixteenth (OneVision) of the
-real ones, patches of 2 pixels, as many patches as the real towers, and the real ratio between tower and language model.
+"""The recipes' models at toy size: an eighth of the layers, a sixty-fourth (LLaVA-1.5) or a sixteenth (OneVision)
+of the width, patches of 2 pixels as many as the real towers have, and the real ratio of tower to language model.
 """
 
 from pathlib import Path
@@ -37,6 +37,12 @@ OTHER_START = (
 )
 
 
+def sizes(layers: int, width: int, heads: int, inside: int) -> dict[str, int]:
+    """The four sizes by the names that all configs share."""
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    return dict(zip(names, (layers, width, heads, inside), strict=True))
+
+
 def llava_1_5(folder: Path, size: str, pixels: int, *, chat_template: str = VICUNA_V1_CHAT_TEMPLATE) -> Path:
     """LLaVA-1.5 of `size` "7b" or "13b" with the tower for `pixels` 224 or 336: 256 or 576 patches."""
     side = pixels // 14 * PATCH
@@ -49,12 +55,9 @@ def llava_1_5(folder: Path, size: str, pixels: int, *, chat_template: str = VICU
         num_additional_image_tokens=1,
         chat_template=chat_template,
     )
-    layers, width, heads, inside = VICUNA[size]
-    text = dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=inside)
-    layers, width, heads, inside = CLIP
-    tower = dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=inside)
+    text, tower = sizes(*VICUNA[size]), sizes(*CLIP)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=side, patch_size=PATCH, projection_dim=width, **tower),
+        vision_config=CLIPVisionConfig(image_size=side, patch_size=PATCH, projection_dim=16, **tower),
         text_config=LlamaConfig(
             **{**tiny_models.text_config(len(tokenizer)), "num_key_value_heads": text["num_attention_heads"], **text}
         ),
@@ -84,15 +87,15 @@ def onevision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         num_image_tokens=729,
         chat_template=OTHER_START,
     )
-    tower = dict(num_hidden_layers=3, hidden_size=72, num_attention_heads=9, intermediate_size=269)
-    text = dict(num_hidden_layers=3, hidden_size=56, num_attention_heads=7, num_key_value_heads=1)
+    # Real: tower 27 layers, 1152 wide, 16 heads, 4304 inside; Qwen2-0.5B 24, 896, 14 (2 for keys and values), 4864.
+    tower, text = sizes(3, 72, 9, 269), sizes(3, 56, 7, 304)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(image_size=side, patch_size=PATCH, vision_use_head=False, **tower),
         text_config=Qwen2Config(
             **{
                 **tiny_models.text_config(len(tokenizer)),
                 **text,
-                "intermediate_size": 304,
+                "num_key_value_heads": 1,
                 "tie_word_embeddings": True,
             }
             | {"eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 8192}
