@@ -24,7 +24,7 @@ def adapter(base: Path, folder: Path, task: str = "CAUSAL_LM", dtype: str = "flo
     model = get_peft_model(model, lora_config(args, model, task=task))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_" in name:
             parameter.data.normal_(std=0.1, generator=generator)
     if task == "SEQ_CLS":
         FactualReward(model, AutoProcessor.from_pretrained(base), JudgingPrompt()).save_pretrained(folder)
@@ -95,6 +95,7 @@ def test_never_into_4_bit_without_being_told(tiny_llava_dir: Path, tmp_path: Pat
     assert not (tmp_path / "merged").exists()
     merge(str(folder), tmp_path / "merged", base=str(base), quantized=True)
     assert AutoConfig.from_pretrained(tmp_path / "merged").quantization_config["load_in_4bit"]
+    load_policy(LlavaModelConfig(model_name_or_path=str(tmp_path / "merged"), dtype="auto"))  # all weights found
     merge(str(folder), tmp_path / "dense")  # the dense base that the adapter names
     assert getattr(AutoConfig.from_pretrained(tmp_path / "dense"), "quantization_config", None) is None
 
