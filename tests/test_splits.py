@@ -52,6 +52,15 @@ def test_fractions_repeat_no_row(tmp_path: Path) -> None:
     assert [sum(prompt.startswith(name) for prompt in train) for name in "ab"] == [6, 2]
 
 
+def test_a_fraction_is_drawn_by_the_seed(tmp_path: Path) -> None:
+    sources = [{"path": write(tmp_path, "a", 40), "fraction": 1}, {"path": write(tmp_path, "b", 4), "fraction": 1}]
+    train, _ = load(tmp_path, datasets=sources)
+    drawn = [prompt for prompt in train if prompt.startswith("a")]
+    assert len(drawn) == 4 and drawn != ["a 0", "a 1", "a 2", "a 3"]  # the file may be sorted
+    assert load(tmp_path, datasets=sources) == (train, None)
+    assert load(tmp_path, "--seed", "1", datasets=sources) != (train, None)
+
+
 @pytest.mark.parametrize(("size", "held_out"), [(2, 2), (0.5, 4)])
 def test_rows_are_held_out_by_the_seed(tmp_path: Path, size: float, held_out: int) -> None:
     path = write(tmp_path, "a", 8)

@@ -111,6 +111,43 @@ def rows_from(
     return _normalise(raw, stage, image_folder, captions_file, on_bad_row, require_captions, num_proc)
 
 
+def row_maker(
+    raw: RawRows,
+    stage: Stage,
+    image_folder: str | Path | None,
+    captions_file: str | Path | None,
+    require_captions: bool,
+    *,
+    decode: bool,
+) -> RowMaker:
+    """Make what turns the records of a data set into rows.
+
+    Args:
+        raw: The data set as found.
+        stage: As in `load_rows`.
+        image_folder: As in `load_rows`; here it must be known.
+        captions_file: As in `load_rows`.
+        require_captions: As in `load_rows`.
+        decode: Whether images are decoded to find damaged ones, or only opened.
+
+    Returns:
+        The maker; it takes batches for `Dataset.map` in Arrow format with indices.
+
+    Raises:
+        RowError: If the data set is empty, or a column looks misspelt.
+    """
+    if not len(raw.dataset):
+        raise RowError(raw.name, "it is empty, expected at least one row", "Check the file and the split", "empty")
+    columns = json_columns(raw) if raw.is_json else dict(raw.dataset.features)
+    _check_columns(columns, raw.name)
+    carried = {name: feature for name, feature in columns.items() if name not in KNOWN_COLUMNS}
+    if carried and stage != "prompt":
+        logger.info("%s: the %s stage does not read the columns %s.", raw.name, stage, ", ".join(sorted(carried)))
+        carried = {}
+    features = Features({**stage_features(stage, margin=stage == "preference" and "margin" in columns), **carried})
+    return RowMaker(raw, stage, image_folder, captions_file, require_captions, decode, features)
+
+
 def _normalise(
     raw: RawRows,
     stage: Stage,
@@ -122,18 +159,10 @@ def _normalise(
 ) -> Dataset:
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}, expected `error` or `skip`.")
-    if not len(raw.dataset):
-        raise RowError(raw.name, "it is empty, expected at least one row", "Check the file and the split", "empty")
-    columns = json_columns(raw) if raw.is_json else dict(raw.dataset.features)
-    _check_columns(columns, raw.name)
-    carried = {name: feature for name, feature in columns.items() if name not in KNOWN_COLUMNS}
-    if carried and stage != "prompt":
-        logger.info("%s: the %s stage does not read the columns %s.", raw.name, stage, ", ".join(sorted(carried)))
-        carried = {}
-    features = Features({**stage_features(stage, margin=stage == "preference" and "margin" in columns), **carried})
-    checked = Features({**features, **dict.fromkeys(PROBLEM_COLUMNS, Value("string"))})
+    make_rows = row_maker(raw, stage, image_folder, captions_file, require_captions, decode=on_bad_row == "skip")
+    checked = Features({**make_rows.features, **dict.fromkeys(PROBLEM_COLUMNS, Value("string"))})
     rows = raw.dataset.with_format("arrow").map(
-        RowMaker(raw, stage, image_folder, captions_file, require_captions, on_bad_row == "skip", features),
+        make_rows,
         batched=True,
         batch_size=200,
         with_indices=True,

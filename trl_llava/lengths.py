@@ -66,7 +66,7 @@ def token_lengths(rows: Sequence[dict[str, Any]], collator: MeasurableCollator) 
     Raises:
         RowError: If a row cannot be encoded, or the header of an image cannot be read.
     """
-    return _Lengths(collator).of(rows)
+    return [length for length, _ in LengthMeter(collator).measure(rows)]
 
 
 def drop_overlong(
@@ -99,7 +99,7 @@ def drop_overlong(
     if limit is None or not len(dataset):
         return dataset
     lengths = dataset.map(
-        _Lengths(collator),
+        LengthMeter(collator),
         batched=True,
         batch_size=256,
         remove_columns=dataset.column_names,
@@ -124,8 +124,12 @@ def drop_overlong(
     return dataset.select(kept)
 
 
-class _Lengths:
-    """Measures batches, and remembers what images of each size stand for: asking the processor is the slow part."""
+class LengthMeter:
+    """Measures batches, and remembers what images of each size stand for: asking the processor is the slow part.
+
+    Args:
+        collator: A collator of `collators.py`.
+    """
 
     def __init__(self, collator: MeasurableCollator) -> None:
         self.collator = collator
@@ -133,9 +137,21 @@ class _Lengths:
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[int]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return {"length": self.of(rows)}
+        return {"length": [length for length, _ in self.measure(rows)]}
 
-    def of(self, rows: Sequence[dict[str, Any]]) -> list[int]:
+    def measure(self, rows: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+        """Count the tokens of rows.
+
+        Args:
+            rows: Rows of the collator's stage.
+
+        Returns:
+            For each row the length of its longest conversation with and without image tokens.
+
+        Raises:
+            RowError: As `token_lengths`.
+            ValueError: If the chat template does not fit.
+        """
         conversations, replacements, names, owners = [], [], [], []
         for i, row in enumerate(rows):
             expansions = self._expansions(row)
@@ -144,12 +160,12 @@ class _Lengths:
                 replacements.append(expansions)
                 names.append(row["row_name"])
                 owners.append(i)
-        ids, _, _ = encode_text(
+        ids, _, pictured = encode_text(
             self.collator.processor, conversations, replacements, names, **self.collator.rendering()
         )
-        lengths = [0] * len(rows)
-        for i, row_ids in zip(owners, ids, strict=True):
-            lengths[i] = max(lengths[i], len(row_ids))
+        lengths = [(0, 0)] * len(rows)
+        for i, row_ids, image_tokens in zip(owners, ids, pictured, strict=True):
+            lengths[i] = max(lengths[i], (len(row_ids), len(row_ids) - sum(image_tokens)))
         return lengths
 
     def _expansions(self, row: dict[str, Any]) -> list[str]:

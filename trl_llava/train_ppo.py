@@ -56,7 +56,9 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
-    train_rows, eval_rows = load_splits(script_args, mixture, training_args, "prompt")
+    train_rows, eval_rows = load_splits(
+        script_args, mixture, training_args, "prompt", dataset_num_proc=training_args.dataset_num_proc
+    )
     policy = load_policy_roles(training_args, model_args)
     rewards = load_rewards(training_args, model_args)
     value_model, value_processor = load_value_model(training_args, model_args, policy)

@@ -96,7 +96,12 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
     )
     training_args.chat_template_path = None  # the processor has it now; TRL would set it after the rows are checked
     train_rows, eval_rows = load_splits(
-        script_args, mixture, training_args, "preference", require_captions=training_args.with_captions
+        script_args,
+        mixture,
+        training_args,
+        "preference",
+        require_captions=training_args.with_captions,
+        dataset_num_proc=training_args.dataset_num_proc,
     )
     model = load_score_model(
         adapter or base,

@@ -62,7 +62,9 @@ def main(args: Sequence[str] | None = None) -> LlavaSFTTrainer:
         chat_template_path=training_args.chat_template_path,
     )
     training_args.chat_template_path = None  # the processor has it now; TRL would set it after the rows are checked
-    train_rows, eval_rows = load_splits(script_args, mixture, training_args, "sft")
+    train_rows, eval_rows = load_splits(
+        script_args, mixture, training_args, "sft", dataset_num_proc=training_args.dataset_num_proc
+    )
     model = load_policy(model_args)
     if model_args.adapter_name_or_path:
         adapter = model_args.adapter_name_or_path
