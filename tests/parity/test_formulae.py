@@ -147,13 +147,12 @@ def test_whole_words_instead_of_prefixes() -> None:
     kinds = [KINDS[row["caption_type_name"]] for row in ROLLOUT["rows"]]
     found = correctness(texts, kinds, coef=1.0)
     original = ROLLOUT["configs"]["fact_script"]["correct_bonus"]
-    read = ROLLOUT["configs"]["fact_script"]["text_responses"]
     compared = 0
-    for text, kind, ours, theirs, seen in zip(texts, kinds, found, original, read, strict=True):
+    for text, kind, ours, theirs in zip(texts, kinds, found, original, strict=True):
         word = text.strip()
         if kind == "no" and word.startswith(("No", "Yes")) and _first_word(word) not in ("No", "Yes"):
             assert (ours, abs(theirs)) == (0.0, 0.5), text  # "Nothing" is no "No", "Yesterday" no "Yes"
-        elif seen.startswith(text) or text.startswith(seen):
+        elif "?" not in text:  # which ends an answer there, see below
             assert ours == theirs, text
             compared += 1
     assert compared > len(texts) // 2
