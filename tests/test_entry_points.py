@@ -49,6 +49,11 @@ def constant(completions: list[Any], **columns: Any) -> list[float]:
     return [0.5] * len(completions)
 
 
+def lengthy(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """One whose rewards differ."""
+    return [float(sum(ids)) / 100 for ids in completion_ids]
+
+
 class Work:
     """A folder with rows for each stage, and the words that every run here needs."""
 
@@ -166,18 +171,38 @@ def test_ppo_from_a_whole_model_without_lora(work: Work) -> None:
     assert trainer.state.log_history[0]["objective/kl"] == 0.0
 
 
-def test_sft_resumes_exactly(work: Work) -> None:
-    words = ["--use_peft", "--lora_r", "2", "--save_strategy", "steps", "--save_steps", "1"]
-    work.sft("whole", *words)
-    shutil.copytree(work.folder / "whole", work.folder / "resumed")
-    for path in (work.folder / "resumed").iterdir():
-        if path.name == "checkpoint-2":
+def copy_after_one_step(whole: Path, resumed: Path) -> None:
+    """What a run killed in its second step would have left."""
+    shutil.copytree(whole, resumed)
+    for path in resumed.iterdir():
+        if path.is_dir() and path.name != "checkpoint-1":
             shutil.rmtree(path)
         elif path.is_file() and path.name not in ("recipe.yaml", "versions.json"):
             path.unlink()
+
+
+def test_sft_resumes_exactly(work: Work) -> None:
+    words = ["--use_peft", "--lora_r", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    work.sft("whole", *words)
+    copy_after_one_step(work.folder / "whole", work.folder / "resumed")
     work.sft("resumed", *words, "--resume_from_checkpoint", "true")
     whole, resumed = (load_file(work.folder / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model"])
+def test_ppo_resumes_exactly(work: Work, policy: Path, kind: str) -> None:
+    name = kind.split()[0]
+    start = ["--sft_model_path", str(policy)] if kind == "adapter" else ["--model_name_or_path", str(work.base)]
+    words = ["--value_init", "policy", "--reward_funcs", "test_entry_points:lengthy", *start]
+    words += ["--save_strategy", "steps", "--save_steps", "1"]
+    work.ppo(f"ppo_whole_{name}", *words)
+    copy_after_one_step(work.folder / f"ppo_whole_{name}", work.folder / f"ppo_resumed_{name}")
+    work.ppo(f"ppo_resumed_{name}", *words, "--resume_from_checkpoint", "true")
+    file = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
+    for part in (file, f"value_model/{file}"):
+        whole, resumed = (load_file(work.folder / f"ppo_{run}_{name}" / part) for run in ("whole", "resumed"))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_reward_model_starts_from_the_policys_adapter(work: Work, policy: Path) -> None:
