@@ -9,10 +9,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "trl_llava"
 LAYERS = (
     ("cli",),
-    ("demo",),
+    ("demo", "check_data"),
     ("train_sft", "train_reward", "train_ppo"),
     # what the entry points share
-    ("console", "model_card", "output_dir", "ppo_roles", "recipe", "recipe_values", "score_start", "splits"),
+    (
+        "check_report",
+        "console",
+        "model_card",
+        "output_dir",
+        "ppo_roles",
+        "recipe",
+        "recipe_values",
+        "score_start",
+        "splits",
+    ),
     ("sft_trainer", "reward_trainer", "ppo_trainer", "factual_reward"),
     (
         *(
@@ -27,8 +37,8 @@ LAYERS = (
             "reward_settings",
         ),
         *("collators", "encoding", "lengths"),
-        *("models", "sequence_classification", "adapters", "quantization", "chat_templates"),
-        *("data", "sources", "row_maker", "row_formats", "captions"),
+        *("models", "sequence_classification", "adapters", "quantization"),
+        *("data", "sources", "row_maker", "row_check", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),
     ),

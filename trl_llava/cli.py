@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; by default that of the process.
 
     Returns:
-        Exit status: 0, or 2 if the command line or recipe cannot be used.
+        Exit status: 0, or 2 if the command line or recipe cannot be used; 1 if `check-data` finds that a run would
+        fail.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _make_parser()
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in STAGES:
             return launch_stage(words[0], words[1:])
+        if words[:1] == ["check-data"]:
+            return importlib.import_module("trl_llava.check_data").main(words[1:])
         args = parser.parse_args(words or ["--help"])
         return {"score": _score, "convert": _convert, "merge": _merge}[args.command](args)
     except (RecipeError, ValueError, OSError, ImportError) as error:
@@ -187,6 +190,7 @@ def _make_parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
     commands.add_parser("demo", help="all three stages in minutes, on a drawn world", add_help=False)
+    commands.add_parser("check-data", help="walk all rows of a recipe, without a model", add_help=False)
     score = commands.add_parser("score", help="score one answer with a factual reward model")
     score.add_argument("--reward_model", required=True, help="FactualReward checkpoint: Hub ID or folder")
     score.add_argument("--image", required=True, help="image file")

@@ -154,7 +154,7 @@ class LengthMeter:
         """
         conversations, replacements, names, owners = [], [], [], []
         for i, row in enumerate(rows):
-            expansions = self._expansions(row)
+            expansions = self.expansions(row)
             for conversation in self.collator.conversations(row):
                 conversations.append(conversation)
                 replacements.append(expansions)
@@ -168,7 +168,18 @@ class LengthMeter:
             lengths[i] = max(lengths[i], (len(row_ids), len(row_ids) - sum(image_tokens)))
         return lengths
 
-    def _expansions(self, row: dict[str, Any]) -> list[str]:
+    def expansions(self, row: dict[str, Any]) -> list[str]:
+        """Ask what a row's images stand for in its text.
+
+        Args:
+            row: A row; its images are not decoded.
+
+        Returns:
+            For each image the text that replaces its image token.
+
+        Raises:
+            RowError: If the header of an image cannot be read.
+        """
         sizes = tuple(image_size(ref, row["row_name"]) for ref in row.get("images") or [])
         if sizes not in self.replacements:
             blank = [[Image.new("RGB", size) for size in sizes]]

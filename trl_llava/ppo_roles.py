@@ -52,13 +52,7 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
         OSError: If there is no such model.
         ValueError: If the adapter does not fit the base.
     """
-    start, revision = args.sft_model_path, args.sft_model_revision
-    if model_args.adapter_name_or_path:
-        raise RecipeError("`adapter_name_or_path`: in PPO, name stage 1's adapter as `sft_model_path`.")
-    if start is None:
-        start, revision = model_args.model_name_or_path, model_args.model_revision
-    if start is None:
-        raise RecipeError("set `sft_model_path` (stage 1's adapter or model), or `model_name_or_path`.")
+    start, revision = _policy_start(args, model_args)
     trained_on = adapter_base(start, revision)
     if trained_on is None:
         return _full_policy(args, model_args, start, revision)
@@ -70,6 +64,26 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     args.model_adapter_name, args.ref_adapter_name = "default", "reference"
     processor = _processor(start, args, model_args, revision, base)
     return Policy(model, None, None, processor, base, (start, revision))
+
+
+def load_policy_processor(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> ProcessorMixin:
+    """Loads the policy's processor as `load_policy_roles` does, without the policy.
+
+    Args:
+        args: `sft_model_path`, and `chat_template_path`.
+        model_args: The base model.
+
+    Returns:
+        The processor.
+
+    Raises:
+        RecipeError: If no model is named, or adapter and recipe name different bases.
+        OSError: If there is no such model.
+    """
+    start, revision = _policy_start(args, model_args)
+    trained_on = adapter_base(start, revision)
+    base = start if trained_on is None else agreed_base(model_args.model_name_or_path, start, trained_on)
+    return _processor(start, args, model_args, revision, base)
 
 
 def load_value_model(
@@ -167,6 +181,17 @@ def find_function(path: str) -> RewardFunction:
     if not callable(function):
         raise RecipeError(f"`reward_funcs`: module {module_name!r} has no function {name!r}.")
     return function
+
+
+def _policy_start(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[str, str | None]:
+    """What the policy starts from, with its revision."""
+    if model_args.adapter_name_or_path:
+        raise RecipeError("`adapter_name_or_path`: in PPO, name stage 1's adapter as `sft_model_path`.")
+    if args.sft_model_path is not None:
+        return args.sft_model_path, args.sft_model_revision
+    if model_args.model_name_or_path is None:
+        raise RecipeError("set `sft_model_path` (stage 1's adapter or model), or `model_name_or_path`.")
+    return model_args.model_name_or_path, model_args.model_revision
 
 
 def _full_policy(args: LlavaPPOConfig, model_args: LlavaModelConfig, start: str, revision: str | None) -> Policy:

@@ -1,0 +1,175 @@
+"""`trl-llava check-data` on files in the published shapes: what it counts, and when it says that a run would fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import published
+import pytest
+from rich.console import Console
+
+from trl_llava import check_data, check_report, cli
+from trl_llava.recipe_values import RecipeError
+
+
+class Published:
+    """The published files, and recipes that read them."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base = published.write(folder), base
+
+    def recipe(self, stage: str, **values: Any) -> Path:
+        rows = {"sft": "sft", "reward": "preferences", "ppo": "ppo"}[stage]
+        recipe = {
+            "model_name_or_path": str(self.base),
+            "output_dir": "unused",
+            "dataset_name": f"{self.folder}/{rows}.json",
+            "image_folder": f"{self.folder}/coco",
+            "bf16": True,  # as a recipe for GPUs has it
+            "dataset_num_proc": 1,
+        }
+        recipe |= {} if stage == "sft" else {"captions_file": f"{self.folder}/image_to_caption.json"}
+        recipe |= {"stop_token": "eos", "reward_funcs": ["math:fsum"]} if stage == "ppo" else {}
+        path = self.folder / f"{stage}.yaml"
+        path.write_text(json.dumps({**recipe, **values}))
+        return path
+
+    def change(self, name: str, row: int, **values: Any) -> str:
+        rows = json.loads((self.folder / f"{name}.json").read_text())
+        rows[row] |= values
+        path = self.folder / f"{name}_changed.json"
+        path.write_text(json.dumps(rows))
+        return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_llava_dir: Path) -> Published:
+    return Published(tmp_path_factory.mktemp("published") / "data", tiny_llava_dir)
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[check_report.SourceReport]:
+    """What the last check found."""
+    found: list[check_report.SourceReport] = []
+    print_report = check_report.print_report
+
+    def keep(console: Console, reports: list[check_report.SourceReport], *args: Any) -> None:
+        found[:] = reports
+        print_report(console, reports, *args)
+
+    monkeypatch.setattr(check_data, "print_report", keep)
+    return found
+
+
+def run(path: Path, *words: str) -> int:
+    return cli.main(["check-data", "--config", str(path), *words])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_published_conversations_and_preferences_pass(
+    files: Published, stage: str, reports: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(files.recipe(stage)) == 0
+    (report,) = reports
+    assert (report.rows, report.usable, report.text_only, report.without_captions) == (100, 100, 0, 0)
+    assert {tokens - text for tokens, text in zip(report.tokens, report.text_tokens, strict=True)} == {16}
+    shown = capsys.readouterr().out
+    assert "ok: all rows that a run would use can be used" in shown
+    assert "USER: <image>*16\n" in shown
+    assert ("the quality score of my last response is" in shown) == (stage == "reward")
+
+
+def test_published_prompts_are_counted_by_answer_type(
+    files: Published, reports: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(files.recipe("ppo", dataset_num_proc=2), "--samples", "1") == 0
+    assert dict(reports[0].answer_types) == {"general": 70, "A": 4, "B": 4, "C": 4, "D": 4, "no": 7, "yes": 7}
+    assert len(reports[0].samples) == 1 and reports[0].samples[0][1].endswith(" ASSISTANT:")
+    assert "Usable rows by answer type" in capsys.readouterr().out
+
+
+def test_a_mixture_is_counted_by_source(files: Published, reports: list[Any]) -> None:
+    whole = {"path": f"{files.folder}/sft.json", "fraction": 3}
+    other = {"path": f"{files.folder}/sft.json", "split": "train[:10]", "fraction": 1}
+    path = files.recipe("sft", dataset_name=None, datasets=[whole, other])
+    assert run(path) == 0
+    assert [(report.name.removeprefix(str(files.folder)), report.rows) for report in reports] == [
+        ("/sft.json", 100),
+        ("/sft.json (train[:10])", 10),
+    ]
+
+
+def test_what_makes_a_run_fail(files: Published, reports: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (files.folder / "coco" / "damaged.jpg").write_bytes(
+        (files.folder / "coco" / "000000000001.jpg").read_bytes()[:900]
+    )
+    damaged = files.change("sft", 7, image="damaged.jpg")
+    assert run(files.recipe("sft", dataset_name=damaged)) == 1
+    assert reports[0].count(check_report.UNREADABLE) == 1
+    assert "sft_changed.json[7]: the image" in capsys.readouterr().out
+    assert run(files.recipe("sft", dataset_name=damaged), "--on_bad_row", "skip") == 0
+
+    assert run(files.recipe("sft", dataset_name=files.change("sft", 3, image="gone.jpg"))) == 1
+    assert reports[0].count(check_report.MISSING) == 1
+
+    assert run(files.recipe("reward", dataset_name=files.change("preferences", 0, image="gone.jpg"))) == 1
+    (files.folder / "coco" / "unknown.jpg").write_bytes((files.folder / "coco" / "000000000001.jpg").read_bytes())
+    assert run(files.recipe("reward", dataset_name=files.change("preferences", 0, image="unknown.jpg"))) == 1
+    assert reports[0].without_captions == 1
+
+    assert run(files.recipe("sft", max_length=120)) == 1
+    assert 0 < reports[0].over_limit < 100
+    assert "more tokens than max_length=120" in capsys.readouterr().out
+    assert run(files.recipe("sft", max_length=120, overlong="drop")) == 0
+    assert run(files.recipe("sft", max_length=20, overlong="drop")) == 1
+    assert run(files.recipe("sft", dataset_name=f"{files.folder}/none.json")) == 1
+    assert run(files.recipe("sft", test_split_size=100)) == 1
+    assert run(files.recipe("sft", model_name_or_path="nobody/nothing")) == 1
+    assert "cannot load 'nobody/nothing'" in capsys.readouterr().out
+
+
+def test_rows_that_a_chat_template_cannot_render(
+    files: Published, reports: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "no_stop.jinja").write_text("{% for m in messages %}{{ m['role'] }}: <image>{% endfor %}")
+    path = files.recipe("sft", chat_template_path=str(tmp_path / "no_stop.jinja"))
+    assert run(path, "--on_bad_row", "skip") == 1
+    assert reports[0].reasons == {"cannot be rendered": 100}
+
+
+def test_prompts_need_captions_if_the_reward_model_shows_them(
+    files: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"format_version": 1, "judging_prompt": {"with_captions": True}}
+    (tmp_path / "factual_reward.json").write_text(json.dumps(settings))
+    path = files.recipe("ppo", captions_file=None, reward_model_path=str(tmp_path))
+    assert run(path) == 1
+    assert "100 rows of" in capsys.readouterr().out
+    settings["judging_prompt"]["with_captions"] = False  # type: ignore[index]
+    (tmp_path / "factual_reward.json").write_text(json.dumps(settings))
+    assert run(path) == 0
+
+
+def test_before_stage_1_has_run_a_processor_can_be_named(files: Published) -> None:
+    path = files.recipe("ppo", sft_model_path="runs/not/yet", model_name_or_path=None)
+    assert run(path) == 1
+    assert run(path, "--processor", str(files.base)) == 0
+
+
+def test_the_stage_is_found_or_asked_for(files: Published) -> None:
+    recipe = files.recipe("reward")
+    other = recipe.with_name("mine.yaml")
+    other.write_text(recipe.read_text())
+    with pytest.raises(RecipeError, match=r"mine.yaml fits sft and reward and ppo: say with --stage"):
+        check_data.find_stage(["--config", str(other)])
+    assert check_data.find_stage(["--config", str(other), "--with_captions", "false"]) == "reward"
+    assert check_data.find_stage([f"--config={recipe}"]) == "reward"
+    assert run(other, "--stage", "reward") == 0
+    assert run(recipe, "--learning_rte", "1") == 2
+
+
+def test_histogram_has_ranges_of_one_width() -> None:
+    table = check_report.histogram("lengths", [1, 2, 30, 100, 1190])
+    assert list(table.columns[0].cells)[:2] == ["1-100", "101-200"]
+    assert list(table.columns[1].cells)[0::11] == ["4", "1"]
+    assert table.caption == "shortest 1, median 30, 95 % 1190, 99 % 1190, longest 1190"
