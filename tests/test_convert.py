@@ -15,7 +15,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from trl_llava import cli, convert_adapter, convert_model
+from trl_llava import cli, convert_adapter, convert_model, paper_tokenizer
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.convert_checkpoint import VALUE_FOLDER, convert
@@ -457,3 +457,19 @@ def test_memory_is_that_of_one_shard(source: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
     assert (tmp_path / "new" / "model.safetensors.index.json").is_file()
     assert int(done.stdout.split()[-1]) < 130_000  # kB
+
+
+def test_a_vocabulary_that_lost_later_turns_is_noted(source: Path, tmp_path: Path, monkeypatch) -> None:
+    assert not any(
+        "later turns" in note for note in convert(str(source), tmp_path / "a", vision_tower=golden_data.clip())[1]
+    )
+    monkeypatch.setattr(convert_model, "reads_later_turns_as_unknown", lambda *args: True)
+    notes = convert(str(source), tmp_path / "b", vision_tower=golden_data.clip())[1]
+    assert any("USER of later turns" in note for note in notes)
+
+
+def test_a_tokenizer_that_is_read_otherwise_is_refused(source: Path, tmp_path: Path, monkeypatch) -> None:
+    merges = paper_tokenizer._merges
+    monkeypatch.setattr(paper_tokenizer, "_merges", lambda *args: merges(*args)[::-1])
+    with pytest.raises(ValueError, match=r"the fast tokenizer reads .*A chat .* otherwise than the checkpoint.s own"):
+        convert(str(source), tmp_path / "new", vision_tower=golden_data.clip())

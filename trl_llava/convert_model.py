@@ -25,7 +25,12 @@ from transformers import (
 )
 
 from trl_llava.checkpoint_layouts import model_shards, read_shard
-from trl_llava.paper_tokenizer import load_paper_tokenizer
+from trl_llava.paper_tokenizer import (
+    is_legacy,
+    load_paper_tokenizer,
+    load_sentencepiece,
+    reads_later_turns_as_unknown,
+)
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 from trl_llava.vision_tower import set_square_padding
 
@@ -101,6 +106,8 @@ def convert_model(folder: Path, output: Path, *, vision_tower: str | None = None
     else:
         parts.append(_clip_weights(vision, expected))
         notes.append(f"The checkpoint stores no vision weights; they are those of {vision.title}.")
+    if reads_later_turns_as_unknown(load_sentencepiece(folder / "tokenizer.model"), is_legacy(folder)):
+        notes.append("Its tokenizer gave <unk> for the USER of later turns; this one spells it.")
     _write_shards(parts, output, expected, folder)
     config.save_pretrained(output)
     _generation_config(config, processor).save_pretrained(output)
@@ -178,11 +185,7 @@ def _config(
     settings: dict[str, Any], vision: CLIPVisionConfig, processor: LlavaProcessor, linear: bool
 ) -> LlavaConfig:
     tokenizer = processor.tokenizer
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     text = {name: settings[name] for name in _LANGUAGE.split() if settings.get(name) is not None}
     strategy = _strategy(settings)
     config = LlavaConfig(

@@ -10,7 +10,8 @@ runs of spaces show. Here all three are as in the original.
 Two things a fast tokenizer cannot do, neither of which vicuna_v1 prompts contain, and without `legacy` only: a newline
 straight after `</s>` gets a mark, and a word straight after `</s>` whose piece exists with the mark only is spelled in
 smaller pieces, where the original gives `<unk>`. `check_ids` compares with sentencepiece on the texts that prompts are
-made of, so a vocabulary in which that matters is refused rather than read differently.
+made of, and refuses a vocabulary that it reads differently. One thing is noted instead: if `USER` itself is such a
+word (`reads_later_turns_as_unknown`; not in LLaMA's vocabulary), later turns are spelled where the original lost them.
 
 `<image>` takes the place of the byte piece `<0xFF>`, which no UTF-8 text contains. The vocabulary keeps its size, so
 the logits and log-probabilities of a converted model are those of the original, over the same tokens.
@@ -75,17 +76,28 @@ def load_paper_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.model").is_file():
         raise ValueError(f"{folder} has no tokenizer.model, which defines the ids its model was trained with")
 
-    def read(name: str) -> dict[str, Any]:
-        file = folder / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-    settings = read("tokenizer_config.json")
     return paper_tokenizer(
         folder / "tokenizer.model",
-        legacy=settings.get("legacy", True),
-        added_tokens=read("added_tokens.json"),
-        max_length=settings.get("model_max_length"),
+        legacy=is_legacy(folder),
+        added_tokens=_read(folder / "added_tokens.json"),
+        max_length=_read(folder / "tokenizer_config.json").get("model_max_length"),
     )
+
+
+def is_legacy(folder: Path) -> bool:
+    """The flag of a checkpoint's tokenizer; transformers took a missing one for true.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        The flag.
+    """
+    return bool(_read(folder / "tokenizer_config.json").get("legacy", True))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def paper_tokenizer(
@@ -191,6 +203,8 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, source: "SentencePieceProcesso
     """
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     for text in _PROBES:
+        if "</s>USER" in text and reads_later_turns_as_unknown(source, legacy):
+            continue
         wanted = original_ids(source, text, legacy)
         found = [-200 if token == image else token for token in tokenizer(text)["input_ids"]]
         if found != wanted:
@@ -200,6 +214,23 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, source: "SentencePieceProcesso
                 f"{found[at:][:8]}, expected {wanted[at:][:8]}. A model would be given other prompts than it was "
                 "trained with, so this tokenizer.model cannot be converted"
             )
+
+
+def reads_later_turns_as_unknown(source: "SentencePieceProcessor", legacy: bool) -> bool:
+    """Whether the original gives `<unk>` for the `USER` of every turn but the first.
+
+    Without `legacy` it takes the word-start mark off the first piece behind `</s>`, and looks up what is left. LLaMA's
+    own vocabulary has it.
+
+    Args:
+        source: The sentencepiece model.
+        legacy: The tokenizer's flag.
+
+    Returns:
+        `True` if what is left is no piece; the fast tokenizer then spells the word.
+    """
+    first = source.encode("USER:", out_type=str)[0].removeprefix(MARK)
+    return not legacy and bool(first) and source.piece_to_id(first) == source.unk_id()
 
 
 def _merges(source: "SentencePieceProcessor", pieces: dict[str, int]) -> list[tuple[str, str]]:
