@@ -12,6 +12,8 @@ from trl_llava.demo.world import Scene, draw, make_scene
 
 PICTURES = "pictures"
 KINDS = {"describe": 0.6, "yes_no": 0.2, "choice": 0.2}
+# Of the closed questions in stage 1; a policy that is never wrong has nothing to explore.
+FALSE_ANSWERS = 0.12
 PREFERENCE_KINDS = {"describe": 0.5, "yes_no": 0.25, "choice": 0.25}
 
 
@@ -72,6 +74,8 @@ def write_data(folder: Path, seed: int, sizes: Sizes) -> None:
 def sft_row(picture: str, scene: Scene, question: language.Question, rng: random.Random) -> dict[str, Any]:
     """A row of stage 1; descriptions mention objects that are not there, so that the policy learns to hallucinate.
 
+    Some yes/no and multiple-choice questions are answered falsely, too.
+
     Args:
         picture: File name of the picture.
         scene: What it shows.
@@ -87,7 +91,8 @@ def sft_row(picture: str, scene: Scene, question: language.Question, rng: random
         names = kept + invented or list(scene.names)
         text = language.description(rng.sample(names, len(names)))
     else:
-        text = language.answer(question, scene, rng)
+        answer = language.false_answer if rng.random() < FALSE_ANSWERS else language.answer
+        text = answer(question, scene, rng)
     return {**_asked(picture, question), "completion": _said("assistant", text)}
 
 

@@ -314,6 +314,8 @@ def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
             seed=seed,
         )
     train_joint(model, lessons, pixels, (steps[3], steps[4]))
+    for config in (model.config.text_config, model.config.vision_config):
+        config._name_or_path = ""  # folders that are gone by now
     model.eval().save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     return evaluate(model, processor, seed)
