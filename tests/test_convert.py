@@ -76,7 +76,7 @@ def rollout(model: PreTrainedModel) -> tuple[ModelInputs, torch.Tensor, torch.Te
         {"pixel_values": OUT["pixel_values"]},
     )
     responses = OUT["ppo_fwd.responses"]
-    return prompts, responses, response_mask(responses, None, model.config.get_text_config().eos_token_id)
+    return prompts, responses, response_mask(responses, model.config.get_text_config().eos_token_id)
 
 
 # --- the same numbers -----------------------------------------------------------------------------------------------

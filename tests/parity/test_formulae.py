@@ -182,7 +182,7 @@ def test_a_question_mark_ends_no_answer() -> None:
     cut = 0
     for name, case in golden["cases"].items():
         ids = torch.tensor([case["input"]])
-        mask = ppo_math.response_mask(ids, None, golden["eos"])[0]
+        mask = ppo_math.response_mask(ids, golden["eos"])[0]
         kept = torch.where(mask, ids[0], torch.full_like(ids[0], golden["pad"]))
         assert kept.tolist() == case["without_additional"], name
         cut += case["with_additional"] != case["without_additional"]
@@ -473,7 +473,7 @@ def test_rollout(config: str) -> None:
 
 def test_the_score_is_on_the_last_real_token() -> None:
     responses = PPO["rollout.fact_script.responses"]
-    mask = ppo_math.response_mask(responses, (responses != PAD).sum(1), EOS)
+    mask = ppo_math.response_mask(responses, EOS) & (responses != PAD)
     score = torch.arange(1.0, len(responses) + 1)
     ours = ppo_math.shape_rewards(score, torch.zeros(responses.shape), mask, 0.1)
     assert [row.nonzero().item() for row in ours] == [length - 1 for length in mask.sum(1).tolist()]
