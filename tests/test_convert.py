@@ -15,7 +15,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from trl_llava import cli, convert_adapter, convert_model, paper_tokenizer
+from trl_llava import checkpoint_layouts, cli, convert_adapter, convert_model, paper_tokenizer
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.convert_checkpoint import VALUE_FOLDER, convert
@@ -473,3 +473,17 @@ def test_a_tokenizer_that_is_read_otherwise_is_refused(source: Path, tmp_path: P
     monkeypatch.setattr(paper_tokenizer, "_merges", lambda *args: merges(*args)[::-1])
     with pytest.raises(ValueError, match=r"the fast tokenizer reads .*A chat .* otherwise than the checkpoint.s own"):
         convert(str(source), tmp_path / "new", vision_tower=golden_data.clip())
+
+
+def test_a_folder_inside_a_hub_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def downloaded(repository: str, **options: object) -> str:
+        asked.update(options, repository=repository)
+        return str(MODEL)
+
+    monkeypatch.setattr(checkpoint_layouts, "snapshot_download", downloaded)
+    assert checkpoint_layouts.find_source("org/name/sft_model", "v1") == MODEL / "sft_model"
+    assert asked == {"repository": "org/name", "revision": "v1", "allow_patterns": "sft_model/*"}
+    with pytest.raises(FileNotFoundError, match="the repository org/name has no folder 'other'"):
+        checkpoint_layouts.find_source("org/name/other")
