@@ -10,13 +10,15 @@ PACKAGE = Path(__file__).parents[1] / "trl_llava"
 LAYERS = (
     ("cli",),
     ("demo", "check_data"),
-    ("train_sft", "train_reward", "train_ppo"),
+    ("train_sft", "train_reward", "train_ppo", "train_grpo", "train_rloo", "train_dpo"),
     # what the entry points share
     (
         "check_report",
         "console",
         "model_card",
+        "online_rl",
         "output_dir",
+        "policy_start",
         "ppo_roles",
         "recipe",
         "recipe_values",
@@ -28,6 +30,8 @@ LAYERS = (
         *(
             "rollout",
             "passes",
+            "generation",
+            "ppo_setup",
             "ppo_update",
             "ppo_report",
             "ppo_data",
@@ -36,14 +40,14 @@ LAYERS = (
             "health",
             "reward_settings",
         ),
-        *("collators", "encoding", "lengths"),
+        *("collators", "dpo_collator", "encoding", "lengths", "trl_rows"),
         *("models", "sequence_classification", "adapters", "quantization"),
         *("data", "sources", "row_maker", "row_check", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),
     ),
     (
-        *("configs", "prompts", "ppo_math", "reward_terms", "vision_tower", "rows"),
+        *("configs", "configs_beyond_ppo", "prompts", "ppo_math", "reward_terms", "vision_tower", "rows"),
         *("images", "plain_text", "padding", "randomness", "chat_templates"),
     ),
     ("__init__",),

@@ -15,6 +15,9 @@ STAGES = {
     "sft": "stage 1: fine-tune a policy on conversations about images",
     "reward": "stage 2: train the factual reward model on preferences",
     "ppo": "stage 3: PPO with the factual reward",
+    "grpo": "instead of stage 3: GRPO with the factual reward",
+    "rloo": "instead of stage 3: RLOO with the factual reward",
+    "dpo": "instead of stages 2 and 3: DPO on the preferences",
 }
 LAUNCH_HELP = """
 launching:
@@ -54,7 +57,7 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     """Checks the recipe, then starts the stage with `accelerate launch`, as `trl` does.
 
     Args:
-        stage: "sft", "reward" or "ppo".
+        stage: One of `STAGES`.
         words: Recipe, overrides and launch options.
 
     Returns:

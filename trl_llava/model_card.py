@@ -13,6 +13,7 @@ from trl_llava.output_dir import RECIPE_FILE, VERSIONS_FILE, versions, write_ato
 from trl_llava.recipe import Recipe
 
 _TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model", "ppo": "policy after PPO"}
+_TITLES |= {name: f"policy after {name.upper()}" for name in ("grpo", "rloo", "dpo")}
 _POLICY = """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     {peft}

@@ -3,6 +3,7 @@
 import importlib
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
@@ -125,7 +126,7 @@ def load_value_model(
 
 
 def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[RewardFunction]:
-    """Loads the factual reward, if one is named, and the recipe's own functions.
+    """Loads the rewards of a PPO run.
 
     Args:
         args: `reward_model_path` and `reward_funcs`.
@@ -138,23 +139,55 @@ def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[Rew
         RecipeError: If there is none, or a function cannot be found.
         ValueError: If the checkpoint has no judging prompt or no head.
     """
-    rewards: list[RewardFunction] = []
-    if args.reward_model_path is not None:
-        rewards.append(
-            FactualReward.from_pretrained(
-                args.reward_model_path,
-                revision=args.reward_model_revision,
-                model_args=model_args,
-                batch_size=args.local_rollout_forward_batch_size,
-                device=PartialState().device,
-            )
-        )
-    rewards += [find_function(path) for path in args.reward_funcs or []]
+    rewards = load_reward_functions(
+        args.reward_model_path,
+        args.reward_model_revision,
+        args.reward_funcs,
+        model_args,
+        batch_size=args.local_rollout_forward_batch_size,
+        device=PartialState().device,
+    )
     if not rewards and args.correctness_coef is None and args.length_coef is None:
         raise RecipeError(
             "nothing to learn from: set `reward_model_path`, `reward_funcs`, `correctness_coef` or `length_coef`."
         )
     return rewards
+
+
+def load_reward_functions(
+    reward_model: str | None,
+    revision: str | None,
+    functions: list[str] | None,
+    model_args: LlavaModelConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> list[RewardFunction]:
+    """Loads the factual reward, if one is named, and the recipe's own functions.
+
+    Args:
+        reward_model: FactualReward checkpoint.
+        revision: Branch, tag or commit of it.
+        functions: Paths "package.module:function".
+        model_args: dtype, quantisation and attention of the reward model.
+        batch_size: How many answers are scored in one pass.
+        device: Where the reward model goes.
+
+    Returns:
+        Reward functions, the reward model first.
+
+    Raises:
+        RecipeError: If a function cannot be found.
+        ValueError: If the checkpoint has no judging prompt or no head.
+    """
+    rewards: list[RewardFunction] = []
+    if reward_model is not None:
+        rewards.append(
+            FactualReward.from_pretrained(
+                reward_model, revision=revision, model_args=model_args, batch_size=batch_size, device=device
+            )
+        )
+    return rewards + [find_function(path) for path in functions or []]
 
 
 def find_function(path: str) -> RewardFunction:

@@ -18,7 +18,7 @@ from trl_llava.adapters import lora_config
 from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
 from trl_llava.console import quiet_libraries, run_as_program
 from trl_llava.model_card import write_model_card
-from trl_llava.models import load_processor
+from trl_llava.policy_start import load_recipe_processor
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.recipe import RecipeParser
 from trl_llava.recipe_values import RecipeError
@@ -87,13 +87,7 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
     judging_prompt = make_judging_prompt(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
     base, adapter = model_args.model_name_or_path, model_args.adapter_name_or_path
-    processor = load_processor(
-        base,
-        revision=model_args.model_revision,
-        trust_remote_code=model_args.trust_remote_code,
-        pad_to_square=model_args.pad_to_square,
-        chat_template_path=training_args.chat_template_path,
-    )
+    processor = load_recipe_processor(model_args, training_args.chat_template_path)
     training_args.chat_template_path = None  # the processor has it now; TRL would set it after the rows are checked
     train_rows, eval_rows = load_splits(
         script_args,

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from trl import DatasetMixtureConfig
 
 from trl_llava import output_dir
-from trl_llava.adapters import load_adapter, lora_config
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments, LlavaSFTConfig
 from trl_llava.console import quiet_libraries, run_as_program
 from trl_llava.model_card import write_model_card
-from trl_llava.models import load_policy, load_processor
+from trl_llava.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.recipe import RecipeParser
 from trl_llava.sft_trainer import LlavaSFTTrainer
 from trl_llava.splits import load_splits
@@ -54,28 +53,19 @@ def main(args: Sequence[str] | None = None) -> LlavaSFTTrainer:
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
-    processor = load_processor(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=model_args.trust_remote_code,
-        pad_to_square=model_args.pad_to_square,
-        chat_template_path=training_args.chat_template_path,
-    )
+    processor = load_recipe_processor(model_args, training_args.chat_template_path)
     training_args.chat_template_path = None  # the processor has it now; TRL would set it after the rows are checked
     train_rows, eval_rows = load_splits(
         script_args, mixture, training_args, "sft", dataset_num_proc=training_args.dataset_num_proc
     )
-    model = load_policy(model_args)
-    if model_args.adapter_name_or_path:
-        adapter = model_args.adapter_name_or_path
-        model = load_adapter(model, adapter, is_trainable=True, revision=model_args.adapter_revision)
+    model, peft_config = load_policy_start(model_args)
     trainer = LlavaSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        peft_config=None if model_args.adapter_name_or_path else lora_config(model_args, model, task="CAUSAL_LM"),
+        peft_config=peft_config,
     )
     trainer.create_model_card = functools.partial(
         write_model_card, trainer, "sft", model_args.model_name_or_path, recipe

@@ -1,0 +1,146 @@
+"""GRPO, RLOO and DPO through their entry points, on the demo's world and base model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import trl_llava.demo
+from trl_llava import train_dpo, train_grpo, train_reward, train_rloo, train_sft
+from trl_llava.data import rows_from
+from trl_llava.demo.data import Sizes, write_data
+from trl_llava.recipe_values import RecipeError
+from trl_llava.rows import RowError
+from trl_llava.trl_rows import as_trl_reads
+
+BASE = Path(trl_llava.demo.__file__).parent / "base"
+QUICK = [
+    *("--use_cpu", "--disable_tqdm", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"),
+    *("--model_name_or_path", str(BASE), "--per_device_train_batch_size", "4", "--max_steps", "2"),
+    *("--learning_rate", "0.01", "--logging_steps", "1"),
+]
+LORA = ["--use_peft", "--lora_r", "4", "--lora_dropout", "0"]
+ONLINE = {"grpo": train_grpo.main, "rloo": train_rloo.main}
+SHORT = ["--num_generations", "2", "--max_completion_length", "6"]
+
+
+class World:
+    """The demo's rows, few of them, with a policy and a reward model trained on them for two steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_data(folder / "data", 0, Sizes(12, 16, 16, 4, 16, 4))
+
+    def words(self, rows: str, out: str, *more: str) -> list[str]:
+        places = ["--dataset_name", f"{self.folder}/data/{rows}", "--image_folder", f"{self.folder}/data/pictures"]
+        return [*QUICK, *places, "--output_dir", f"{self.folder}/{out}", *more]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world") / "demo")
+
+
+@pytest.fixture(scope="module")
+def policy(world: World) -> str:
+    train_sft.main(world.words("sft", "policy", *LORA))
+    return f"{world.folder}/policy"
+
+
+@pytest.fixture(scope="module")
+def reward_model(world: World) -> str:
+    judge = json.dumps(
+        {"instruction": "Is it true? {factual_prompt}", "answer_prefix": "True:", "factual_header": "\n"}
+    )
+    train_reward.main(world.words("preference", "judge", *LORA, "--judging_prompt", judge))
+    return f"{world.folder}/judge"
+
+
+def adapter(folder: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("stage", ["grpo", "rloo"])
+def test_online_with_the_factual_reward(world: World, policy: str, reward_model: str, stage: str) -> None:
+    start = ["--adapter_name_or_path", policy, "--reward_model_path", reward_model, "--beta", "0.1"]
+    correct = ["--reward_funcs", "trl_llava.reward_terms:correctness", "--reward_weights", "1.0", "0.5"]
+    trainer = ONLINE[stage](world.words("prompts", stage, *start, *correct, *SHORT))
+    logged = trainer.state.log_history[0]
+    assert {"rewards/factual_reward/mean", "rewards/correctness/mean"} <= set(logged)
+    assert logged["kl"] == pytest.approx(0, abs=1e-5)  # the reference is stage 1's policy, not its base
+    before, after = adapter(policy), adapter(world.folder / stage)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".default." in name and "vision" not in name for name in trained)
+    assert trainer.generation_config.suppress_tokens == [trainer.processing_class.image_token_id]
+    assert (world.folder / stage / "recipe.yaml").is_file()
+    assert f"policy after {stage.upper()}" in (world.folder / stage / "README.md").read_text()
+
+
+def test_the_reward_sees_what_the_policy_saw(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def spy(completions: list[Any], **columns: Any) -> list[float]:
+        calls.append({"completions": completions, **columns})
+        return [float(i) for i in range(len(completions))]
+
+    monkeypatch.setattr("trl_llava.reward_terms.correctness", spy)
+    train_grpo.main(
+        world.words("prompts", "spied", *LORA, *SHORT, "--reward_funcs", "trl_llava.reward_terms:correctness")
+    )
+    call = calls[0]
+    assert [len(images) for images in call["images"]] == [1, 1, 1, 1]
+    assert all(isinstance(images[0], Image.Image) for images in call["images"])
+    assert all(captions and all(isinstance(caption, str) for caption in captions) for captions in call["captions"])
+    assert call["row_name"][0] == call["row_name"][1]  # two answers of one row
+    assert call["completions"][0][0]["role"] == "assistant"
+
+
+def test_dpo_on_the_preferences(world: World, policy: str) -> None:
+    trainer = train_dpo.main(world.words("preference", "dpo", "--adapter_name_or_path", policy))
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4)  # policy and reference are the same
+    before, after = adapter(policy), adapter(world.folder / "dpo")
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(".default." in name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad)
+
+
+def test_rows_without_captions_stop_before_training(world: World, reward_model: str) -> None:
+    rows = [json.loads(line) for line in (world.folder / "data/prompts/train.jsonl").read_text().splitlines()]
+    bare = [{key: value for key, value in row.items() if key != "captions"} for row in rows]
+    (world.folder / "bare.json").write_text(json.dumps(bare))
+    words = world.words("../bare.json", "none", *LORA, *SHORT, "--reward_model_path", reward_model)
+    with pytest.raises(RowError, match=r"bare.json\[0\]: it has no captions"):
+        train_grpo.main(words)
+
+
+def test_what_is_refused(world: World) -> None:
+    with pytest.raises(RecipeError, match="nothing to learn from: set `reward_model_path` or `reward_funcs`"):
+        train_rloo.main(world.words("prompts", "none", *SHORT))
+    with pytest.raises(RecipeError, match="`use_vllm` must stay False"):
+        train_grpo.main(world.words("prompts", "none", *SHORT, "--use_vllm"))
+    with pytest.raises(RecipeError, match="`padding_free` must stay False"):
+        train_dpo.main(world.words("preference", "none", "--padding_free"))
+    with pytest.raises(RowError, match=r"max_length allows 20"):
+        train_dpo.main(world.words("preference", "none", "--max_length", "20"))
+    with pytest.raises(RowError, match=r"max_prompt_length allows 8"):
+        train_grpo.main(
+            world.words("prompts", "none", *SHORT, "--max_prompt_length", "8", "--reward_funcs", "math:fsum")
+        )
+
+
+def test_rows_as_trl_reads_them(red_image: Image.Image) -> None:
+    from datasets import Dataset
+
+    question = [{"role": "user", "content": "what is it?"}]
+    rows = Dataset.from_list([{"images": [red_image], "prompt": question}])
+    row = as_trl_reads(rows_from(rows, "prompt"))[0]
+    assert row["prompt"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    assert row["images"][0].mode == "RGB" and row["images"][0].size == tiny_models.image("red").size
+    assert row["row_name"] == "dataset[0]"

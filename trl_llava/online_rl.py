@@ -1,0 +1,121 @@
+"""What GRPO and RLOO do alike: all but the trainer."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainingArguments, set_seed
+from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from trl_llava import output_dir
+from trl_llava.collators import PromptCollator
+from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.configs_beyond_ppo import OnlineArguments, refuse_vllm
+from trl_llava.console import quiet_libraries
+from trl_llava.factual_reward import FactualReward
+from trl_llava.lengths import drop_overlong
+from trl_llava.model_card import write_model_card
+from trl_llava.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.ppo_roles import load_reward_functions
+from trl_llava.recipe import RecipeParser
+from trl_llava.recipe_values import RecipeError
+from trl_llava.scoring import RewardFunction
+from trl_llava.splits import load_splits
+from trl_llava.trl_rows import as_trl_reads
+
+
+def online_parser(config: type[TrainingArguments], prog: str | None) -> RecipeParser:
+    """The parser of GRPO's or RLOO's recipes.
+
+    Args:
+        config: TRL's config.
+        prog: Name of the command in `--help`.
+
+    Returns:
+        The parser.
+    """
+    return RecipeParser((LlavaScriptArguments, config, LlavaModelConfig, OnlineArguments, DatasetMixtureConfig), prog)
+
+
+def run_online(
+    stage: str,
+    config: type[GRPOConfig] | type[RLOOConfig],
+    trainer_class: type[GRPOTrainer] | type[RLOOTrainer],
+    words: Sequence[str],
+) -> GRPOTrainer | RLOOTrainer:
+    """Runs one of TRL's online trainers with the factual reward.
+
+    Args:
+        stage: "grpo" or "rloo".
+        config: TRL's config.
+        trainer_class: TRL's trainer.
+        words: Command line without the program's name.
+
+    Returns:
+        The trainer, after training and saving.
+
+    Raises:
+        RecipeError: If the recipe cannot be used.
+    """
+    script_args, args, model_args, online_args, mixture, recipe = online_parser(config, f"train_{stage}").parse(words)
+    try:
+        refuse_vllm(args)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    model_args.trust_remote_code = args.trust_remote_code
+    quiet_libraries(args)
+    checkpoint = output_dir.claim(args, recipe)
+    processor = load_recipe_processor(model_args, online_args.chat_template_path)
+    rewards = _load_rewards(online_args, model_args)
+    splits = load_splits(
+        script_args,
+        mixture,
+        args,
+        "prompt",
+        require_captions=any(_shows_captions(reward) for reward in rewards),
+        dataset_num_proc=online_args.dataset_num_proc,
+    )
+    collator = PromptCollator(processor, online_args.max_prompt_length)
+    train_rows, eval_rows = (
+        None if rows is None else as_trl_reads(drop_overlong(rows, collator, online_args.overlong)) for rows in splits
+    )
+    # An image token in an answer has no picture: the next forward pass would stop at it.
+    args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": [processor.image_token_id]}
+    set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
+    model, peft_config = load_policy_start(model_args)
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    trainer.create_model_card = functools.partial(
+        write_model_card, trainer, stage, model_args.model_name_or_path, recipe
+    )
+    output_dir.record(args, recipe)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    output_dir.finish(trainer, script_args.dataset_name)
+    return trainer
+
+
+def _load_rewards(args: OnlineArguments, model_args: LlavaModelConfig) -> list[RewardFunction]:
+    rewards = load_reward_functions(
+        args.reward_model_path,
+        args.reward_model_revision,
+        args.reward_funcs,
+        model_args,
+        batch_size=args.reward_batch_size,
+        device=PartialState().device,
+    )
+    if not rewards:
+        raise RecipeError("nothing to learn from: set `reward_model_path` or `reward_funcs`.")
+    return rewards
+
+
+def _shows_captions(reward: Any) -> bool:
+    prompt = reward.judging_prompt if isinstance(reward, FactualReward) else None
+    return prompt is not None and prompt.with_captions

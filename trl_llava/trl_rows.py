@@ -1,0 +1,45 @@
+"""Rows as TRL's own trainers read them: pictures decoded, image parts without a text of their own."""
+
+from typing import Any
+
+from datasets import Dataset
+
+from trl_llava.images import load_image
+from trl_llava.prompts import Message
+
+
+def as_trl_reads(rows: Dataset) -> Dataset:
+    """Make normalised rows fit `GRPOTrainer` and `RLOOTrainer`, which hand `images` to the processor as they are.
+
+    Nothing is computed before a row is read.
+
+    Args:
+        rows: Rows of the prompt stage.
+
+    Returns:
+        The same rows; reading one gives `images` as RGB pictures, and each message's parts without empty fields.
+
+    Example:
+        >>> part = {"type": "image", "text": None}
+        >>> row = {"row_name": "a[0]", "images": [], "prompt": [{"role": "user", "content": [part]}]}
+        >>> as_trl_reads(Dataset.from_list([row]))[0]["prompt"]
+        [{'role': 'user', 'content': [{'type': 'image'}]}]
+    """
+    return rows.with_transform(_convert)
+
+
+def _convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    converted = dict(batch)
+    if "images" in batch:
+        names = batch.get("row_name") or [f"row {i}" for i in range(len(batch["images"]))]
+        converted["images"] = [
+            [load_image(ref, name) for ref in refs] for refs, name in zip(batch["images"], names, strict=True)
+        ]
+    if "prompt" in batch:
+        converted["prompt"] = [[_without_empty(message) for message in prompt] for prompt in batch["prompt"]]
+    return converted
+
+
+def _without_empty(message: Message) -> Message:
+    parts = [{key: value for key, value in part.items() if value is not None} for part in message["content"]]
+    return {"role": message["role"], "content": parts}
