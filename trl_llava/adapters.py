@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 from trl import get_peft_config
 
 from trl_llava.configs import LlavaModelConfig
-from trl_llava.models import HEAD, not_found
+from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub import check_there, not_found
+from trl_llava.models import HEAD
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ def lora_config(
     wrong = [name for name in matched if set(name.split(".")) & set(frozen)]
     if wrong or not matched:
         found = f"{len(wrong)} modules of frozen parts, e.g. {wrong[0]}" if wrong else "nothing"
-        raise ValueError(
+        raise InputError(
             f"lora_target_modules={config.target_modules!r} matches {found}. Leave it out for the language model's "
             "linear layers, or set freeze_vision_tower or freeze_projector to false"
         )
@@ -103,11 +105,12 @@ def load_adapter(
         ValueError: If it was made for another base, or has no score head where the model has one, or the other way
             round, or a weight is missing or left over.
     """
+    check_there("adapter", name, revision)
     try:
         config = PeftConfig.from_pretrained(name, revision=revision)
         keys = load_peft_weights(name, device="cpu", revision=revision).keys()
     except (OSError, ValueError) as error:
-        raise OSError(not_found("adapter", name, revision, error)) from error
+        raise NotFoundError(not_found("adapter", name, revision, error)) from error
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_head(name, base, any(HEAD in key.split(".") for key in keys))
     trained_on, was_training = config.base_model_name_or_path, model.training
@@ -120,7 +123,7 @@ def load_adapter(
     except (KeyError, RuntimeError, ValueError) as error:
         problem = [f"{type(error).__name__}: {error}"]
     if problem:
-        raise ValueError(
+        raise InputError(
             f"adapter '{name}' does not fit model '{base.name_or_path}' ({type(base).__name__}): it was trained on "
             f"'{trained_on}'. Load it on that base, or train an adapter for this one. First of {len(problem)} "
             f"problems: {' '.join(problem[0].split())[:400]}"
@@ -170,12 +173,12 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
 def _check_head(name: str, base: nn.Module, adapter_has_head: bool) -> None:
     """Raise if exactly one of adapter and model has a score head; PEFT would go on with a random or without one."""
     if hasattr(base, HEAD) and not adapter_has_head:
-        raise ValueError(
+        raise InputError(
             f"adapter '{name}' has no score head ({HEAD}.weight is not in its weights), so its scores would be "
             "random. Use a trained reward model's adapter; a policy's adapter has none"
         )
     if adapter_has_head and not hasattr(base, HEAD):
-        raise ValueError(
+        raise InputError(
             f"adapter '{name}' is a reward model's (it has a score head), but '{base.name_or_path}' is loaded as a "
             f"{type(base).__name__}. Use it as the reward model, and an adapter from SFT or PPO here"
         )

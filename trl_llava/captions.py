@@ -4,6 +4,7 @@ import json
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from trl_llava.errors import InputError
 from trl_llava.rows import RowError
 
 MULTIPLE_CHOICE_PREFIX = "aok_"
@@ -56,14 +57,14 @@ def read_captions(path: str) -> dict[str, list[str]]:
     try:
         captions = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"captions_file {path} is not JSON ({error}). Expected {{image name: [captions]}}."
         ) from error
     if not isinstance(captions, dict):
-        raise ValueError(
+        raise InputError(
             f"captions_file {path} holds a {type(captions).__name__}, expected {{image name: [captions]}}."
         )
     for image_name, texts in captions.items():
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"captions_file {path}: {image_name!r} has {texts!r}, expected a list of texts.")
+            raise InputError(f"captions_file {path}: {image_name!r} has {texts!r}, expected a list of texts.")
     return captions

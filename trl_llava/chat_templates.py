@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, ProcessorMixin
 
+from trl_llava.errors import InputError, NotFoundError
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 
 VICUNA_V1 = "vicuna_v1"
@@ -28,7 +29,7 @@ def set_chat_template(processor: ProcessorMixin, source: str, *, trust_remote_co
         template = VICUNA_V1_CHAT_TEMPLATE
     elif source.endswith((".jinja", ".j2")):
         if not Path(source).is_file():
-            raise FileNotFoundError(f"`chat_template_path`: there is no file {source}.")
+            raise NotFoundError(f"`chat_template_path`: there is no file {source}.")
         template = Path(source).read_text(encoding="utf-8")
     else:
         template = _template_of_model(source, trust_remote_code)
@@ -42,7 +43,7 @@ def _template_of_model(name: str, trust_remote_code: bool) -> str:
     try:
         template = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code).chat_template
     except (OSError, ValueError) as error:
-        raise OSError(f"`chat_template_path`: cannot load {name!r}; {expected}. The cause: {error}") from error
+        raise NotFoundError(f"`chat_template_path`: cannot load {name!r}; {expected}. The cause: {error}") from error
     if not isinstance(template, str):
-        raise ValueError(f"`chat_template_path`: the model {name!r} has no chat template; {expected}.")
+        raise InputError(f"`chat_template_path`: the model {name!r} has no chat template; {expected}.")
     return template

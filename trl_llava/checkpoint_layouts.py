@@ -12,6 +12,9 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub import not_found
+
 Kind = Literal["model", "policy adapter", "reward model", "ppo checkpoint"]
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -57,14 +60,16 @@ def find_source(source: str, revision: str | None = None) -> Path:
         return folder
     parts = source.split("/")
     if source.startswith((".", "/", "~")) or len(parts) < 2:
-        raise FileNotFoundError(f"SRC {source} does not exist. Expected a folder, or a Hub ID such as org/name/folder")
+        raise NotFoundError(f"SRC {source} does not exist. Expected a folder, or a Hub ID such as org/name/folder")
     inside = "/".join(parts[2:])
-    repository = snapshot_download(
-        "/".join(parts[:2]), revision=revision, allow_patterns=f"{inside}/*" if inside else None
-    )
+    name = "/".join(parts[:2])
+    try:
+        repository = snapshot_download(name, revision=revision, allow_patterns=f"{inside}/*" if inside else None)
+    except (OSError, ValueError) as error:
+        raise NotFoundError(not_found("SRC", name, revision, error)) from error
     folder = Path(repository, inside)
     if not folder.is_dir():
-        raise FileNotFoundError(f"the repository {'/'.join(parts[:2])} has no folder {inside!r}")
+        raise NotFoundError(f"the repository {name} has no folder {inside!r}")
     return folder
 
 
@@ -86,17 +91,17 @@ def detect(folder: Path) -> Layout:
         parts["the value head"] = folder / "value_head.pt"
         missing = [f"{part} ({file.relative_to(folder)})" for part, file in parts.items() if not file.is_file()]
         if missing:
-            raise ValueError(f"{folder} is a PPO checkpoint without {' and without '.join(missing)}")
+            raise InputError(f"{folder} is a PPO checkpoint without {' and without '.join(missing)}")
         return Layout("ppo checkpoint", folder, policy, value, parts["the value head"])
     places = (folder / "adapter_model" / "lora_default", folder / "lora_default", folder / "adapter_model", folder)
     adapter = next((place for place in places if (place / "adapter_config.json").is_file()), None)
     head = folder / "reward_head"
     if head.is_file() and adapter is None:
-        raise ValueError(f"{folder} has a reward_head, but no adapter in adapter_model/lora_default")
+        raise InputError(f"{folder} has a reward_head, but no adapter in adapter_model/lora_default")
     if head.is_file():
         return Layout("reward model", folder, adapter, head=head)
     if adapter == places[0]:
-        raise ValueError(
+        raise InputError(
             f"{folder} is laid out as a reward model, but it has no reward_head, so its scores would be random. Get "
             f"the complete checkpoint; if it is a policy's adapter after all, give {adapter} as SRC"
         )
@@ -107,8 +112,8 @@ def detect(folder: Path) -> Layout:
         return Layout("model", folder)
     steps = sorted(path.name for path in folder.glob("checkpoint-*"))
     if steps:
-        raise ValueError(f"{folder} holds checkpoints; give one of them as SRC: {', '.join(steps)}")
-    raise ValueError(
+        raise InputError(f"{folder} holds checkpoints; give one of them as SRC: {', '.join(steps)}")
+    raise InputError(
         f"{folder} is in none of the layouts that can be converted: it holds "
         f"{sorted(path.name for path in folder.iterdir())}. Expected config.json with pytorch_model*.bin (a model), "
         "adapter_model/lora_default with reward_head (a reward model), lora_default (a policy's adapter), or "
@@ -134,7 +139,7 @@ def model_shards(folder: Path) -> list[Path]:
             files = [folder / file for file in sorted(set(index["weight_map"].values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise ValueError(f"{folder / name} names {missing}, which are not there: get the complete checkpoint")
+                raise InputError(f"{folder / name} names {missing}, which are not there: get the complete checkpoint")
             return files
     return [folder / name for name in _MODEL_WEIGHTS if (folder / name).is_file()][:1]
 
@@ -154,7 +159,7 @@ def adapter_shard(folder: Path) -> Path:
     for name in _ADAPTER_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{folder} has an adapter_config.json, but none of {', '.join(_ADAPTER_WEIGHTS)}")
+    raise InputError(f"{folder} has an adapter_config.json, but none of {', '.join(_ADAPTER_WEIGHTS)}")
 
 
 def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -178,10 +183,10 @@ def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         tensors: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
+        raise InputError(
             f"{file} cannot be read as tensors alone, and nothing else is loaded: a pickle may run code. "
             f"({str(error).strip().splitlines()[0]})"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"{file} holds a {type(tensors).__name__}, expected tensors by name")
+        raise InputError(f"{file} holds a {type(tensors).__name__}, expected tensors by name")
     yield from tensors.items()

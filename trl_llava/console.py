@@ -8,13 +8,7 @@ import datasets
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from trl_llava.health import UnhealthyRunError
-from trl_llava.output_dir import OutputDirError
-from trl_llava.recipe_values import RecipeError
-from trl_llava.rows import RowError
-
-# These say what to do about them; anything else is a fault, and its traceback is needed.
-EXPLAINED = (RecipeError, OutputDirError, RowError, UnhealthyRunError, OSError)
+from trl_llava.errors import ExplainedError
 
 
 def quiet_libraries(args: TrainingArguments) -> None:
@@ -32,10 +26,11 @@ def run_as_program(main: Callable[[], Any]) -> None:
     """Runs an entry point and ends the process.
 
     Args:
-        main: The entry point; an error that explains itself is printed without a traceback.
+        main: The entry point. An error that explains itself is printed without a traceback, and gives the exit status;
+            any other is a fault, whose traceback is needed.
     """
     try:
         main()
-    except EXPLAINED as error:
+    except ExplainedError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)

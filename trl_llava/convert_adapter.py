@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSe
 
 import trl_llava.sequence_classification  # noqa: F401  registers the score-head models
 from trl_llava.checkpoint_layouts import adapter_shard, read_shard
+from trl_llava.errors import InputError
 from trl_llava.models import HEAD
 
 _OLD = "base_model.model.model.layers."
@@ -45,7 +46,7 @@ def convert_adapter(
     tensors = {}
     for name, tensor in read_shard(adapter_shard(folder)):
         if not name.startswith(_OLD) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ValueError(f"{folder} has the weight {name}; expected LoRA weights below {_OLD}")
+            raise InputError(f"{folder} has the weight {name}; expected LoRA weights below {_OLD}")
         tensors[_NEW + name.removeprefix(_OLD)] = tensor.contiguous()
     layers = sorted({name.split(".")[-3] for name in tensors})
     if head is not None:
@@ -78,7 +79,7 @@ def check_no_other_weights(folder: Path) -> None:
     file = folder / "non_lora_trainables.bin"
     names = [name for name, _ in read_shard(file)] if file.is_file() else []
     if names:
-        raise ValueError(
+        raise InputError(
             f"{file} holds {len(names)} weights that were trained beside the adapter (first {names[0]}); on the plain "
             "base the adapter would answer differently. Merge it with its original code, then convert the model"
         )
@@ -98,7 +99,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     }
     for name, expected in plain.items():
         if settings.get(name, expected[0] if name != "peft_type" else None) not in expected:
-            raise ValueError(
+            raise InputError(
                 f"{folder / 'adapter_config.json'} has {name}={settings.get(name)!r}; only plain LoRA adapters can be "
                 f"converted (expected {expected[0]!r})"
             )
@@ -108,7 +109,7 @@ def _head(file: Path) -> dict[str, torch.Tensor]:
     tensors = dict(read_shard(file))
     if sorted(tensors) != ["bias", "weight"] or tensors["bias"].shape != (1,) or len(tensors["weight"]) != 1:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f"{file} holds {shapes}; expected `weight` [1, H] and `bias` [1]")
+        raise InputError(f"{file} holds {shapes}; expected `weight` [1, H] and `bias` [1]")
     return {f"base_model.model.{HEAD}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -128,7 +129,7 @@ def _check_fit(
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise ValueError(
+        raise InputError(
             f"the adapter {folder} does not fit the base '{base}': {name} is {found.get(name, 'missing')} in the "
             f"adapter, but {expected.get(name, 'no layer')} fits the base. Name the base that it was trained on"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from trl_llava.checkpoint_layouts import Kind, detect, find_source
 from trl_llava.convert_adapter import check_no_other_weights, convert_adapter
 from trl_llava.convert_model import convert_model
+from trl_llava.errors import InputError
 from trl_llava.models import load_processor
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import RewardSettings, write_settings
@@ -62,7 +63,7 @@ def convert(
             _write_card(output, layout.kind, source, notes, base=None)
         return layout.kind, notes
     if layout.adapter is None or base is None:
-        raise ValueError(
+        raise InputError(
             f"{source} is a {layout.kind}, whose own record of its base is a path of the authors' machine. Name the "
             "base with --base: the Hub ID (or folder) of the converted model that it was trained on"
         )

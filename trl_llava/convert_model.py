@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from trl_llava.checkpoint_layouts import model_shards, read_shard
+from trl_llava.errors import InputError
 from trl_llava.paper_tokenizer import (
     is_legacy,
     load_paper_tokenizer,
@@ -128,12 +129,12 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     }
     for name, values in known.items():
         if settings.get(name) not in values:
-            raise ValueError(
+            raise InputError(
                 f"{folder / 'config.json'} has {name}={settings[name]!r}, expected one of {values}: this kind of "
                 "LLaVA cannot be converted here. For LLaVA-NeXT the Hub has conversions (llava-hf)"
             )
     if "mm_vision_tower" not in settings:
-        raise ValueError(
+        raise InputError(
             f"{folder / 'config.json'} names no mm_vision_tower; it is not a model that LLaVA's code has saved. A "
             f"model that transformers knows ({settings.get('model_type')!r}) needs no conversion"
         )
@@ -148,14 +149,14 @@ def _vision_source(folder: Path, settings: dict[str, Any], given: str | None) ->
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"the vision tower '{name}' that {folder / 'config.json'} names cannot be loaded: its configuration and "
             f"image processor are needed. Give its folder with --vision_tower, or fetch it (`hf download {name}`). "
             f"({str(error).strip().splitlines()[0]})"
         ) from error
     config = getattr(config, "vision_config", config)
     if not isinstance(config, CLIPVisionConfig):
-        raise ValueError(f"the vision tower '{name}' is a {type(config).__name__}; expected CLIP")
+        raise InputError(f"the vision tower '{name}' is a {type(config).__name__}; expected CLIP")
     # What a loaded configuration remembers of its file is no part of the new model.
     config = CLIPVisionConfig(**{key: value for key, value in config.to_diff_dict().items() if key in _TOWER.split()})
     return VisionSource(name, named, config)
@@ -237,7 +238,7 @@ def _translated(tensors: Tensors, folder: Path) -> Tensors:
             place, _, part = name.removeprefix(_OLD_PROJECTOR).rpartition(".")
             layer = projector.get(f"{place}." if place else "")
             if layer is None:
-                raise ValueError(f"{folder} has the projector weight {name}: neither one linear layer nor two")
+                raise InputError(f"{folder} has the projector weight {name}: neither one linear layer nor two")
             yield f"multi_modal_projector.{layer}{part}", tensor
         elif name.startswith("lm_head."):
             yield f"language_model.{name}", tensor
@@ -275,7 +276,7 @@ def _write_shards(parts: list[Tensors], output: Path, expected: dict[str, tuple[
     for part in parts:
         for name, tensor in part:
             if remaining.pop(name, None) != tuple(tensor.shape):
-                raise ValueError(
+                raise InputError(
                     f"{folder}: the weight {name} has the shape {tuple(tensor.shape)}, but its config.json makes it "
                     f"{expected.get(name, 'no part of the model')}"
                 )
@@ -285,7 +286,7 @@ def _write_shards(parts: list[Tensors], output: Path, expected: dict[str, tuple[
             total += _size(tensor)
     flush()
     if remaining:
-        raise ValueError(f"{folder} lacks {len(remaining)} weights of its model, first {min(remaining)}")
+        raise InputError(f"{folder} lacks {len(remaining)} weights of its model, first {min(remaining)}")
     names = ["model.safetensors"]
     if len(files) > 1:
         names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]

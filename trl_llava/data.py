@@ -13,6 +13,7 @@ from typing import Literal
 
 from datasets import Dataset, Features, Value
 
+from trl_llava.errors import InputError
 from trl_llava.images import load_image
 from trl_llava.row_formats import KNOWN_COLUMNS
 from trl_llava.row_maker import PROBLEM_COLUMNS, RowMaker
@@ -158,7 +159,7 @@ def _normalise(
     num_proc: int | None,
 ) -> Dataset:
     if on_bad_row not in ("error", "skip"):
-        raise ValueError(f"on_bad_row is {on_bad_row!r}, expected `error` or `skip`.")
+        raise InputError(f"on_bad_row is {on_bad_row!r}, expected `error` or `skip`.")
     make_rows = row_maker(raw, stage, image_folder, captions_file, require_captions, decode=on_bad_row == "skip")
     checked = Features({**make_rows.features, **dict.fromkeys(PROBLEM_COLUMNS, Value("string"))})
     rows = raw.dataset.with_format("arrow").map(

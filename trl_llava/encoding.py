@@ -15,6 +15,7 @@ from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_llava.errors import InputError
 from trl_llava.plain_text import guard, special_strings, splice
 from trl_llava.prompts import Message, render
 from trl_llava.rows import RowError
@@ -111,7 +112,7 @@ def expand_images(
     token = getattr(processor, "image_token", None)
     if token is None or getattr(processor, "image_processor", None) is None:
         missing = "image_token" if token is None else "image_processor"
-        raise ValueError(
+        raise InputError(
             f"{kind} has no `{missing}`, so rows with images cannot be encoded. Use an image-text-to-text model's "
             "processor, or rows without images."
         )
@@ -123,13 +124,13 @@ def expand_images(
     )
     offsets = outputs.pop("text_replacement_offsets", None)
     if offsets is None or [len(row) for row in offsets] != [len(row) for row in with_images]:
-        raise ValueError(
+        raise InputError(
             f"{kind} does not tell which text replaces an image token: its `replace_image_token` is missing or unused."
         )
     known = set(processor.image_processor.model_input_names)
     unknown = set(outputs) - known - set(processor.tokenizer.model_input_names) - {"token_type_ids"}
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{kind} makes {sorted(unknown)} beside its image inputs {sorted(known)}: inputs per token that this "
             "package cannot build for its own batches."
         )
@@ -166,7 +167,7 @@ def encode_text(
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
+        raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets, which locate answers and images. Use the fast "
             "tokenizer of this model (a folder with tokenizer.json)."
         )
@@ -245,7 +246,7 @@ def _render(
 def _answer_span(text: str, before: str | None, through: str, specials: list[str], row_name: str) -> Span:
     if before is None or not (text.startswith(through) and through.startswith(before)):
         part = "start with a user turn" if before is None else "render earlier turns the same when later ones follow"
-        raise ValueError(
+        raise InputError(
             f"{row_name}: the answers cannot be located, because the chat template does not {part}. Expected the "
             "conversation up to an answer, with the generation prompt, to be the beginning of the whole conversation. "
             "Set another chat template: `chat_template_path` in a recipe (a .jinja file, or vicuna_v1)."
@@ -253,7 +254,7 @@ def _answer_span(text: str, before: str | None, through: str, specials: list[str
     # What follows the stop token (a newline in some templates) is not generated, so it is not learned either.
     body = through.rstrip()
     if len(body) <= len(before) or not body.endswith(tuple(specials)):
-        raise ValueError(
+        raise InputError(
             f"{row_name}: the chat template ends an answer with {through[len(before) :][-20:]!r}, not with a special "
             "token, so a model trained with it would never learn to stop. Set a chat template that writes one: "
             "`chat_template_path: vicuna_v1` in a recipe, trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE in Python."
@@ -267,7 +268,7 @@ def _expand(
     """Replace each image token by its expansion, and move the answers' spans along."""
     chunks = text.split(image_token) if image_token else [text]
     if len(chunks) - 1 != len(replacements):
-        raise ValueError(
+        raise InputError(
             f"{row_name}: the chat template writes {len(chunks) - 1} image tokens {image_token!r} for "
             f"{len(replacements)} images. Use the chat template that belongs to this processor."
         )

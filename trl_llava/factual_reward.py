@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.encoding import encode
+from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub import check_there, not_found
 from trl_llava.images import ImageRef, load_image
-from trl_llava.models import HEAD, load_processor, load_sequence_classifier, not_found
+from trl_llava.models import HEAD, load_processor, load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.reward_settings import find_file, read_settings, save_settings
 from trl_llava.rows import RowError, normalise_messages, place_images
@@ -63,7 +65,7 @@ class FactualReward:
     ) -> None:
         _check_fit(model, processing_class)
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+            raise InputError(f"batch_size must be at least 1, found {batch_size}")
         if device is not None and not getattr(model, "is_quantized", False):  # a quantised model is placed on loading
             model = model.to(device)
         self.model = model
@@ -207,11 +209,12 @@ class FactualReward:
             OSError: If there is no such model.
         """
         model_args = model_args if model_args is not None else LlavaModelConfig()
+        check_there("reward model", name, revision)
         expected = ("adapter_config.json", "config.json")
         files = {file: find_file(name, file, revision) for file in expected}
         if not any(files.values()):
             nothing = FileNotFoundError(f"it has none of {', '.join(expected)}")
-            raise OSError(not_found("reward model", name, revision, nothing))
+            raise NotFoundError(not_found("reward model", name, revision, nothing))
         settings = read_settings(name, judging_prompt, revision=revision)
         if files["adapter_config.json"]:
             config = PeftConfig.from_pretrained(name, revision=revision)
@@ -230,7 +233,7 @@ def _check_fit(model: PreTrainedModel | PeftModel, processing_class: ProcessorMi
     """Raise for a model that gives no scores, or that reads the processor's tokens as others."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(base, HEAD) or base.config.num_labels != 1:
-        raise ValueError(
+        raise InputError(
             f"{type(base).__name__} gives no single score (num_labels={base.config.num_labels}, expected a head "
             f"`{HEAD}` with 1). Load it with load_sequence_classifier, or FactualReward.from_pretrained"
         )
@@ -246,7 +249,7 @@ def _check_fit(model: PreTrainedModel | PeftModel, processing_class: ProcessorMi
         ids["image_token_id"][0] != ids["image_token_id"][1] or ids["vocabulary size"][0] < ids["vocabulary size"][1]
     )
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"the reward model '{base.name_or_path}' and its processor do not fit together: (model, processor) have "
             + ", ".join(f"{what} {pair}" for what, pair in ids.items())
             + ". Use the processor that was saved with the reward model"

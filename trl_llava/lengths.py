@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.encoding import encode_text, expand_images
+from trl_llava.errors import InputError
 from trl_llava.images import image_size
 from trl_llava.prompts import Message
 from trl_llava.rows import RowError
@@ -93,7 +94,7 @@ def drop_overlong(
         ValueError: If `overlong` is neither.
     """
     if overlong not in ("error", "drop"):
-        raise ValueError(f"overlong is {overlong!r}, expected `error` or `drop`.")
+        raise InputError(f"overlong is {overlong!r}, expected `error` or `drop`.")
     option = getattr(collator, "limit", "")
     limit = getattr(collator, option, None) if option else None
     if limit is None or not len(dataset):

@@ -20,6 +20,8 @@ from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.encoding import encode
+from trl_llava.errors import InputError
+from trl_llava.hub import check_there
 from trl_llava.models import load_policy, load_processor, load_sequence_classifier
 from trl_llava.padding import text_tensors
 from trl_llava.prompts import Message
@@ -74,14 +76,16 @@ def merge(
     Raises:
         ValueError: If the base is quantised and `quantized` is false, or the merged model computes something else.
     """
+    check_there("the adapter", adapter, revision)
     config = PeftConfig.from_pretrained(adapter, revision=revision)
     if not (base or config.base_model_name_or_path):
-        raise ValueError(f"the adapter '{adapter}' does not name its base model. Name it with --base")
+        raise InputError(f"the adapter '{adapter}' does not name its base model. Name it with --base")
     base_revision = None if base else config.revision
     base = base or config.base_model_name_or_path
+    check_there("the base model", base, base_revision)
     stored = AutoConfig.from_pretrained(base, revision=base_revision)
     if getattr(stored, "quantization_config", None) and not quantized:
-        raise ValueError(
+        raise InputError(
             f"the base '{base}' is stored quantised: the merged weights would be rounded to its few levels. Name the "
             "dense model that it was made from with --base, or allow it with --quantized"
         )
@@ -128,7 +132,7 @@ def _merge(model: PeftModel, processor: ProcessorMixin, tolerance: float | None)
     share = TOLERANCE[dtype] if tolerance is None else tolerance
     # `not <=` also catches NaN.
     if not check.largest_difference <= share * max(check.largest_logit, 1.0):
-        raise ValueError(
+        raise InputError(
             f"the merged model's logits differ by up to {check.largest_difference:.3g} (largest logit "
             f"{check.largest_logit:.3g}) from those of base and adapter, more than rounding to {dtype} explains; "
             "nothing was kept. --tolerance allows more"

@@ -28,6 +28,8 @@ from transformers import (
 import trl_llava.sequence_classification  # noqa: F401  registers the score-head models
 from trl_llava.chat_templates import set_chat_template
 from trl_llava.configs import LlavaModelConfig
+from trl_llava.errors import InputError, MissingPackageError, NotFoundError
+from trl_llava.hub import check_there, not_found
 from trl_llava.quantization import keep_differentiable, quantization_config
 from trl_llava.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
 
@@ -41,6 +43,7 @@ def load_processor(
     trust_remote_code: bool = False,
     pad_to_square: bool | None = None,
     chat_template_path: str | None = None,
+    field: str = "model_name_or_path",
 ) -> ProcessorMixin:
     """The processor of an image-text model: tokenizer, image processor and chat template.
 
@@ -50,6 +53,7 @@ def load_processor(
         trust_remote_code: Run code that the repository brings along.
         pad_to_square: Pad pictures to a square as the paper does; None leaves the image processor as it was saved.
         chat_template_path: Chat template instead of the saved one, as for `chat_templates.set_chat_template`.
+        field: The recipe's field that names it, for the message if it is not there.
 
     Returns:
         The processor.
@@ -59,17 +63,18 @@ def load_processor(
         ImportError: If the processor needs a package that is not installed.
         ValueError: If a part is missing that training needs; the message names it.
     """
+    check_there(field, name, revision)
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"the processor of '{name}' needs a package that is not installed (LLaVA-OneVision's video part needs "
-            f"torchvision: `pip install torchvision`): {error}"
+            f"torchvision: `pip install trl-llava[onevision]`). The cause: {str(error).strip().splitlines()[0]}"
         ) from error
     except (OSError, ValueError) as error:
-        raise OSError(not_found("processor", name, revision, error)) from error
+        raise NotFoundError(not_found(f"{field} (its processor)", name, revision, error)) from error
     if isinstance(processor, PreTrainedTokenizerBase) or not hasattr(processor, "image_processor"):
-        raise ValueError(
+        raise InputError(
             f"'{name}' has no image processor, only a {type(processor).__name__}: it is a text-only model. Choose an "
             "image-text model, or put one together with trl_llava.vision_tower.assemble_llava"
         )
@@ -85,7 +90,7 @@ def load_processor(
     }
     if any(missing.values()):
         parts = ", ".join(part for part, is_missing in missing.items() if is_missing)
-        raise ValueError(
+        raise InputError(
             f"the processor of '{name}' ({type(processor).__name__}) has no {parts}. Load it, set what is missing "
             "(a chat template also by `chat_template_path: vicuna_v1` in the recipe; "
             "processor.tokenizer.pad_token = '<unk>'), save it to a folder, and use that folder"
@@ -116,7 +121,7 @@ def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
         getattr(config, "auto_map", None) or {}
     )
     if not known:
-        raise ValueError(
+        raise InputError(
             f"model_name_or_path '{name}' is a {config.model_type} model, which does not take images. Choose an "
             "image-text model, or put one together with trl_llava.vision_tower.assemble_llava"
         )
@@ -158,7 +163,7 @@ def load_sequence_classifier(
     """
     config = _load_config("model_name_or_path", name, revision, model_args.trust_remote_code)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise ValueError(
+        raise InputError(
             f"'{name}' is a {config.model_type} model, for which there is no score head. Reward and value models can "
             "be LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision models"
         )
@@ -171,7 +176,7 @@ def load_sequence_classifier(
     head_missing = bool(head_keys & set(info["missing_keys"]))
     _check_all_loaded(name, {**info, "missing_keys": set(info["missing_keys"]) - head_keys})
     if head_missing and not new_head:
-        raise ValueError(
+        raise InputError(
             f"'{name}' has no score head ({', '.join(sorted(head_keys))} not in its checkpoint), so its scores would "
             "be random. Use a trained reward model, or train one with `trl-llava reward`"
         )
@@ -197,43 +202,32 @@ def check_same_tokenizer(policy_processor: ProcessorMixin, other_processor: Proc
     ours, theirs = policy_processor.tokenizer, other_processor.tokenizer
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(ours, token) != getattr(theirs, token):
-            raise ValueError(_mismatch(other, token, getattr(ours, token), getattr(theirs, token)))
+            raise InputError(_mismatch(other, token, getattr(ours, token), getattr(theirs, token)))
     ids = (getattr(policy_processor, "image_token_id", None), getattr(other_processor, "image_token_id", None))
     if ids[0] != ids[1]:
-        raise ValueError(_mismatch(other, "image_token_id", *ids))
+        raise InputError(_mismatch(other, "image_token_id", *ids))
     our_vocab, their_vocab = ours.get_vocab(), theirs.get_vocab()
     if our_vocab != their_vocab:
         token = min(
             token for token in our_vocab.keys() | their_vocab.keys() if our_vocab.get(token) != their_vocab.get(token)
         )
-        raise ValueError(_mismatch(other, f"the ID of token {token!r}", our_vocab.get(token), their_vocab.get(token)))
+        raise InputError(_mismatch(other, f"the ID of token {token!r}", our_vocab.get(token), their_vocab.get(token)))
 
 
 def _load_config(field: str, name: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     """The configuration, or an error that names the recipe field."""
-    if not name:
-        raise ValueError(f"{field} is not set; give a Hub ID or a folder")
+    check_there(field, name, revision)
     folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
-        raise ValueError(
+        raise InputError(
             f"{field} '{name}' holds an adapter, not a model. Set {field} to its base ('{base}') and "
             f"adapter_name_or_path to '{name}'"
         )
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise OSError(not_found(field, name, revision, error)) from error
-
-
-def not_found(field: str, name: str, revision: str | None, error: Exception) -> str:
-    """What to say when neither a folder nor the Hub nor the cache has it."""
-    at = f" (revision {revision})" if revision else ""
-    return (
-        f"{field}: cannot load '{name}'{at}. Expected a folder, or an ID on the Hub that is public, or that you are "
-        f"logged in for (`hf auth login`); without network, one that is in the cache (`hf download {name}` puts it "
-        f"there). The cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-    )
+        raise NotFoundError(not_found(field, name, revision, error)) from error
 
 
 def _loading_arguments(model_args: LlavaModelConfig) -> dict[str, Any]:
@@ -272,7 +266,7 @@ def _check_all_loaded(name: str, info: dict[str, Any]) -> None:
     wrong = [(kind, sorted(map(str, info[kind]))) for kind in ("missing_keys", "mismatched_keys") if info[kind]]
     if wrong:
         kind, keys = wrong[0]
-        raise ValueError(
+        raise InputError(
             f"the checkpoint '{name}' does not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, first "
             f"{keys[0]}. Such weights would be random; get the complete checkpoint"
         )

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import trl_llava
+from trl_llava.errors import InputError
 from trl_llava.recipe import Recipe
 from trl_llava.recipe_values import RecipeLoader
 
@@ -23,8 +24,10 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "b
 _NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "local_rank"}
 
 
-class OutputDirError(ValueError):
+class OutputDirError(InputError):
     """An `output_dir` that this run cannot have."""
+
+    exit_status = 2
 
 
 def claim(args: TrainingArguments, recipe: Recipe) -> str | None:

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_llava.errors import InputError
+
 Side = Literal["left", "right"]
 
 
@@ -32,7 +34,7 @@ def text_tensors(
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise InputError(
             f"{type(tokenizer).__name__} has no pad token. Set one (`tokenizer.pad_token = ...`) that is not the stop "
             "token."
         )

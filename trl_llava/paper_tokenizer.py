@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.prompts import JUDGING_ANSWER_PREFIX, VICUNA_V1_SYSTEM, JudgingPrompt
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def load_sentencepiece(file: str | Path) -> "SentencePieceProcessor":
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "reading a tokenizer.model needs sentencepiece, which is not installed: `pip install trl-llava[convert]`"
         ) from error
     try:
         return SentencePieceProcessor(str(file))
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file} is not a sentencepiece model ({error})") from error
+        raise InputError(f"{file} is not a sentencepiece model ({error})") from error
 
 
 def load_paper_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -74,7 +75,7 @@ def load_paper_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     folder = Path(folder)
     if not (folder / "tokenizer.model").is_file():
-        raise ValueError(f"{folder} has no tokenizer.model, which defines the ids its model was trained with")
+        raise InputError(f"{folder} has no tokenizer.model, which defines the ids its model was trained with")
 
     return paper_tokenizer(
         folder / "tokenizer.model",
@@ -121,7 +122,7 @@ def paper_tokenizer(
     pieces = {source.id_to_piece(i): i for i in range(source.get_piece_size())}
     expected = {"<unk>": 0, "<s>": 1, "</s>": 2}
     if {piece: pieces.get(piece) for piece in expected} != expected or not source.is_byte(pieces.get(_UNUSED_BYTE, 0)):
-        raise ValueError(
+        raise InputError(
             f"{file} is not a LLaMA tokenizer: expected the pieces {expected} and bytes up to {_UNUSED_BYTE}. Only "
             "LLaVA checkpoints over LLaMA and Vicuna can be converted"
         )
@@ -148,7 +149,7 @@ def paper_tokenizer(
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     wrong = {t: i for t, i in (added_tokens or {}).items() if backend.token_to_id(t) != i}
     if wrong:
-        raise ValueError(f"added_tokens.json gives {wrong}, ids that do not follow the {len(pieces)} of {file}")
+        raise InputError(f"added_tokens.json gives {wrong}, ids that do not follow the {len(pieces)} of {file}")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",
@@ -209,7 +210,7 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, source: "SentencePieceProcesso
         found = [-200 if token == image else token for token in tokenizer(text)["input_ids"]]
         if found != wanted:
             at = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), -1)
-            raise ValueError(
+            raise InputError(
                 f"the fast tokenizer reads {text!r} otherwise than the checkpoint's own from token {at} on: found "
                 f"{found[at:][:8]}, expected {wanted[at:][:8]}. A model would be given other prompts than it was "
                 "trained with, so this tokenizer.model cannot be converted"

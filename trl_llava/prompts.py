@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_llava.errors import InputError
+
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": [{"type": "text", "text": str} | {"type": "image"}]}`."""
 
@@ -99,14 +101,14 @@ class JudgingPrompt:
 
     def __post_init__(self) -> None:
         if not self.answer_prefix.strip():
-            raise ValueError("JudgingPrompt.answer_prefix is empty, but the score is read at its last token.")
+            raise InputError("JudgingPrompt.answer_prefix is empty, but the score is read at its last token.")
         if self.with_captions and FACTUAL_PLACEHOLDER not in self.instruction:
-            raise ValueError(
+            raise InputError(
                 f"JudgingPrompt.instruction has no {FACTUAL_PLACEHOLDER} to mark where the captions go. Add it, or "
                 "set with_captions to false."
             )
         if self.with_captions and CAPTION_PLACEHOLDER not in self.caption_line:
-            raise ValueError(f"JudgingPrompt.caption_line has no {CAPTION_PLACEHOLDER}: found {self.caption_line!r}.")
+            raise InputError(f"JudgingPrompt.caption_line has no {CAPTION_PLACEHOLDER}: found {self.caption_line!r}.")
 
     def text(self, captions: Sequence[str]) -> str:
         """Fill the instruction with captions, in the order given; an empty sequence gives the plain variant."""
@@ -135,7 +137,7 @@ class JudgingPrompt:
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"The judging prompt has unknown fields {unknown}; expected {[field.name for field in fields(cls)]}. "
                 "It may come from a newer version of trl_llava: update, or remove the fields."
             )
@@ -170,11 +172,11 @@ def judging_messages(
         ['user', 'assistant', 'user', 'assistant']
     """
     if not conversation or conversation[-1]["role"] != "assistant":
-        raise ValueError("The conversation to judge does not end with an assistant message: there is no answer.")
+        raise InputError("The conversation to judge does not end with an assistant message: there is no answer.")
     ordered: list[str] = []
     if prompt.with_captions:
         if not captions:
-            raise ValueError(
+            raise InputError(
                 "The judging prompt wants captions and there are none. Give `captions`, or use a reward model trained "
                 "with with_captions=False."
             )
@@ -223,7 +225,7 @@ def render(
         ValueError: If there is no chat template.
     """
     if not getattr(processor, "chat_template", None):
-        raise ValueError(
+        raise InputError(
             f"{type(processor).__name__} has no chat template. Set one: `processor.chat_template = "
             "trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE` for a model trained on vicuna_v1 conversations."
         )

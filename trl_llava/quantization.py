@@ -7,6 +7,7 @@ from transformers import BitsAndBytesConfig
 from trl import get_quantization_config
 
 from trl_llava.configs import LlavaModelConfig
+from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
 # Patterns of module names. The pictures' features must not depend on it, and the score head is trained.
@@ -28,9 +29,11 @@ def quantization_config(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
     """
     field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"{field} needs bitsandbytes, which is not installed: `pip install trl-llava[qlora]`")
+        raise MissingPackageError(
+            f"{field} needs bitsandbytes, which is not installed: `pip install trl-llava[qlora]`"
+        )
     if model_args.load_in_4bit and model_args.dtype in (None, "auto"):
-        raise ValueError(f"{field} needs a dtype to compute in: set dtype to bfloat16 (found {model_args.dtype!r})")
+        raise InputError(f"{field} needs a dtype to compute in: set dtype to bfloat16 (found {model_args.dtype!r})")
     config = get_quantization_config(model_args)
     config.llm_int8_skip_modules = list(UNQUANTIZED)
     return config

@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers import LogitsProcessor
 
+from trl_llava.errors import InputError
+
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
     """The finaliser of splitmix64 (https://doi.org/10.1145/2714064.2660195): int64 in, well-mixed int64 out."""
@@ -111,7 +113,7 @@ class RolloutBatches(Sampler[list[int]]):
             ValueError: if there are fewer rows than a batch takes.
         """
         if rows < batch_size:
-            raise ValueError(
+            raise InputError(
                 f"train_dataset has {rows} usable rows, fewer than the {batch_size} of one batch: lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )

@@ -13,11 +13,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from trl_llava.errors import InputError
+
 _SCIENTIFIC = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A recipe, or a command line, that cannot be used as it is."""
+
+    exit_status = 2
 
 
 class RecipeLoader(yaml.SafeLoader):

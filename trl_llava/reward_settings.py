@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from trl_llava.errors import InputError
 from trl_llava.prompts import JudgingPrompt
 
 SETTINGS_FILE = "factual_reward.json"
@@ -77,7 +78,7 @@ def read_settings(name: str, given: JudgingPrompt | None = None, *, revision: st
     path = find_file(name, SETTINGS_FILE, revision)
     if path is None:
         if given is None:
-            raise ValueError(
+            raise InputError(
                 f"'{name}' has no {SETTINGS_FILE}, so the prompt that it was trained with is not known, and with "
                 "another one its scores are near chance. Pass judging_prompt=JudgingPrompt(...) (the paper's is the "
                 "default, with_captions=False its plain variant); save_pretrained then keeps it"
@@ -85,14 +86,14 @@ def read_settings(name: str, given: JudgingPrompt | None = None, *, revision: st
         return RewardSettings(given, None)
     settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     if settings.get("format_version") != FORMAT_VERSION or "judging_prompt" not in settings:
-        raise ValueError(
+        raise InputError(
             f"{SETTINGS_FILE} of '{name}' has format_version {settings.get('format_version')!r}, expected "
             f"{FORMAT_VERSION} and a judging_prompt; it was written by another version of trl_llava"
         )
     stored = settings["judging_prompt"]
     prompt = None if stored is None else JudgingPrompt.from_dict(stored)
     if given is not None and given != prompt:
-        raise ValueError(
+        raise InputError(
             f"judging_prompt differs from the one that '{name}' was trained with ({SETTINGS_FILE}). Leave it out; to "
             "measure what another prompt does, set the attribute judging_prompt after loading"
         )

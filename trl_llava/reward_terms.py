@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
+from trl_llava.errors import InputError
+
 Completion = str | list[dict[str, Any]]
 """A response: text, or a list of one assistant message."""
 
@@ -52,7 +54,7 @@ def correctness(
         [2.0, 1.0, 0.0]
     """
     if answer_type is None:
-        raise ValueError(
+        raise InputError(
             "the correctness term needs a column `answer_type` with one of "
             + ", ".join(KINDS)
             + "; add it, or switch "
@@ -61,7 +63,7 @@ def correctness(
     values = []
     for index, (completion, kind) in enumerate(zip(completions, answer_type, strict=True)):
         if kind not in KINDS:
-            raise ValueError(f"answer_type of row {index} is {kind!r}, expected one of {', '.join(KINDS)}")
+            raise InputError(f"answer_type of row {index} is {kind!r}, expected one of {', '.join(KINDS)}")
         values.append(coef * _correct(_text(completion).strip(), kind, yes_no))
     return values
 
@@ -94,7 +96,7 @@ def length_term(
         [-3.0, 2.0]
     """
     if response_length <= 0:
-        raise ValueError(f"response_length must be above 0, found {response_length}")
+        raise InputError(f"response_length must be above 0, found {response_length}")
     factors = [1.0] * len(completion_ids) if length_multiplier is None else length_multiplier
     return [
         coef * len(ids) / response_length * (1.0 if factor is None else factor)

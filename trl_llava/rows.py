@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from datasets import Features, Image, List, Value
 
+from trl_llava.errors import InputError
 from trl_llava.prompts import Message
 
 Stage = Literal["sft", "preference", "prompt"]
@@ -28,7 +29,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {"sft": ("completion",), "preference": ("c
 _IMAGE = {"type": "image", "text": None}
 
 
-class RowError(ValueError):
+class RowError(InputError):
     """A row, or a whole data set, that cannot be used.
 
     Args:

@@ -12,6 +12,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
+from trl_llava.errors import InputError
 from trl_llava.models import HEAD, load_sequence_classifier
 from trl_llava.recipe_values import RecipeError
 
@@ -99,7 +100,7 @@ def load_score_model(
     missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     wrong = [*result.unexpected_keys, *missing]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"adapter {name} does not fit {base} ({type(model).__name__}): {len(wrong)} weights have no counterpart, "
             f"first {wrong[0]}."
         )

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, load_dataset, load_from_disk
 
+from trl_llava.errors import InputError, NotFoundError
+
 JSON_COLUMN = "json"
 """Column with one record as JSON text: records with different keys and types stand side by side."""
 
@@ -75,9 +77,15 @@ def read_source(
     elif path.is_file():
         raw = _read_file(path, split)
     elif path.suffix in (".json", ".jsonl", ".parquet") or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"The data set {source} does not exist. Expected a Hub ID, a file or a folder.")
+        raise NotFoundError(f"The data set {source} does not exist. Expected a Hub ID, a file or a folder.")
     else:
-        raw = RawRows(load_dataset(str(source), name, split=split, **options), str(source))
+        try:
+            raw = RawRows(load_dataset(str(source), name, split=split, **options), str(source))
+        except (OSError, ValueError) as error:  # not there or no network; no such configuration or split
+            raise NotFoundError(
+                f"The data set {source} cannot be loaded (configuration {name}, split {split}). Expected a Hub ID, a "
+                f"file or a folder; without network, one that is in the cache. The cause: {error}"
+            ) from error
     if columns is not None and raw.is_json:
         raw.columns = columns
     elif columns is not None:
@@ -120,7 +128,7 @@ def _read_folder(folder: Path, name: str | None, split: str) -> RawRows:
         dataset = load_from_disk(str(folder))
         if isinstance(dataset, DatasetDict):
             if base not in dataset:
-                raise ValueError(f"{folder} has no split {base!r}, only {sorted(dataset)}.")
+                raise InputError(f"{folder} has no split {base!r}, only {sorted(dataset)}.")
             dataset = dataset[base]
         return RawRows(_slice(dataset, split, base, folder), folder.name, trusted_paths=True)
     for metadata in (folder / base / "metadata.jsonl", folder / "metadata.jsonl"):
@@ -130,7 +138,7 @@ def _read_folder(folder: Path, name: str | None, split: str) -> RawRows:
     of_split = [file for file in files if file.stem == base]
     if of_split or files:
         if len(of_split) != 1 and not (len(files) == 1 and base == "train"):
-            raise ValueError(
+            raise InputError(
                 f"{folder} has the files {[file.name for file in files]}, expected one {base}.json or {base}.jsonl. "
                 "Name the file itself."
             )
@@ -144,7 +152,7 @@ def _read_file(path: Path, split: str) -> RawRows:
     if path.suffix == ".parquet":
         dataset = load_dataset("parquet", data_files={"train": str(path)}, split=split)
         return RawRows(dataset, path.name)
-    raise ValueError(f"{path} is no data set that can be read: expected .json, .jsonl or .parquet.")
+    raise InputError(f"{path} is no data set that can be read: expected .json, .jsonl or .parquet.")
 
 
 def _read_json(path: Path, split: str, splitname: str) -> RawRows:
@@ -172,7 +180,7 @@ def _json_texts(path: Path) -> Iterator[str]:
         try:
             records = json.load(file)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} is not JSON ({error}). Expected a list of records, or one on each line."
             ) from error
     yield from (json.dumps(record) for record in records)
@@ -192,6 +200,6 @@ def _slice(dataset: Dataset, split: str, splitname: str, path: Path) -> Dataset:
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({splitname: len(dataset)})
     except ValueError as error:
-        raise ValueError(f"{path} has no split {split!r}: it is {splitname!r} ({error}).") from error
+        raise InputError(f"{path} has no split {split!r}: it is {splitname!r} ({error}).") from error
     wanted = [i for part in parts for i in range(part.from_ or 0, len(dataset) if part.to is None else part.to)]
     return dataset if len(wanted) == len(dataset) else dataset.select(wanted)

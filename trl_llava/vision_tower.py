@@ -23,6 +23,8 @@ from transformers import (
     ProcessorMixin,
 )
 
+from trl_llava.errors import InputError, OccupiedError
+
 TOWER_NAMES = ("vision_tower", "vision_model", "visual")
 PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector", "connector", "image_newline")
 
@@ -47,7 +49,7 @@ def freeze_vision(model: nn.Module, *, tower: bool = True, projector: bool = Tru
             continue
         found = [(name, p) for name, p in model.named_parameters() if set(name.split(".")) & set(names)]
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"{type(model).__name__} has no {part} to freeze: expected a module named one of {', '.join(names)}. "
                 f"Set freeze_{'vision_tower' if part == 'vision tower' else part} to false to train without freezing."
             )
@@ -78,7 +80,7 @@ def set_square_padding(processor: ProcessorMixin, enabled: bool) -> None:
         settings.pop("image_processor_type", None)
         processor.image_processor = LlavaImageProcessorPil(**{**settings, "do_pad": True})
     elif enabled:
-        raise ValueError(
+        raise InputError(
             f"{type(image_processor).__name__} cannot pad to a square; expected a CLIP or LLaVA image processor. "
             "Set pad_to_square to false, or leave it out to keep the processor as it is."
         )
@@ -99,7 +101,7 @@ def image_token_count(processor: ProcessorMixin, size: tuple[int, int]) -> int:
     """
     token = getattr(processor, "image_token", None)
     if token is None:
-        raise ValueError(f"{type(processor).__name__} has no image_token; expected a LLaVA-family processor.")
+        raise InputError(f"{type(processor).__name__} has no image_token; expected a LLaVA-family processor.")
     height, width = size
     inputs = processor(text=token, images=Image.new("RGB", (width, height)), return_tensors="pt")
     return int((inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(token)).sum())
@@ -155,9 +157,9 @@ def assemble_llava(
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
-        raise FileExistsError(f"{output_dir} is not empty. Choose another output_dir, or empty it yourself.")
+        raise OccupiedError(f"{output_dir} is not empty. Choose another output_dir, or empty it yourself.")
     if projector_init == "whitened" and not sample_images:
-        raise ValueError('projector_init="whitened" needs sample_images: pictures whose features are whitened.')
+        raise InputError('projector_init="whitened" needs sample_images: pictures whose features are whitened.')
     remote = {"trust_remote_code": trust_remote_code}
     language = AutoModelForCausalLM.from_pretrained(language_name_or_path, dtype=dtype, revision=revision, **remote)
     tokenizer = AutoTokenizer.from_pretrained(language_name_or_path, revision=revision, **remote)
@@ -167,7 +169,7 @@ def assemble_llava(
     has_class_token = hasattr(tower.embeddings, "class_embedding")
     select_strategy = select_strategy or ("default" if has_class_token else "full")
     if select_strategy == "default" and not has_class_token:
-        raise ValueError(
+        raise InputError(
             f'select_strategy="default" would drop the first patch of {type(tower).__name__}, '
             'which has no class token. Use select_strategy="full".'
         )
@@ -182,7 +184,7 @@ def assemble_llava(
         num_additional_image_tokens=int(has_class_token),
     )
     if processor.chat_template is None:
-        raise ValueError(f"{language_name_or_path} has no chat template: pass chat_template.")
+        raise InputError(f"{language_name_or_path} has no chat template: pass chat_template.")
 
     model = _join(tower, language, tokenizer, image_token, vision_feature_layer, select_strategy)
     _init_projector(model.model.multi_modal_projector, seed)
@@ -197,7 +199,7 @@ def _load_tower(name: str, dtype: torch.dtype, revision: str | None, remote: dic
     config = AutoConfig.from_pretrained(name, revision=revision, **remote)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or type(config) not in MODEL_MAPPING:
-        raise ValueError(f"{name} holds a {type(config).__name__}; expected a CLIP or SigLIP vision tower.")
+        raise InputError(f"{name} holds a {type(config).__name__}; expected a CLIP or SigLIP vision tower.")
     tower_class = MODEL_MAPPING[type(config)]
     return tower_class.from_pretrained(name, config=config, dtype=dtype, revision=revision)
 
@@ -273,7 +275,7 @@ def _whiten_projector(
     projector = model.model.multi_modal_projector
     inputs, outputs = projector.linear_1.in_features, projector.linear_1.out_features
     if len(features) < inputs:
-        raise ValueError(
+        raise InputError(
             f"{len(images)} sample images give {len(features)} patches, fewer than the {inputs} feature dimensions. "
             "Pass more sample_images."
         )

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trl_llava.errors import OccupiedError
+
 
 @contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
@@ -22,7 +24,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not empty. Choose another DST, or remove it yourself")
+        raise OccupiedError(f"{target} is not empty. Choose another DST, or remove it yourself")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
     try:
