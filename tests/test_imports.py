@@ -41,14 +41,14 @@ LAYERS = (
             "reward_settings",
         ),
         *("collators", "dpo_collator", "encoding", "lengths", "trl_rows"),
-        *("models", "sequence_classification", "adapters", "quantization"),
+        *("models", "hub", "sequence_classification", "adapters", "quantization"),
         *("data", "sources", "row_maker", "row_check", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),
     ),
     (
         *("configs", "configs_beyond_ppo", "prompts", "ppo_math", "reward_terms", "vision_tower", "rows"),
-        *("images", "plain_text", "padding", "randomness", "chat_templates"),
+        *("images", "plain_text", "padding", "randomness", "errors", "chat_templates"),
     ),
     ("__init__",),
 )

@@ -4,8 +4,10 @@ import math
 
 import torch
 
+from trl_llava.errors import ExplainedError
 
-class UnhealthyRunError(RuntimeError):
+
+class UnhealthyRunError(ExplainedError, RuntimeError):
     """A run that must not go on: the message says what was seen, what was expected and what to look at."""
 
 
