@@ -1,17 +1,20 @@
 """Image features computed once give the numbers that pixels give in every pass, for every family."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Image, List
 from tiny_trainers import make_adapter, ppo_trainer
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from trl_llava.collators import PromptCollator
 from trl_llava.data import rows_from
-from trl_llava.passes import encode_images, generate, response_logits, response_values
+from trl_llava.generation import Generator
+from trl_llava.passes import encode_images, response_logits, response_values
 from trl_llava.rollout import ModelInputs
 from trl_llava.sequence_classification import (
     LlavaForSequenceClassification,
@@ -80,10 +83,12 @@ def test_generation_from_features_is_generation_from_pixels(family: str, request
     folder = request.getfixturevalue(family)
     policy, _ = policy_and_value(family, folder)
     pixels = make_inputs(family, folder)
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=3)
-    expected, _ = generate(policy, pixels, config)
-    actual, _ = generate(policy, encode_images(policy, pixels, batch_size=8), config)
-    assert torch.equal(actual, expected)
+    args = SimpleNamespace(response_length=6, temperature=1.0, seed=0, local_rollout_forward_batch_size=3)
+    generator = Generator(args, Accelerator(), SimpleNamespace(pad_token_id=3), stop_token_id=2, suppressed=[4])
+    for step in (None, 1):
+        expected, _ = generator(policy, pixels, step)
+        actual, _ = generator(policy, encode_images(policy, pixels, batch_size=8), step)
+        assert torch.equal(actual, expected)
 
 
 def test_the_image_matters(tiny_llava_dir: Path) -> None:

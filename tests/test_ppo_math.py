@@ -17,7 +17,7 @@ def close(actual: torch.Tensor, expected: list) -> None:
 
 def test_response_mask_ends_after_the_first_stop_token():
     responses = torch.tensor([[5, 2, 7, 2], [5, 6, 7, 8], [2, 2, 0, 0], [5, 0, 6, 0]])
-    assert ppo_math.response_mask(responses, None, 2).tolist() == [
+    assert ppo_math.response_mask(responses, 2).tolist() == [
         [True, True, False, False],
         [True, True, True, True],
         [True, False, False, False],
@@ -25,10 +25,8 @@ def test_response_mask_ends_after_the_first_stop_token():
     ]
 
 
-def test_response_mask_counts_a_sampled_pad_token_as_real_but_not_the_padding_behind():
-    responses = torch.tensor([[5, 0, 6, 0]])
-    assert ppo_math.response_mask(responses, torch.tensor([3]), 2).tolist() == [[True, True, True, False]]
-    assert ppo_math.response_mask(responses, torch.tensor([4]), None).all()
+def test_without_a_stop_token_every_token_is_real():
+    assert ppo_math.response_mask(torch.tensor([[5, 0, 2, 0]]), None).all()
 
 
 def test_masked_mean_ignores_even_nan_at_padding():

@@ -12,8 +12,9 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prompt_rows, weights
-from transformers import AutoProcessor, LlavaConfig
+from transformers import AutoProcessor, LlavaConfig, TrainerCallback
 
+from trl_llava.configs import LlavaPPOConfig
 from trl_llava.health import UnhealthyRunError
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.sequence_classification import LlavaForSequenceClassification
@@ -302,6 +303,60 @@ def test_samples_are_shown_and_saved_with_each_reward_term(tiny_llava_dir, adapt
 def test_fewer_rows_than_a_batch_is_an_error_and_not_an_endless_loop(tiny_llava_dir, adapter_dir, tmp_path):
     with pytest.raises(ValueError, match="3 usable rows, fewer than the 4 of one batch"):
         ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, train_dataset=prompt_rows(3))
+
+
+def test_what_a_checkpoint_says_of_generation_does_not_shape_the_answers(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    batch = next(iter(trainer.dataloader))
+    expected = trainer.rollout(batch, step=1).responses
+    config = trainer.policy_model.get_base_model().generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.top_k = 50.0, 2, 3
+    assert torch.equal(trainer.rollout(batch, step=1).responses, expected)
+    assert trainer.policy_model.get_base_model().generation_config.repetition_penalty == 50.0
+
+
+def test_rewards_without_spread_cannot_be_normalised(tiny_llava_dir, adapter_dir, tmp_path):
+    def constant(completion_ids, **columns):
+        return [0.25] * len(completion_ids)
+
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=constant, normalize_scores="first_batch")
+    with pytest.raises(UnhealthyRunError, match=r"constant gave every answer of the first batch 0\.25"):
+        trainer.train()
+
+
+def test_max_steps_and_a_callbacks_stop_end_the_run(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, total_episodes=16, callbacks=[Stop()])
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("save_strategy", "epoch"), ("model_adapter_name", "policy"), ("fp16", True)]
+)
+def test_an_option_the_loop_cannot_honour_is_refused(tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must"):
+        LlavaPPOConfig(output_dir=str(tmp_path), **{field: value})
+
+
+def test_fsdp_is_refused_with_the_reason(tiny_llava_dir, adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="does not run under FSDP"):
+        ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+
+
+def test_a_checkpoint_without_optimizer_says_why_a_run_cannot_go_on(tiny_llava_dir, adapter_dir, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **settings).train()
+    with pytest.raises(FileNotFoundError, match="save_only_model"):
+        ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **settings).train(resume_from_checkpoint=True)
 
 
 def test_scores_are_normalised_by_the_first_batch(tiny_llava_dir, adapter_dir, tmp_path):

@@ -54,7 +54,15 @@ def make_value(base: Path, folder: Path | None = None) -> PeftModel:
 
 
 def ppo_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> LlavaPPOTrainer:
-    own = ("model", "value_model", "reward_funcs", "train_dataset", "eval_dataset", "value_processing_class")
+    own = (
+        "model",
+        "value_model",
+        "reward_funcs",
+        "train_dataset",
+        "eval_dataset",
+        "value_processing_class",
+        "callbacks",
+    )
     given = {name: changes.pop(name) for name in own if name in changes}
     parts = {
         "model": lambda: make_policy(base, adapter),

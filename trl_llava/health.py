@@ -52,13 +52,14 @@ def check_first_step_ratio(ratio: torch.Tensor, mask: torch.Tensor, tolerance: f
         )
 
 
-def check_finite(name: str, value: torch.Tensor | float, step: int) -> None:
-    """Stop before a number that is not finite reaches the weights.
+def check_finite(name: str, value: torch.Tensor | float, step: int, reached_weights: bool = False) -> None:
+    """Stop as soon as a number is not finite, where possible before it reaches the weights.
 
     Args:
         name: what the value is, as the user knows it ("loss", "gradient norm", the name of a reward function).
         value: the numbers.
         step: the PPO step, counted from 1.
+        reached_weights: `True` if the weights may already hold it.
 
     Raises:
         UnhealthyRunError: if any is NaN or infinite.
@@ -69,6 +70,7 @@ def check_finite(name: str, value: torch.Tensor | float, step: int) -> None:
         if isinstance(value, torch.Tensor) and value.dim() == 1:
             where = f" (rows {(~torch.isfinite(value)).nonzero().flatten().tolist()} of the batch)"
         raise UnhealthyRunError(
-            f"{name} is not finite at step {step}{where}: no weight was changed by it. Usual causes: fp16 without "
-            "loss scaling, a learning rate that is too high, or a reward function that divides by zero"
+            f"{name} is not finite at step {step}{where}: "
+            f"{'go back to the last checkpoint' if reached_weights else 'no weight was changed by it'}. Usual causes: "
+            "a learning rate that is too high, or a reward function that divides by zero"
         )

@@ -1,4 +1,4 @@
-"""Passes over a rollout: generation, log-probabilities and values, each computed in one place for every phase.
+"""Passes over a rollout: image features, log-probabilities and values, each computed in one place for every phase.
 
 Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `L` sequence, `V` vocabulary.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.trainer.utils import selective_log_softmax
 
 from trl_llava.rollout import ModelInputs, Rollout
@@ -203,32 +203,3 @@ class PolicyAndValue(nn.Module):
         """
         logits = response_logits(self.policy, rollout.inputs, rollout.responses, rollout.mask, temperature, suppressed)
         return logits, response_values(self.value_model, rollout.value_inputs, rollout.responses, rollout.mask)
-
-
-def generate(
-    policy: nn.Module,
-    inputs: ModelInputs,
-    generation_config: GenerationConfig,
-    noise: LogitsProcessor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Answer the prompts.
-
-    Args:
-        policy: the model, unwrapped.
-        inputs: B prompts.
-        generation_config: how to generate.
-        noise: what turns greedy decoding into sampling.
-
-    Returns:
-        responses: (B, R) token ids; after its first stop token a row holds padding.
-        lengths: (B,) number of columns that were generated, R for every row.
-    """
-    output = policy.generate(
-        input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
-        attention_mask=inputs.attention_mask,
-        **inputs.image_kwargs(),
-        generation_config=generation_config,
-        logits_processor=LogitsProcessorList([noise] if noise is not None else []),
-    )
-    responses = output[:, inputs.query_length :]
-    return responses, torch.full((len(responses),), responses.shape[1], device=responses.device)

@@ -108,7 +108,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     Args:
         optimizer: the run's optimizer.
         folder: a checkpoint.
+
+    Raises:
+        FileNotFoundError: if the checkpoint was saved without it.
     """
+    if not (folder / "optimizer.pt").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no optimizer.pt (was it written with `save_only_model: true`?), so a run cannot go on from "
+            "it. Start a new run with its adapter as `sft_model_path`"
+        )
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
 

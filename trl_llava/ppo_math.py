@@ -55,26 +55,20 @@ def one_process(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def response_mask(responses: torch.Tensor, lengths: torch.Tensor | None, stop_token_id: int | None) -> torch.Tensor:
+def response_mask(responses: torch.Tensor, stop_token_id: int | None) -> torch.Tensor:
     """Mark the real tokens of each response: all up to and including its first stop token.
 
     Args:
         responses: (B, R) token ids.
-        lengths: (B,) number of generated tokens of each row before padding, or `None` if all R were generated.
         stop_token_id: id that ends a response, or `None` if nothing does.
 
     Returns:
         (B, R) bool, `True` at real tokens.
     """
-    positions = torch.arange(responses.shape[1], device=responses.device).expand_as(responses)
-    mask = torch.ones_like(responses, dtype=torch.bool)
-    if lengths is not None:
-        mask = positions < lengths.unsqueeze(1)
-    if stop_token_id is not None:
-        is_stop = (responses == stop_token_id) & mask
-        stops_before = is_stop.long().cumsum(1) - is_stop.long()
-        mask = mask & (stops_before == 0)
-    return mask
+    if stop_token_id is None:
+        return torch.ones_like(responses, dtype=torch.bool)
+    is_stop = (responses == stop_token_id).long()
+    return is_stop.cumsum(1) - is_stop == 0
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

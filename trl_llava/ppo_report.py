@@ -1,6 +1,9 @@
 """What a PPO step says of itself: metrics under TRL's names, and a table of sample answers with their rewards."""
 
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,56 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import ProgressCallback
+from transformers.trainer_callback import CallbackHandler
 
 from trl_llava.configs import LlavaPPOConfig
 from trl_llava.ppo_math import Reduce
 from trl_llava.rollout import Rollout
+
+
+class PhaseClock:
+    """Measures the phases of a step, and shows the running one beside the progress bar."""
+
+    def __init__(self, callback_handler: CallbackHandler) -> None:
+        """Start with nothing measured.
+
+        Args:
+            callback_handler: where the progress bar is, if there is one.
+        """
+        self.callback_handler = callback_handler
+        self.start()
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.step_start = time.perf_counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block.
+
+        Args:
+            name: what the loop is doing.
+
+        Yields:
+            Nothing.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_postfix_str(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured since `start`.
+
+        Returns:
+            `time/<phase>` and `time/step`, in seconds.
+        """
+        phases = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        return {**phases, "time/step": time.perf_counter() - self.step_start}
 
 
 def step_metrics(

@@ -1,7 +1,6 @@
 """Stage 3: PPO whose policy, value and reward see the image."""
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,17 +9,16 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object, patch_environment
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     set_seed,
@@ -28,17 +26,19 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
 from trl.experimental.ppo import PPOTrainer
+from trl.experimental.ppo import ppo_trainer as upstream
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
-from trl.models.utils import unwrap_model_for_generation
+from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 from trl_llava import ppo_math
 from trl_llava.adapters import active_adapter
 from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaPPOConfig
 from trl_llava.data import rows_from
+from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.lengths import drop_overlong
-from trl_llava.passes import PolicyAndValue, encode_images, generate, response_logits, response_values, token_logprobs
+from trl_llava.passes import PolicyAndValue, encode_images, response_logits, response_values, token_logprobs
 from trl_llava.ppo_checkpoint import (
     load_optimizer,
     load_roles,
@@ -48,11 +48,25 @@ from trl_llava.ppo_checkpoint import (
     save_state,
 )
 from trl_llava.ppo_data import PolicyAndValueCollator, rollout_loader
-from trl_llava.ppo_report import report_samples, sample_table, step_metrics
+from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
+from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_fsdp
 from trl_llava.ppo_update import PPOUpdate
-from trl_llava.randomness import RowNoise, row_keys
-from trl_llava.rollout import ModelInputs, Rollout, chunks, pad_right
+from trl_llava.rollout import ModelInputs, Rollout, chunks
 from trl_llava.scoring import RewardFunction, Scorer
+
+
+@contextmanager
+def _no_reward_model_to_shard() -> Iterator[None]:
+    """Keep TRL from sharding, under DeepSpeed, the reward model that there is none of: our rewards are functions."""
+
+    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        return model if isinstance(model, nn.Identity) else prepare_deepspeed(model, accelerator)
+
+    upstream.prepare_deepspeed = shard
+    try:
+        yield
+    finally:
+        upstream.prepare_deepspeed = prepare_deepspeed
 
 
 class LlavaPPOTrainer(PPOTrainer):
@@ -79,7 +93,8 @@ class LlavaPPOTrainer(PPOTrainer):
         peft_config: wraps the policy in a fresh adapter.
 
     Raises:
-        ValueError: if the data set holds less than one batch of rows, or the process has another mixed precision.
+        ValueError: if the data set holds less than one batch of rows, the process has another mixed precision, or it
+            runs under FSDP.
     """
 
     control: TrainerControl
@@ -100,11 +115,12 @@ class LlavaPPOTrainer(PPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
+        refuse_fsdp()
+        honour_max_steps(args)
         set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
         self.scorer = Scorer(args, [reward_funcs] if callable(reward_funcs) else reward_funcs)
-        self.phase_seconds: dict[str, float] = defaultdict(float)
         train_dataset = drop_overlong(
             rows_from(train_dataset, "prompt", name="train_dataset"), collator, args.overlong
         )
@@ -116,7 +132,7 @@ class LlavaPPOTrainer(PPOTrainer):
         if value_processing_class is not None and value_processing_class is not processing_class:
             value_collator = PromptCollator(value_processing_class, max_prompt_length=None)
         # TRL's PPO makes its accelerator without the precision that `args` asks for; it reads this instead.
-        with patch_environment(ACCELERATE_MIXED_PRECISION=args.mixed_precision):
+        with patch_environment(ACCELERATE_MIXED_PRECISION=args.mixed_precision), _no_reward_model_to_shard():
             super().__init__(
                 args=args,
                 processing_class=self.tokenizer,
@@ -138,10 +154,13 @@ class LlavaPPOTrainer(PPOTrainer):
                 f"asks for {args.mixed_precision!r}: set `bf16` and `fp16` accordingly, or start a new process"
             )
         self.processing_class = self.callback_handler.processing_class = processing_class
+        self.clock = PhaseClock(self.callback_handler)
         self.dataloader = self._batches_from(0)
         if eval_dataset is not None:  # TRL's loader drops a last batch that is not full, which may be the only one
             eval_loader = DataLoader(eval_dataset, args.per_device_eval_batch_size, collate_fn=collator)
             self.eval_dataloader = self.accelerator.prepare(eval_loader)
+        self.suppressed = suppressed_tokens(self.policy_model)
+        self.generator = Generator(args, self.accelerator, self.tokenizer, self.stop_token_id, self.suppressed)
         self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, self.suppressed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
@@ -151,15 +170,7 @@ class LlavaPPOTrainer(PPOTrainer):
             num_training_steps: number of PPO steps.
         """
         self.model = PolicyAndValue(self.policy_model, self.value_model)
-        # `disable_dropout_in_model` only finds modules; attention keeps its rate in an attribute.
-        for module in self.model.modules():
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
-        if self.args.gradient_checkpointing:
-            for model in (self.policy_model, self.value_model):
-                model.gradient_checkpointing_enable(
-                    self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-                )
+        prepare_roles([self.policy_model, self.value_model], self.args, self.accelerator)
         super().create_optimizer_and_scheduler(num_training_steps)
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -185,7 +196,9 @@ class LlavaPPOTrainer(PPOTrainer):
             update_metrics = self.update(rollout, step)
             self.log_step(rollout, update_metrics)
             self._end_step(step)
-            self._start_clock()
+            if self.control.should_training_stop:
+                break
+            self.clock.start()
         self._end()
 
     def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
@@ -199,26 +212,29 @@ class LlavaPPOTrainer(PPOTrainer):
             The rollout, not yet scored.
         """
         device = self.accelerator.device
-        inputs = ModelInputs.from_batch(batch, device)
-        value_inputs = ModelInputs.from_batch(batch["value"], device) if "value" in batch else inputs
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
+        inputs = ref_inputs = value_inputs = ModelInputs.from_batch(batch, device)
+        if "value" in batch:
+            value_inputs = ModelInputs.from_batch(batch["value"], device)
+        at_once = self.args.local_rollout_forward_batch_size
         logprobs, ref_logprobs, values = [], [], []
         with torch.no_grad():
-            with self.phase("images"), self.accelerator.autocast():
-                at_once = self.args.local_rollout_forward_batch_size
-                value_inputs = encode_images(model.value_model, value_inputs, at_once)
-                # The reference shares the policy's tower, unless it is a model of its own.
-                ref_inputs = None if self.ref_model is None else encode_images(self.ref_model, inputs, at_once)
-                inputs = encode_images(model.policy, inputs, at_once)
-            with self.phase("generation"):
-                responses, mask = self._generate(inputs, step)
-            with self.phase("forward"), self.accelerator.autocast():
-                for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
+            with self.gathered() as model:
+                with self.clock.phase("images"), self.accelerator.autocast():
+                    value_inputs = encode_images(model.value_model, value_inputs, at_once)
+                    if self.ref_model is not None:  # else the reference sees with the policy's tower
+                        ref_inputs = encode_images(self.ref_model, ref_inputs, at_once)
+                    inputs = encode_images(model.policy, inputs, at_once)
+                with self.clock.phase("generation"):
+                    responses, mask = self.generator(model.policy, inputs, step)
+            if self.ref_model is None:
+                ref_inputs = inputs
+            model = self.accelerator.unwrap_model(self.model)
+            with self.clock.phase("forward"), self.accelerator.autocast():
+                for rows in chunks(len(inputs), at_once):
                     answers = (responses[rows], mask[rows])
                     logprobs.append(self._logprobs(model.policy, inputs.select(rows), *answers))
                     with self.reference(model.policy) as reference:
-                        ref_logprobs.append(self._logprobs(reference, (ref_inputs or inputs).select(rows), *answers))
+                        ref_logprobs.append(self._logprobs(reference, ref_inputs.select(rows), *answers))
                     values.append(response_values(model.value_model, value_inputs.select(rows), *answers))
         all_values = torch.cat(values)
         return Rollout(
@@ -227,7 +243,7 @@ class LlavaPPOTrainer(PPOTrainer):
             columns=batch["columns"],
             responses=responses,
             mask=mask,
-            stopped=self._stopped(responses, mask),
+            stopped=self.generator.stopped(responses, mask),
             logprobs=torch.cat(logprobs),
             ref_logprobs=torch.cat(ref_logprobs),
             values=torch.where(mask, all_values, torch.zeros_like(all_values)),
@@ -243,7 +259,7 @@ class LlavaPPOTrainer(PPOTrainer):
         Raises:
             UnhealthyRunError: if a reward is not finite.
         """
-        with self.phase("score"):
+        with self.clock.phase("score"):
             ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             completions = [[{"role": "assistant", "content": text.strip()}] for text in texts]
@@ -292,18 +308,10 @@ class LlavaPPOTrainer(PPOTrainer):
             UnhealthyRunError: if a ratio is not 1 before the first update, or loss or gradient are not finite.
         """
         self.model.train()
-        with self.phase("update"):
+        with self.clock.phase("update"):
             return self.ppo_update(rollout, step, nothing_moved_yet=self.state.global_step == 0)
 
     # --- what the loop is made of -------------------------------------------------------------------------------
-
-    @property
-    def suppressed(self) -> list[int]:
-        """Ids that no answer may hold: a sampled image token would ask for an image that is not there."""
-        config = self.policy_model.config
-        ids = {getattr(config, name, None) for name in ("image_token_id", "video_token_id")}
-        vocabulary = config.get_text_config().vocab_size
-        return sorted(token for token in ids if token is not None and token < vocabulary)
 
     def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes.
@@ -315,6 +323,20 @@ class LlavaPPOTrainer(PPOTrainer):
             The sum, on every process.
         """
         return self.accelerator.reduce(value, reduction="sum")
+
+    @contextmanager
+    def gathered(self) -> Iterator[PolicyAndValue]:
+        """The unwrapped models in eval mode, whole on every process.
+
+        Inside, processes may run different numbers of passes, as when one of them has no image to encode.
+
+        Yields:
+            Policy and value model.
+        """
+        self.model.eval()
+        gather = self.args.ds3_gather_for_generation
+        with unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=gather) as model:
+            yield model
 
     @contextmanager
     def reference(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -331,57 +353,6 @@ class LlavaPPOTrainer(PPOTrainer):
         else:
             with active_adapter(policy, self.ref_adapter_name):
                 yield policy
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the seconds of a phase, and show its name beside the progress bar.
-
-        Args:
-            name: what the loop is doing.
-
-        Yields:
-            Nothing.
-        """
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.set_postfix_str(name)
-        start = time.perf_counter()
-        yield
-        self.phase_seconds[name] += time.perf_counter() - start
-
-    def _generate(self, inputs: ModelInputs, step: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample answers with the noise of a step, or greedily without one; returns ids (B, R) and mask (B, R)."""
-        config = GenerationConfig(
-            max_new_tokens=self.args.response_length,
-            do_sample=False,  # `RowNoise` makes the argmax a draw
-            eos_token_id=self.stop_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            suppress_tokens=self.suppressed or None,
-        )
-        first = self.accelerator.process_index * len(inputs)
-        keys = None
-        if step is not None:
-            places = torch.arange(first, first + len(inputs), device=self.accelerator.device)
-            keys = row_keys(self.args.seed, step, places)
-        gather = self.args.ds3_gather_for_generation
-        responses, lengths = [], []
-        with (
-            unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=gather) as model,
-            self.accelerator.autocast(),
-        ):
-            for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
-                noise = None if keys is None else RowNoise(keys[rows], inputs.query_length, self.args.temperature)
-                part, part_lengths = generate(model.policy, inputs.select(rows), config, noise)
-                responses.append(part)
-                lengths.append(part_lengths)
-        padded = pad_right(responses, self.tokenizer.pad_token_id)
-        return padded, ppo_math.response_mask(padded, torch.cat(lengths), self.stop_token_id)
-
-    def _stopped(self, responses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B,) `True` where a response holds its stop token."""
-        if self.stop_token_id is None:
-            return torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
-        return ((responses == self.stop_token_id) & mask).any(1)
 
     def _logprobs(
         self, policy: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
@@ -404,12 +375,9 @@ class LlavaPPOTrainer(PPOTrainer):
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
         self.train_start = time.perf_counter()
-        self._start_clock()
+        self.first_episode = self.state.episode
+        self.clock.start()
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-
-    def _start_clock(self) -> None:
-        self.step_start = time.perf_counter()  # before the batch is loaded, which is part of a step
-        self.phase_seconds.clear()
 
     def _batches_from(self, step: int) -> DataLoader:
         return rollout_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, step)
@@ -426,7 +394,7 @@ class LlavaPPOTrainer(PPOTrainer):
         if self.is_deepspeed_enabled:
             deepspeed_load_checkpoint(self.model, str(folder), load_module_strict=False)
         else:
-            load_roles(self.accelerator.unwrap_model(self.model), folder, self.model_adapter_name or "default")
+            load_roles(self.accelerator.unwrap_model(self.model), folder, "default")
             load_optimizer(self.optimizer, folder)
         load_scheduler(self.lr_scheduler, folder)
 
@@ -439,11 +407,10 @@ class LlavaPPOTrainer(PPOTrainer):
         """
         gather = self.accelerator.gather
         metrics = step_metrics(rollout, update_metrics, self.args.kl_coef, gather, self.sum_over_processes)
-        seconds = time.perf_counter() - self.step_start
-        metrics |= {f"time/{name}": value for name, value in self.phase_seconds.items()}
-        metrics["time/step"] = seconds
-        metrics["tokens_per_second"] = self.sum_over_processes(rollout.mask.sum()).item() / seconds
-        metrics["eps"] = self.state.episode / (time.perf_counter() - self.train_start)
+        metrics |= self.clock.metrics()
+        metrics["tokens_per_second"] = self.sum_over_processes(rollout.mask.sum()).item() / metrics["time/step"]
+        episodes = self.state.episode - self.first_episode
+        metrics["eps"] = episodes / (time.perf_counter() - self.train_start)
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode
         self.state.epoch = self.state.episode / self.train_dataset_len
@@ -495,21 +462,11 @@ class LlavaPPOTrainer(PPOTrainer):
             A rollout with responses, mask, scores and terms; log-probabilities and values are empty.
         """
         inputs = ModelInputs.from_batch(batch, self.accelerator.device)
-        self.accelerator.unwrap_model(self.model).eval()
-        with torch.no_grad():
-            responses, mask = self._generate(inputs, step=None)
+        with torch.no_grad(), self.gathered() as model:
+            responses, mask = self.generator(model.policy, inputs, step=None)
         nothing = torch.zeros(len(inputs), 0, device=self.accelerator.device)
-        rollout = Rollout(
-            inputs,
-            inputs,
-            batch["columns"],
-            responses,
-            mask,
-            self._stopped(responses, mask),
-            nothing,
-            nothing,
-            nothing,
-        )
+        stopped = self.generator.stopped(responses, mask)
+        rollout = Rollout(inputs, inputs, batch["columns"], responses, mask, stopped, nothing, nothing, nothing)
         self.score(rollout, self.state.global_step)
         return rollout
 
@@ -523,7 +480,7 @@ class LlavaPPOTrainer(PPOTrainer):
         folder = Path(output_dir or self.args.output_dir)
         state = self.accelerator.get_state_dict(self.model)  # gathers what is sharded, so every process calls it
         if self.args.should_save:
-            save_roles(self.accelerator.unwrap_model(self.model), state, folder, self.model_adapter_name or "default")
+            save_roles(self.accelerator.unwrap_model(self.model), state, folder, "default")
             self.processing_class.save_pretrained(folder)
             save_state(self.scorer, folder)
             torch.save(self.args, folder / "training_args.bin")

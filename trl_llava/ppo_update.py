@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from trl_llava import ppo_math
@@ -90,7 +90,9 @@ class PPOUpdate:
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         if grad_norm is not None:
             grad_norm = torch.as_tensor(grad_norm, device=accelerator.device).detach().float()
-            check_finite("the gradient norm", grad_norm, step)
+            # DeepSpeed has taken its step within `backward`.
+            stepped = accelerator.distributed_type == DistributedType.DEEPSPEED
+            check_finite("the gradient norm", grad_norm, step, reached_weights=stepped)
             self.grad_norms.append(grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -106,7 +108,7 @@ class PPOUpdate:
             if self.check_ratio:
                 check_first_step_ratio(policy.ratio, mask, self._ratio_tolerance())
                 self.check_ratio = False
-            for name, values in {
+            for name, per_token in {
                 "policy/approxkl_avg": 0.5 * policy.log_ratio**2,
                 "policy/clipfrac_avg": policy.clipped.float(),
                 "policy/entropy_avg": token_entropies(logits),
@@ -117,7 +119,7 @@ class PPOUpdate:
                 "val/ratio_var": policy.ratio**2,
                 "tokens": torch.ones_like(policy.ratio),
             }.items():
-                self.sums[name] += ppo_math.masked_sum(values, mask)
+                self.sums[name] += ppo_math.masked_sum(per_token, mask)
         return (policy.losses.sum() + args.vf_coef * value.losses.sum()) / tokens
 
     def _ratio_tolerance(self) -> float:

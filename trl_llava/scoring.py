@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trl_llava.configs import LlavaPPOConfig
-from trl_llava.health import check_finite
+from trl_llava.health import UnhealthyRunError, check_finite
 from trl_llava.ppo_math import Reduce, one_process
 from trl_llava.reward_terms import correctness, length_term
 
@@ -120,9 +120,15 @@ class Scorer:
             count = reduce(torch.tensor(float(len(rewards)), device=rewards.device))
             centre = reduce(rewards.sum()) / count
             spread = (reduce(((rewards - centre) ** 2).sum()) / count).sqrt()
+            if spread <= 1e-6 * (1 + centre.abs()):
+                raise UnhealthyRunError(
+                    f"reward function {name} gave every answer of the first batch {centre.item():.6g}, so there is no "
+                    "spread for `normalize_scores: first_batch` to scale by. Use a larger batch, or leave "
+                    "`normalize_scores` out"
+                )
             self.normalisers[name] = (centre.item(), spread.item())
         mean, std = self.normalisers[name]
-        return (rewards - mean) / (std + 1e-8)
+        return (rewards - mean) / std
 
     def _symbolic(
         self, call: dict[str, Any], stopped: torch.Tensor, functions: torch.Tensor

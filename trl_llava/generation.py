@@ -1,0 +1,138 @@
+"""Answers to prompts: sampled with the noise of a step, or greedy.
+
+Letters: `B` batch, `R` response length.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+
+from trl_llava.configs import LlavaPPOConfig
+from trl_llava.ppo_math import response_mask
+from trl_llava.randomness import RowNoise, row_keys
+from trl_llava.rollout import ModelInputs, chunks, pad_right
+
+
+def suppressed_tokens(policy: nn.Module) -> list[int]:
+    """Ids that no answer may hold: a sampled image token would ask for an image that is not there.
+
+    Args:
+        policy: the policy.
+
+    Returns:
+        The ids, as far as the policy has logits for them.
+    """
+    config = policy.config
+    ids = {getattr(config, name, None) for name in ("image_token_id", "video_token_id")}
+    vocabulary = config.get_text_config().vocab_size
+    return sorted(token for token in ids if token is not None and token < vocabulary)
+
+
+@contextmanager
+def neutral_generation_config(policy: nn.Module) -> Iterator[None]:
+    """Keep what a checkpoint's `generation_config.json` says out of sampling.
+
+    transformers fills each field that a call leaves open from there. A repetition penalty or a top-p would then shape
+    the answers, but not the log-probabilities that PPO computes for them.
+
+    Args:
+        policy: the policy; its own configuration is back after the block.
+
+    Yields:
+        Nothing.
+    """
+    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class Generator:
+    """Generates for PPO: no answer holds an image token, and a draw depends on seed, step and row alone."""
+
+    def __init__(
+        self,
+        args: LlavaPPOConfig,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_id: int | None,
+        suppressed: list[int],
+    ) -> None:
+        """Keep what every call needs.
+
+        Args:
+            args: `response_length`, `temperature`, `seed` and `local_rollout_forward_batch_size`.
+            accelerator: knows this process and its precision.
+            tokenizer: its pad token fills up short answers.
+            stop_token_id: ends an answer; `None` lets all answers run to `response_length`.
+            suppressed: ids that no answer may hold.
+        """
+        self.args = args
+        self.accelerator = accelerator
+        self.pad_token_id = tokenizer.pad_token_id
+        self.stop_token_id = stop_token_id
+        self.config = GenerationConfig(
+            max_new_tokens=args.response_length,
+            do_sample=False,  # `RowNoise` makes the argmax a draw
+            eos_token_id=stop_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=suppressed or None,
+        )
+
+    def __call__(self, policy: nn.Module, inputs: ModelInputs, step: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answer B prompts.
+
+        Args:
+            policy: the unwrapped policy, in eval mode.
+            inputs: the prompts of this process.
+            step: the PPO step whose noise makes the draws; `None` answers greedily.
+
+        Returns:
+            responses: (B, R) token ids, padded right; R is the length of the longest.
+            mask: (B, R) bool, `True` at real tokens: up to and including the first stop token.
+        """
+        keys = None
+        if step is not None:
+            first = self.accelerator.process_index * len(inputs)
+            places = torch.arange(first, first + len(inputs), device=inputs.input_ids.device)
+            keys = row_keys(self.args.seed, step, places)
+        responses, masks = [], []
+        with neutral_generation_config(policy), self.accelerator.autocast():
+            for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
+                part = self._generate(policy, inputs.select(rows), None if keys is None else keys[rows])
+                responses.append(part)
+                masks.append(response_mask(part, self.stop_token_id))
+        return pad_right(responses, self.pad_token_id), pad_right(masks, False)
+
+    def stopped(self, responses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Which responses hold their stop token.
+
+        Args:
+            responses: (B, R) token ids.
+            mask: (B, R) bool, `True` at real tokens.
+
+        Returns:
+            (B,) bool.
+        """
+        if self.stop_token_id is None:
+            return torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
+        return ((responses == self.stop_token_id) & mask).any(1)
+
+    def _generate(self, policy: nn.Module, inputs: ModelInputs, keys: torch.Tensor | None) -> torch.Tensor:
+        noise = [] if keys is None else [RowNoise(keys, inputs.query_length, self.args.temperature)]
+        output = policy.generate(
+            input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
+            attention_mask=inputs.attention_mask,
+            **inputs.image_kwargs(),
+            generation_config=self.config,
+            logits_processor=LogitsProcessorList(noise),
+        )
+        return output[:, inputs.query_length :]

@@ -1,0 +1,52 @@
+"""What a PPO run needs before its first step, beyond what TRL's trainer prepares."""
+
+import os
+
+from accelerate import Accelerator, PartialState
+from torch import nn
+
+from trl_llava.configs import LlavaPPOConfig
+
+
+def refuse_fsdp() -> None:
+    """Stop before anything is loaded onto devices that could not train.
+
+    Raises:
+        ValueError: if the process was launched for FSDP.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise ValueError(
+            "LlavaPPOTrainer does not run under FSDP: a rollout uses policy and value model one by one, and FSDP "
+            "gathers only the two together. Use DDP or DeepSpeed (`--accelerate_config ddp` or `zero2`)"
+        )
+
+
+def honour_max_steps(args: LlavaPPOConfig) -> None:
+    """Let `max_steps` decide the length of the run where it is set, as it does in every other trainer.
+
+    Args:
+        args: the config; its `total_episodes` is set.
+    """
+    if args.max_steps > 0:
+        rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        args.total_episodes = args.max_steps * rollouts * PartialState().num_processes
+
+
+def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Accelerator) -> None:
+    """Switch off what would make update and rollout differ, and on what the config asks for.
+
+    Args:
+        models: policy and value model, before `accelerator.prepare`.
+        args: gradient checkpointing and clipping.
+        accelerator: the one that will prepare them.
+    """
+    for model in models:
+        # TRL's `disable_dropout_in_model` only finds modules; attention keeps its rate in an attribute.
+        for module in model.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+    if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
+        # DeepSpeed clips by itself; left at "auto" it would clip at 1.
+        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
