@@ -1,6 +1,8 @@
 """The `trl-llava` command: what goes to the launcher, what to the stage, and what is said when neither knows it."""
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,33 @@ def test_a_bad_recipe_is_not_launched(
     assert not launched
 
 
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr("trl_llava.merge.merge", fail)
+    with pytest.raises(ValueError, match="a fault"):
+        cli.main(["merge", "adapter", "target"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launched_stage_that_fails_says_why_without_a_traceback(
+    processes: int, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    (tmp_path / "rows.json").write_text('[{"prompt": [], "completion": []}]')
+    config = "ddp" if processes > 1 else "cpu"  # without GPUs, `ddp` starts processes that talk through gloo
+    words = ["--dataset_name", str(tmp_path / "rows.json"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    words += ["--bf16", "false", "--model_name_or_path", str(tiny_llama_dir)]
+    command = [sys.executable, "-m", "trl_llava.cli", "sft", "--accelerate_config", config]
+    result = subprocess.run(
+        [*command, "--num_processes", str(processes), *words], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 1
+    assert "is a text-only model. Choose an image-text model" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["score", "--help"]])
 def test_help_ends_well(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -127,5 +156,5 @@ def test_score_prints_one_number(
 
 def test_score_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["score", "--reward_model", str(tmp_path), "--image", str(tmp_path / "no.png"), "--question", "?"]
-    assert cli.main([*words, "--answer", "!"]) == 2
+    assert cli.main([*words, "--answer", "!"]) == 1
     assert "--image: " in capsys.readouterr().err

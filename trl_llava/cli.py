@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import trl_llava
+from trl_llava.errors import ExplainedError
 from trl_llava.recipe_values import RecipeError
 
 STAGES = {
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; by default that of the process.
 
     Returns:
-        Exit status: 0, or 2 if the command line or recipe cannot be used; 1 if `check-data` finds that a run would
-        fail.
+        Exit status: 0, 2 if the command line or recipe cannot be used, 1 for anything else that went wrong. A stage
+            that has been launched and fails ends this process with 1, whatever was the matter: the launcher does.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _make_parser()
@@ -48,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return importlib.import_module("trl_llava.check_data").main(words[1:])
         args = parser.parse_args(words or ["--help"])
         return {"score": _score, "convert": _convert, "merge": _merge}[args.command](args)
-    except (RecipeError, ValueError, OSError, ImportError) as error:
+    except ExplainedError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
 
 
 def launch_stage(stage: str, words: Sequence[str]) -> int:
@@ -61,7 +62,7 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
         words: Recipe, overrides and launch options.
 
     Returns:
-        0.
+        0, or 1 if one of several processes failed. A single one that fails ends this process, with 1 too.
 
     Raises:
         RecipeError: If the recipe or an option cannot be used.
@@ -73,13 +74,21 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
         print(LAUNCH_HELP.format(names=names))
         return 0
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     launch_parser = launch_command_parser()
     launch, training = split_arguments(words, parser.field_names, launch_parser)
     parser.check(training)
     # --quiet: the stage has already said what is wrong, the launcher's own traceback would only hide it.
     command = [*_complete(launch), "--quiet", "-m", f"trl_llava.train_{stage}", *training]
-    launch_command(launch_parser.parse_args(command))
+    try:
+        launch_command(launch_parser.parse_args(command))
+    except ChildFailedError as error:  # of several processes; the one that failed has said why
+        rank, failure = error.get_first_failure()
+        print(
+            f"error: {stage} ended, because its process {rank} did (exit status {failure.exitcode})", file=sys.stderr
+        )
+        return 1
     return 0
 
 

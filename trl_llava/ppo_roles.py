@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl_llava.adapters import load_adapter, lora_config
 from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig
 from trl_llava.factual_reward import FactualReward
+from trl_llava.hub import check_there
 from trl_llava.models import check_same_tokenizer, load_policy, load_processor
 from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_settings import find_file
@@ -54,6 +55,7 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
         ValueError: If the adapter does not fit the base.
     """
     start, revision = _policy_start(args, model_args)
+    check_there("sft_model_path" if args.sft_model_path else "model_name_or_path", start, revision)
     trained_on = adapter_base(start, revision)
     if trained_on is None:
         return _full_policy(args, model_args, start, revision)
@@ -113,6 +115,7 @@ def load_value_model(
         raise RecipeError(
             "`value_init: reward` needs `reward_model_path`: set it, or `value_init: policy`, or `value_model_path`."
         )
+    check_there(field, name, revision)
     given = model_args.model_name_or_path if field == "policy" else None
     model = load_score_model(name, model_args, base=given, revision=revision, seed=args.seed)
     zero_head(model)
