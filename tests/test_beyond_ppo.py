@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import toy_models
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import ProcessorMixin
 
 import trl_llava.demo
 from trl_llava import train_dpo, train_grpo, train_reward, train_rloo, train_sft
+from trl_llava.collators import SFTCollator
 from trl_llava.data import rows_from
 from trl_llava.demo.data import Sizes, write_data
+from trl_llava.dpo_collator import DPOCollator
 from trl_llava.recipe_values import RecipeError
 from trl_llava.rows import RowError
 from trl_llava.trl_rows import as_trl_reads
@@ -133,6 +137,41 @@ def test_what_is_refused(world: World) -> None:
         train_grpo.main(
             world.words("prompts", "none", *SHORT, "--max_prompt_length", "8", "--reward_funcs", "math:fsum")
         )
+
+
+def test_a_family_that_trl_cannot_hand_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = toy_models.onevision(tmp_path, monkeypatch)
+    words = world.words("prompts", "none", *SHORT, "--reward_funcs", "math:fsum", "--model_name_or_path", str(base))
+    with pytest.raises(RecipeError, match="TRL's RLOOTrainer does not know batch_num_images"):
+        train_rloo.main(words)
+
+
+def test_rows_with_and_without_pictures(world: World) -> None:
+    rows = [json.loads(line) for line in (world.folder / "data/prompts/train.jsonl").read_text().splitlines()]
+    for row in rows[3:]:
+        row["images"] = []
+    (world.folder / "mixed.json").write_text(json.dumps(rows))
+    words = [*LORA, *SHORT, "--reward_funcs", "trl_llava.reward_terms:correctness"]
+    with pytest.raises(RowError, match=r"mixed.json\[3\]: it has no image, unlike the rows before it"):
+        train_grpo.main(world.words("../mixed.json", "none", *words))
+    (world.folder / "text.json").write_text(json.dumps(rows[3:]))
+    trainer = train_grpo.main(world.words("../text.json", "text", *words, "--max_steps", "1"))
+    assert trainer.state.global_step == 1
+
+
+def test_dpo_learns_from_the_ids_of_sft(tiny_processor: ProcessorMixin, red_image: Image.Image) -> None:
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+    answers = {name: [{"role": "assistant", "content": f"a {name} square"}] for name in ("chosen", "rejected")}
+    row = {"row_name": "a[0]", "images": [red_image], "prompt": question, **answers}
+    batch = DPOCollator(tiny_processor)([row])
+    assert batch["pixel_values"].shape[0] == 2
+    for i, name in enumerate(answers):
+        sft = SFTCollator(tiny_processor)([{**row, "completion": answers[name]}])
+        length = sft["input_ids"].shape[1]
+        assert batch["input_ids"][i, :length].tolist() == sft["input_ids"][0].tolist()
+        assert batch["attention_mask"][i].sum() == length
+        learned = (sft["labels"][0] != -100).int().tolist()
+        assert batch["completion_mask"][i].tolist() == learned + [0] * (batch["input_ids"].shape[1] - length)
 
 
 def test_rows_as_trl_reads_them(red_image: Image.Image) -> None:

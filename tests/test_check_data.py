@@ -19,7 +19,7 @@ class Published:
         self.folder, self.base = published.write(folder), base
 
     def recipe(self, stage: str, **values: Any) -> Path:
-        rows = {"sft": "sft", "reward": "preferences", "ppo": "ppo"}[stage]
+        rows = {"sft": "sft", "reward": "preferences", "dpo": "preferences"}.get(stage, "ppo")
         recipe = {
             "model_name_or_path": str(self.base),
             "output_dir": "unused",
@@ -28,8 +28,8 @@ class Published:
             "bf16": True,  # as a recipe for GPUs has it
             "dataset_num_proc": 1,
         }
-        recipe |= {} if stage == "sft" else {"captions_file": f"{self.folder}/image_to_caption.json"}
-        recipe |= {"stop_token": "eos", "reward_funcs": ["math:fsum"]} if stage == "ppo" else {}
+        recipe |= {} if stage in ("sft", "dpo") else {"captions_file": f"{self.folder}/image_to_caption.json"}
+        recipe |= {"reward_funcs": ["math:fsum"]} if rows == "ppo" else {}
         path = self.folder / f"{stage}.yaml"
         path.write_text(json.dumps({**recipe, **values}))
         return path
@@ -65,13 +65,18 @@ def run(path: Path, *words: str) -> int:
     return cli.main(["check-data", "--config", str(path), *words])
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_published_conversations_and_preferences_pass(
     files: Published, stage: str, reports: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(files.recipe(stage)) == 0
     (report,) = reports
-    assert (report.rows, report.usable, report.text_only, report.without_captions) == (100, 100, 0, 0)
+    assert (report.rows, report.usable, report.text_only, report.without_captions) == (
+        100,
+        100,
+        0,
+        100 * (stage == "dpo"),
+    )
     assert {tokens - text for tokens, text in zip(report.tokens, report.text_tokens, strict=True)} == {16}
     shown = capsys.readouterr().out
     assert "ok: all rows that a run would use can be used" in shown
@@ -79,10 +84,11 @@ def test_published_conversations_and_preferences_pass(
     assert ("the quality score of my last response is" in shown) == (stage == "reward")
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
 def test_published_prompts_are_counted_by_answer_type(
-    files: Published, reports: list[Any], capsys: pytest.CaptureFixture[str]
+    stage: str, files: Published, reports: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(files.recipe("ppo", dataset_num_proc=2), "--samples", "1") == 0
+    assert run(files.recipe(stage, dataset_num_proc=2), "--samples", "1") == 0
     assert dict(reports[0].answer_types) == {"general": 70, "A": 4, "B": 4, "C": 4, "D": 4, "no": 7, "yes": 7}
     assert len(reports[0].samples) == 1 and reports[0].samples[0][1].endswith(" ASSISTANT:")
     assert "Usable rows by answer type" in capsys.readouterr().out
@@ -160,7 +166,7 @@ def test_the_stage_is_found_or_asked_for(files: Published) -> None:
     recipe = files.recipe("reward")
     other = recipe.with_name("mine.yaml")
     other.write_text(recipe.read_text())
-    with pytest.raises(RecipeError, match=r"mine.yaml fits sft and reward and ppo: say with --stage"):
+    with pytest.raises(RecipeError, match=r"mine.yaml fits sft and reward and dpo and ppo and grpo and rloo: say with --stage"):
         check_data.find_stage(["--config", str(other)])
     assert check_data.find_stage(["--config", str(other), "--with_captions", "false"]) == "reward"
     assert check_data.find_stage([f"--config={recipe}"]) == "reward"

@@ -6,12 +6,13 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
-from trl_llava import train_ppo, train_reward, train_sft
+from trl_llava import train_dpo, train_grpo, train_ppo, train_reward, train_rloo, train_sft
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT / "recipes", ROOT / "trl_llava" / "demo")
 RECIPES = sorted(path for folder in FOLDERS for path in folder.rglob("*.yaml"))
-PARSERS = {"sft": train_sft.make_parser, "reward": train_reward.make_parser, "ppo": train_ppo.make_parser}
+STAGES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+STAGES |= {"grpo": train_grpo, "rloo": train_rloo, "dpo": train_dpo}
 
 
 def stage_of(path: Path) -> str:
@@ -20,14 +21,22 @@ def stage_of(path: Path) -> str:
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(RECIPES) >= 3
-    assert {stage_of(path) for path in RECIPES} == {"sft", "reward", "ppo"}
+    models = {"llava-rlhf-7b-v1.5-224", "llava-rlhf-13b-v1.5-336", "llava-1.5-7b-hf", "llava-onevision-0.5b"}
+    assert {path.name for path in (ROOT / "recipes").iterdir()} == models
+    found = {(path.parent.name, path.stem) for path in RECIPES}
+    for model in models:
+        without = {
+            "llava-rlhf-7b-v1.5-224": {"reward"},
+            "llava-onevision-0.5b": {"grpo", "rloo"},
+        }  # README.md says why
+        assert {(model, stage) for stage in set(STAGES) - without.get(model, set())} <= found
+    assert {stage_of(path) for path in RECIPES} == set(STAGES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_recipe_goes_through_the_real_parser(path: Path) -> None:
     # A recipe for GPUs is for bf16, which this machine may not have; that is all that is changed.
-    *_, recipe = PARSERS[stage_of(path)]().parse(["--config", str(path), "--bf16", "false", "--use_cpu"])
+    *_, recipe = STAGES[stage_of(path)].make_parser().parse(["--config", str(path), "--bf16", "false", "--use_cpu"])
     assert recipe.given["output_dir"]
 
 

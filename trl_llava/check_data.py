@@ -22,7 +22,9 @@ from trl.scripts.utils import DatasetConfig
 from trl_llava.check_report import SourceReport, print_report
 from trl_llava.collators import PreferenceCollator, PromptCollator, SFTCollator
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.configs_beyond_ppo import OnlineArguments
 from trl_llava.data import row_maker
+from trl_llava.dpo_collator import DPOCollator
 from trl_llava.lengths import LengthMeter
 from trl_llava.models import load_processor
 from trl_llava.ppo_roles import load_policy_processor
@@ -36,7 +38,10 @@ from trl_llava.sources import RawRows, read_source
 from trl_llava.splits import check_held_out, named_sources
 from trl_llava.train_reward import make_judging_prompt
 
-ROWS_OF: dict[str, Stage] = {"sft": "sft", "reward": "preference", "ppo": "prompt"}
+ROWS_OF: dict[str, Stage] = {
+    **{"sft": "sft", "reward": "preference", "dpo": "preference"},
+    **dict.fromkeys(("ppo", "grpo", "rloo"), "prompt"),
+}
 """Which rows each stage reads."""
 
 
@@ -152,18 +157,19 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
     here = ["--use_cpu", "--bf16", "false", "--fp16", "false"]
     script_args, args, *others, mixture, _ = _recipe_parser(stage).parse([*words, *here])
     model_args = next(other for other in others if isinstance(other, LlavaModelConfig))
+    online_args = next((other for other in others if isinstance(other, OnlineArguments)), args)
     model_args.trust_remote_code = args.trust_remote_code
     sources, eval_source = named_sources(script_args, mixture, args)
-    processor = _load_processor(options.processor, stage, args, model_args)
+    processor = _load_processor(options.processor, stage, online_args, model_args)
     return Check(
         stage=stage,
         script_args=script_args,
         sources=[*sources, *([eval_source] if eval_source else [])],
-        collator=_make_collator(stage, args, processor),
-        overlong=args.overlong,
-        wants_captions=_wants_captions(stage, args),
+        collator=_make_collator(stage, online_args, processor),
+        overlong=online_args.overlong,
+        wants_captions=_wants_captions(stage, online_args),
         test_split_size=mixture.test_split_size,
-        num_proc=args.dataset_num_proc or len(os.sched_getaffinity(0)),
+        num_proc=online_args.dataset_num_proc or len(os.sched_getaffinity(0)),
         samples=options.samples,
     )
 
@@ -183,6 +189,8 @@ def _load_processor(given: str | None, stage: str, args: Any, model_args: LlavaM
 def _make_collator(stage: str, args: Any, processor: ProcessorMixin) -> Any:
     if stage == "sft":
         return SFTCollator(processor, max_length=args.max_length, labels_on=args.labels_on)
+    if stage == "dpo":
+        return DPOCollator(processor, max_length=args.max_length)
     if stage == "reward":
         return PreferenceCollator(processor, args.max_length, judging_prompt=make_judging_prompt(args))
     return PromptCollator(processor, max_prompt_length=args.max_prompt_length)

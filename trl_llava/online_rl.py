@@ -1,11 +1,12 @@
 """What GRPO and RLOO do alike: all but the trainer."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import ProcessorMixin, TrainingArguments, set_seed
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_llava import output_dir
@@ -67,6 +68,7 @@ def run_online(
     quiet_libraries(args)
     checkpoint = output_dir.claim(args, recipe)
     processor = load_recipe_processor(model_args, online_args.chat_template_path)
+    _check_image_inputs(processor, trainer_class)
     rewards = _load_rewards(online_args, model_args)
     splits = load_splits(
         script_args,
@@ -100,6 +102,17 @@ def run_online(
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)
     return trainer
+
+
+def _check_image_inputs(processor: ProcessorMixin, trainer_class: type[GRPOTrainer] | type[RLOOTrainer]) -> None:
+    """Refuses a family whose inputs TRL's trainer does not hand to the model; it would stop at the first step."""
+    handed_on = inspect.signature(trainer_class._get_per_token_logps_and_entropies).parameters
+    unknown = sorted(set(processor.image_processor.model_input_names) - set(handed_on))
+    if unknown:
+        raise RecipeError(
+            f"TRL's {trainer_class.__name__} does not know {', '.join(unknown)}, which {type(processor).__name__} "
+            "makes: choose a LLaVA-1.5 or LLaVA-NeXT model, or train this one with `trl-llava ppo` or `dpo`."
+        )
 
 
 def _load_rewards(args: OnlineArguments, model_args: LlavaModelConfig) -> list[RewardFunction]:
