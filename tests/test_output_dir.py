@@ -74,6 +74,28 @@ def test_the_same_run_resumes_or_says_how(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
+def test_a_run_that_died_before_its_first_checkpoint_cannot_be_continued(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    (tmp_path / "run" / "completions").mkdir()
+    (tmp_path / "run" / "completions" / "completions_00001.parquet").write_text("samples")
+    before = contents(tmp_path / "run")
+    for words in ([], ["--resume_from_checkpoint", "true"]):
+        with pytest.raises(OutputDirError) as error:
+            claim(*parse(tmp_path / "run", *words))
+        message = str(error.value)
+        assert "already holds this run but no checkpoint-*, so it cannot be continued" in message
+        assert "choose another `output_dir`, or remove this one yourself" in message
+        assert "resume_from_checkpoint: true" not in message and "leave the field out" not in message
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_checkpoint_from_elsewhere_may_start_a_run(tmp_path: Path) -> None:
+    start(tmp_path / "old")
+    finish(tmp_path / "old")
+    checkpoint = str(tmp_path / "old" / "checkpoint-3")
+    assert claim(*parse(tmp_path / "new", "--resume_from_checkpoint", checkpoint)) == checkpoint
+
+
 def test_the_same_run_that_left_nothing_starts_again(tmp_path: Path) -> None:
     start(tmp_path / "run")
     start(tmp_path / "run")

@@ -125,7 +125,9 @@ def _checkpoint(args: TrainingArguments) -> str | None:
         wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         if wanted is None:
             raise OutputDirError(
-                f"`resume_from_checkpoint`: {args.output_dir} holds no checkpoint-*; leave the field out to start."
+                _nothing_to_resume(Path(args.output_dir))
+                if _holds_more_than_a_recipe(Path(args.output_dir))
+                else f"`resume_from_checkpoint`: {args.output_dir} holds no checkpoint-*; leave the field out to start."
             )
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise OutputDirError(f"`resume_from_checkpoint`: {wanted} is not a checkpoint (it has no trainer_state.json).")
@@ -163,11 +165,24 @@ def _check_owner(folder: Path, recipe: Recipe, resuming: bool) -> None:
             f"{' (`resume_from_checkpoint` may name a checkpoint in the old one)' if resuming else ''}. "
             "Nothing in it was touched."
         )
-    if not resuming and content - {RECIPE_FILE, VERSIONS_FILE}:
+    if not resuming and _holds_more_than_a_recipe(folder):
         raise OutputDirError(
-            f"`output_dir` {folder} already holds this run: continue it with `resume_from_checkpoint: true`, or "
+            _nothing_to_resume(folder)
+            if get_last_checkpoint(str(folder)) is None
+            else f"`output_dir` {folder} already holds this run: continue it with `resume_from_checkpoint: true`, or "
             "choose another `output_dir`. Nothing in it was touched."
         )
+
+
+def _holds_more_than_a_recipe(folder: Path) -> bool:
+    return folder.is_dir() and bool({entry.name for entry in folder.iterdir()} - {RECIPE_FILE, VERSIONS_FILE})
+
+
+def _nothing_to_resume(folder: Path) -> str:
+    return (
+        f"`output_dir` {folder} already holds this run but no checkpoint-*, so it cannot be continued: choose another "
+        "`output_dir`, or remove this one yourself. Nothing in it was touched."
+    )
 
 
 def _differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
