@@ -38,6 +38,7 @@ LAYERS = (
             "ppo_checkpoint",
             "scoring",
             "health",
+            "finite_steps",
             "reward_settings",
         ),
         *("collators", "dpo_collator", "encoding", "lengths", "trl_rows"),

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoProcessor
 
 from trl_llava.configs import LlavaRewardConfig
+from trl_llava.health import UnhealthyRunError
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sequence_classification import LlavaForSequenceClassification
@@ -146,3 +147,19 @@ def test_the_captions_are_part_of_what_is_judged(tiny_llava_dir, tmp_path):
     texts = trainer.processing_class.batch_decode(batch["input_ids"], skip_special_tokens=True)
     assert all("a red square" in text.split("Judge it.")[1] for text in texts)
     assert texts[0].split("Judge it.")[1].split() == texts[1].split("Judge it.")[1].split()
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_it_reaches_the_weights(tiny_llava_dir, tmp_path, where):
+    trainer = make_trainer(tiny_llava_dir, tmp_path)
+    name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    if where == "weight":
+        parameter.data[0, 0] = float("nan")
+    else:
+        parameter.register_hook(lambda gradient: gradient * float("inf"))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    what = {"weight": "loss", "gradient": "gradient norm"}[where]
+    with pytest.raises(UnhealthyRunError, match=f"^{what} is not finite at step 1"):
+        trainer.train()
+    for key, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[key]) or key == name

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from trl_llava.collators import SFTCollator
 from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
+from trl_llava.health import UnhealthyRunError
 from trl_llava.rows import RowError
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
@@ -131,3 +132,19 @@ def test_accumulation_changes_nothing(tiny_llava_dir, tmp_path):
     whole, parts = trained(6, 1), trained(2, 3)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_it_reaches_the_weights(tiny_llava_dir, tmp_path, where):
+    trainer = make_trainer(tiny_llava_dir, tmp_path)
+    name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    if where == "weight":
+        parameter.data[0, 0] = float("nan")
+    else:
+        parameter.register_hook(lambda gradient: gradient * float("inf"))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    what = {"weight": "loss", "gradient": "gradient norm"}[where]
+    with pytest.raises(UnhealthyRunError, match=f"^{what} is not finite at step 1"):
+        trainer.train()
+    for key, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[key]) or key == name

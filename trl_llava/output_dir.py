@@ -124,10 +124,11 @@ def _checkpoint(args: TrainingArguments) -> str | None:
     if wanted in (True, "true", "True"):
         wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         if wanted is None:
+            folder = Path(args.output_dir)
             raise OutputDirError(
-                _nothing_to_resume(Path(args.output_dir))
-                if _holds_more_than_a_recipe(Path(args.output_dir))
-                else f"`resume_from_checkpoint`: {args.output_dir} holds no checkpoint-*; leave the field out to start."
+                _nothing_to_resume(folder)
+                if _holds_more_than_a_recipe(folder)
+                else f"`resume_from_checkpoint`: {folder} holds no checkpoint-*; leave the field out to start."
             )
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise OutputDirError(f"`resume_from_checkpoint`: {wanted} is not a checkpoint (it has no trainer_state.json).")

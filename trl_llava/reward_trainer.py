@@ -10,6 +10,7 @@ from trl import RewardTrainer
 from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
+from trl_llava.finite_steps import FiniteSteps
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
@@ -18,11 +19,11 @@ EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 PAPER_CENTERING = 1e-3
 
 
-class LlavaRewardTrainer(RewardTrainer):
+class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
     """TRL's `RewardTrainer` on pairs of answers to a question about an image.
 
     Differs from TRL's in its collator, which renders the judging turn and encodes each image once per pair, and in the
-    paper's regulariser (`args.reward_centering: paper`).
+    paper's regulariser (`args.reward_centering: paper`). A loss or gradient that is not finite stops the run.
 
     Args:
         model: a `...ForSequenceClassification` with one label, or Hub ID or folder of one.

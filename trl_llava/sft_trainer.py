@@ -10,16 +10,18 @@ from trl import SFTTrainer
 from trl_llava.collators import SFTCollator
 from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
+from trl_llava.finite_steps import FiniteSteps
 from trl_llava.lengths import drop_overlong
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
-class LlavaSFTTrainer(SFTTrainer):
+class LlavaSFTTrainer(FiniteSteps, SFTTrainer):
     """TRL's `SFTTrainer` with answer-only labels over all turns of conversations with images.
 
     Differs from TRL's in its collator and in what it does to the data sets: rows are checked and named, image tokens
-    are never cut, and a row longer than `args.max_length` is an error or dropped and counted (`args.overlong`).
+    are never cut, and a row longer than `args.max_length` is an error or dropped and counted (`args.overlong`). A loss
+    or gradient that is not finite stops the run.
 
     Args:
         model: model, or Hub ID or folder of one.
