@@ -3,8 +3,8 @@
     python -m benchmarks.factual_gain [--seeds 0 1 2] [--output_dir runs/factual_gain] [--json FILE]
 
 For each seed: one SFT policy; reward models with and without captions that see 12 pixels (weak eyes) or 48 (sharp);
-PPO against each of them and against the true score; and PPO against the weak-eyed plain reward model with the paper's
-bonus for a right "No", and with the same bonus for "Yes" too.
+PPO against each of them and against the true score; and PPO with the paper's bonus for a right "No" or with the same
+bonus for "Yes" too, once beside the weak-eyed plain reward model and once alone.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trl_llava.demo.stages import FULL, Plan, Stages, say
 from trl_llava.output_dir import versions
@@ -23,7 +25,8 @@ REWARDS = {
     "sharp eyes, plain": ("reward_plain", True),
     "sharp eyes, captions": ("reward", True),
 }
-BONUS = ("--correctness_coef", "2.0")
+BONUS = ("--correctness_coef", "2.0", "--yes_no")
+BONUSES = {"No": "no_only", "Yes and No": "both"}
 MEASURES = ("chair", "invented", "recall", "yes_accuracy", "no_accuracy", "choice_accuracy", "length")
 
 
@@ -54,11 +57,12 @@ def run_seed(folder: Path, seed: int, plan: Plan) -> dict[str, dict[str, float]]
     truth = ("--reward_funcs", "trl_llava.demo.true_score:true_score", "--value_init", "policy")
     stages.train_ppo("ppo", "ppo_truth", *truth)
     rows["PPO, the true score"] = measures(stages, "ppo_truth")
-    for label, yes_no in (("No", "no_only"), ("Yes and No", "both")):
+    for label, yes_no in BONUSES.items():
         say(f"seed {seed}: bonus for {label}")
-        result = f"ppo_bonus_{yes_no}"
-        stages.train_ppo("ppo_plain", result, *BONUS, "--yes_no", yes_no, reward="reward_plain")
-        rows[f"PPO, weak eyes, plain, bonus for {label}"] = measures(stages, result)
+        stages.train_ppo("ppo_plain", f"ppo_with_{yes_no}", *BONUS, yes_no, reward="reward_plain")
+        rows[f"PPO, weak eyes, plain, and a bonus for {label}"] = measures(stages, f"ppo_with_{yes_no}")
+        stages.train_ppo("ppo_plain", f"ppo_alone_{yes_no}", *BONUS, yes_no, "--value_init", "policy")
+        rows[f"PPO, nothing but a bonus for {label}"] = measures(stages, f"ppo_alone_{yes_no}")
     return rows
 
 
@@ -115,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         parser.error(f"{args.output_dir} is not empty: choose another --output_dir, or empty it yourself")
+    torch.set_num_threads(1)  # as the demo does
     seeds = {}
     for seed in args.seeds:
         seeds[seed] = run_seed(args.output_dir / f"seed_{seed}", seed, FULL)

@@ -26,6 +26,7 @@ TINY = Plan(
         "ppo": ("--total_episodes", "16", "--per_device_train_batch_size", "8", "--save_steps", "1"),
     },
 )
+STEPS = {"sft": 1, "reward": 1, "reward_plain": 1, "ppo": 2, "ppo_plain": 2, "ppo_bonus_no": 2, "ppo_bonus_both": 2}
 MEASURES = {"chair", "invented", "recall", "yes_accuracy", "no_accuracy", "choice_accuracy", "length"}
 
 
@@ -57,9 +58,9 @@ def test_the_summary_holds_everything_that_was_measured(demo):
     folder, summary = demo
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["seeds"] == {"data": 5, "stages": 5}
-    assert set(summary["stages"]) == {"sft", "reward", "reward_plain", "ppo", "ppo_plain"}
+    assert set(summary["stages"]) == STEPS.keys()
     steps = {name: stage["steps"] for name, stage in summary["stages"].items()}
-    assert steps == {"sft": 1, "reward": 1, "reward_plain": 1, "ppo": 2, "ppo_plain": 2}
+    assert steps == STEPS
     assert all(stage["seconds"] > 0 for stage in summary["stages"].values())
     assert all(0 <= share <= 1 for share in summary["reward_model_accuracy"].values())
     for variant in ("plain", "with_captions"):
@@ -74,7 +75,7 @@ def test_the_summary_holds_everything_that_was_measured(demo):
 
 def test_each_stage_leaves_what_its_entry_point_leaves(demo):
     folder, _ = demo
-    for name in ("sft", "reward", "reward_plain", "ppo", "ppo_plain"):
+    for name in STEPS:
         found = {path.name for path in (folder / name).iterdir()}
         assert {"adapter_model.safetensors", "recipe.yaml", "versions.json", "README.md"} <= found, name
     stored = json.loads((folder / "reward" / "factual_reward.json").read_text())
@@ -92,7 +93,7 @@ def test_the_page_loads_nothing_from_outside_and_shows_every_answer(demo):
     assert text.count('class="chart"') == 4
     for stage in summary["stages"].values():
         assert stage["command"].startswith("trl-llava ")
-    assert text.count("<pre>trl-llava ") == 5
+    assert text.count("<pre>trl-llava ") == 7
     assert "weak eyes, on purpose" in text
     assert re.search(r"judging_prompt:", text)
     for chart in ("outcome", "unseen", "ppo", "training"):

@@ -16,10 +16,12 @@ import torch
 from trl_llava.demo import plots
 from trl_llava.demo.report import write_report
 from trl_llava.demo.stages import BASE, FULL, QUICK, Plan, Stages, say
-from trl_llava.demo.summary import VARIANTS, summarise
+from trl_llava.demo.summary import BONUSES, VARIANTS, summarise
 
 CHECKPOINT_DESCRIPTIONS = 100
 """Descriptions that a checkpoint of PPO is asked for; they only draw a curve."""
+BONUS_ALONE = ("--value_init", "policy", "--correctness_coef", "2.0", "--save_strategy", "no")
+"""No reward model: what the paper's bonus does when nothing weighs against it."""
 
 
 def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BASE) -> dict[str, Any]:
@@ -54,9 +56,12 @@ def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BA
         say(f"  prefers the better answer in {record.last('eval_accuracy'):.3f} of unseen pairs")
         say(f"Stage 3: PPO against it ({variant.replace('_', ' ')}) ...")
         stages.train_ppo(ppo, ppo, reward=reward)
+    for which, result in BONUSES.items():
+        say(f"Stage 3 for comparison: nothing but a bonus for right answers (yes_no: {which}) ...")
+        stages.train_ppo("ppo_plain", result, *BONUS_ALONE, "--yes_no", which)
     say("Asking about unseen pictures, before and after ...")
     before_asking = time.perf_counter()
-    for result in ("sft", *(ppo for _, ppo in VARIANTS.values())):
+    for result in ("sft", *(ppo for _, ppo in VARIANTS.values()), *BONUSES.values()):
         stages.evaluate(result)
     for _, ppo in VARIANTS.values():
         for folder in sorted((output_dir / ppo).glob("checkpoint-*")):
@@ -127,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of rows and stages (default 0)")
     parser.add_argument("--quick", action="store_true", help="one minute: fewer steps, same path")
     args = parser.parse_args(argv)
+    # Matrices this small gain nothing from a second thread, and wait long for it where the other core is busy.
+    torch.set_num_threads(1)
     try:
         summary = run_demo(args.output_dir, args.seed, QUICK if args.quick else FULL)
     except FileExistsError as error:

@@ -10,6 +10,8 @@ from trl_llava.output_dir import versions
 
 VARIANTS = {"with_captions": ("reward", "ppo"), "plain": ("reward_plain", "ppo_plain")}
 """Variant -> results of stage 2 and stage 3."""
+BONUSES = {"no_only": "ppo_bonus_no", "both": "ppo_bonus_both"}
+"""`yes_no` -> result of a PPO whose only reward is the correctness term."""
 
 
 def summarise(stages: Stages, seconds: dict[str, float], seeds: dict[str, int]) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def summarise(stages: Stages, seconds: dict[str, float], seeds: dict[str, int]) 
         },
         "reward_model_pairs": stages.plan.sizes.preference_test,
         "ppo": runs,
+        "bonus_alone": {which: stages.evaluations[result].quality.as_dict() for which, result in BONUSES.items()},
         "goals": {variant: goals(before, stages.evaluations[ppo].quality) for variant, (_, ppo) in VARIANTS.items()}
         | {"captions_beat_plain": runs["with_captions"]["after"]["chair"] < runs["plain"]["after"]["chair"]},
     }
