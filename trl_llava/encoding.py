@@ -288,4 +288,6 @@ def _expand(
 
 def _overlapping(offsets: Sequence[Span], spans: list[Span]) -> list[bool]:
     """Mark the tokens that share a character with a span; tokens without characters (BOS) are in none."""
+    if not spans:
+        return [False] * len(offsets)
     return [any(start < end and first < end and start < last for start, end in spans) for first, last in offsets]
