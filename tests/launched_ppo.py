@@ -7,19 +7,17 @@ import json
 import sys
 from pathlib import Path
 
-from tiny_trainers import favour_the_stop_token, ppo_trainer
+from tiny_trainers import favour_the_stop_token, make_policy, ppo_trainer
 
 
 def main(base: str, adapter: str, out: str, changes: str) -> None:
-    trainer = ppo_trainer(Path(base), Path(adapter), Path(out), **json.loads(changes))
-    favour_the_stop_token(trainer)
+    policy = make_policy(Path(base), Path(adapter))
+    favour_the_stop_token(policy)  # before ZeRO-3 shares the weights out
+    trainer = ppo_trainer(Path(base), Path(adapter), Path(out), model=policy, **json.loads(changes))
     trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.accelerator.is_main_process:
-        sums = {
-            name: value.double().sum().item()
-            for name, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-            if ".default." in name
-        }
+        sums = {name: value.double().sum().item() for name, value in state.items() if ".default." in name}
         record = {"log": trainer.state.log_history, "sums": sums, "processes": trainer.accelerator.num_processes}
         (Path(out) / "record.json").write_text(json.dumps(record))
     trainer.accelerator.end_training()

@@ -15,6 +15,7 @@ from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prom
 from transformers import AutoProcessor, LlavaConfig, TrainerCallback
 
 from trl_llava.configs import LlavaPPOConfig
+from trl_llava.errors import ExplainedError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.sequence_classification import LlavaForSequenceClassification
@@ -119,7 +120,7 @@ def test_accumulation_changes_nothing_though_responses_differ_in_length(tiny_lla
         tiny_llava_dir, adapter_dir, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4
     )
     for trainer in (whole, parts):
-        favour_the_stop_token(trainer)
+        favour_the_stop_token(trainer.policy_model)
     first, second = losses(whole), losses(parts)
     assert len({length for *_, length in first}) > 1 and first[0][-1] < 8
     for expected, actual in zip(first, second, strict=True):
@@ -157,7 +158,7 @@ def test_the_policy_learns_what_is_rewarded(tiny_llava_dir, adapter_dir, tmp_pat
         tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=short, train_dataset=prompt_rows(32), total_episodes=224,
         per_device_train_batch_size=16, num_ppo_epochs=2, kl_coef=0.0, temperature=1.0, lr_scheduler_type="constant",
     )  # fmt: skip
-    favour_the_stop_token(trainer)
+    favour_the_stop_token(trainer.policy_model)
     trainer.train()
     scores = [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
     assert scores[-1] > scores[0] + 0.2, scores
@@ -239,7 +240,7 @@ def test_padding_carries_nothing(tiny_llava_dir, adapter_dir, tmp_path):
 
     def trained(spoil: bool) -> dict[str, torch.Tensor]:
         trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
-        favour_the_stop_token(trainer)
+        favour_the_stop_token(trainer.policy_model)
         rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
         assert not rollout.mask.all()
         if spoil:
@@ -346,9 +347,15 @@ def test_an_option_the_loop_cannot_honour_is_refused(tmp_path, field, value):
         LlavaPPOConfig(output_dir=str(tmp_path), **{field: value})
 
 
-def test_fsdp_is_refused_with_the_reason(tiny_llava_dir, adapter_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="does not run under FSDP"):
+@pytest.mark.parametrize(
+    ("name", "value", "launch"),
+    [("ACCELERATE_USE_FSDP", "true", "FSDP"), ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3", "ZeRO-3")],
+)
+def test_a_launch_that_would_train_wrongly_is_refused(
+    tiny_llava_dir, adapter_dir, tmp_path, monkeypatch, name, value, launch
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ExplainedError, match=f"does not run under {launch}"):
         ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
 
 
@@ -398,10 +405,10 @@ def test_gradient_checkpointing_changes_nothing(tiny_llava_dir, adapter_dir, tmp
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny_llava_dir, adapter_dir, tmp_path):
     settings = {"total_episodes": 16, "save_strategy": "steps", "save_steps": 1, "normalize_scores": "first_batch"}
     whole = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path / "whole", **settings)
-    favour_the_stop_token(whole)
+    favour_the_stop_token(whole.policy_model)
     whole.train()
     resumed = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path / "whole", **settings)
-    favour_the_stop_token(resumed)
+    favour_the_stop_token(resumed.policy_model)
     torch.manual_seed(12345)  # nothing may depend on the global generator
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected, actual = weights(whole), weights(resumed)

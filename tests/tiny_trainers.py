@@ -97,10 +97,9 @@ def ppo_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> Llav
     )
 
 
-def favour_the_stop_token(trainer: LlavaPPOTrainer) -> None:
+def favour_the_stop_token(policy: PeftModel) -> None:
     """Make responses of mixed length likely."""
-    head = trainer.accelerator.unwrap_model(trainer.model).policy.get_base_model().lm_head.weight
-    head.data[trainer.stop_token_id] *= 8
+    policy.get_base_model().lm_head.weight.data[policy.config.get_text_config().eos_token_id] *= 8
 
 
 def weights(trainer: LlavaPPOTrainer) -> dict[str, torch.Tensor]:

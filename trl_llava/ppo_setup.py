@@ -6,19 +6,35 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from trl_llava.configs import LlavaPPOConfig
+from trl_llava.errors import ExplainedError
 
 
-def refuse_fsdp() -> None:
-    """Stop before anything is loaded onto devices that could not train.
+ZERO3_IS_WRONG = "two processes gave other gradients than one when it was tried, so it would train wrongly"
+
+
+class UnsupportedLaunchError(ExplainedError, ValueError):
+    """A way of launching under which PPO would not train, or would train wrongly."""
+
+
+def refuse_launches() -> None:
+    """Stop before anything is placed on devices that could not train.
 
     Raises:
-        ValueError: if the process was launched for FSDP.
+        UnsupportedLaunchError: if the process was launched for FSDP or for ZeRO-3.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise ValueError(
-            "LlavaPPOTrainer does not run under FSDP: a rollout uses policy and value model one by one, and FSDP "
-            "gathers only the two together. Use DDP or DeepSpeed (`--accelerate_config ddp` or `zero2`)"
+        raise _unsupported(
+            "FSDP", "a rollout uses policy and value model one by one, and FSDP gathers only the two together"
         )
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise _unsupported("ZeRO-3", ZERO3_IS_WRONG)
+
+
+def _unsupported(launch: str, reason: str) -> UnsupportedLaunchError:
+    return UnsupportedLaunchError(
+        f"LlavaPPOTrainer does not run under {launch}: {reason}. Use DDP or ZeRO-2 (`--accelerate_config ddp` or "
+        "`zero2`), with a 4-bit base if memory is short"
+    )
 
 
 def honour_max_steps(args: LlavaPPOConfig) -> None:
@@ -39,6 +55,9 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
         models: policy and value model, before `accelerator.prepare`.
         args: gradient checkpointing and clipping.
         accelerator: the one that will prepare them.
+
+    Raises:
+        UnsupportedLaunchError: if DeepSpeed shall share out the weights.
     """
     for model in models:
         # TRL's `disable_dropout_in_model` only finds modules; attention keeps its rate in an attribute.
@@ -48,5 +67,7 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
     if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
+        if plugin.zero_stage == 3:  # named in a DeepSpeed file, which `refuse_launches` does not read
+            raise _unsupported("ZeRO-3", ZERO3_IS_WRONG)
         # DeepSpeed clips by itself; left at "auto" it would clip at 1.
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0

@@ -49,7 +49,7 @@ from trl_llava.ppo_checkpoint import (
 )
 from trl_llava.ppo_data import PolicyAndValueCollator, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
-from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_fsdp
+from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, chunks
 from trl_llava.scoring import RewardFunction, Scorer
@@ -94,7 +94,8 @@ class LlavaPPOTrainer(PPOTrainer):
 
     Raises:
         ValueError: if the data set holds less than one batch of rows, the process has another mixed precision, or it
-            runs under FSDP.
+            runs under
+            FSDP or ZeRO-3.
     """
 
     control: TrainerControl
@@ -115,7 +116,7 @@ class LlavaPPOTrainer(PPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        refuse_fsdp()
+        refuse_launches()
         honour_max_steps(args)
         set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
