@@ -317,7 +317,6 @@ def test_moved_base_is_named_and_can_be_given(tiny_llava_dir: Path, tmp_path: Pa
 def test_it_is_a_reward_function_for_trls_trainers(
     algorithm: str, reward: FactualReward, tiny_llava_dir: Path, red_image, blue_image, tmp_path: Path
 ) -> None:
-    pytest.importorskip("requests")  # TRL 1.12 imports it here without depending on it
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     rows = Dataset.from_dict(

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops SFT and reward training, where transformers filters it out of the log."""
+"""A loss or gradient that is not finite stops SFT and reward training; transformers filters it out of the log."""
 
 from typing import Any
 
