@@ -1,5 +1,6 @@
 """GRPO, RLOO and DPO through their entry points, on the demo's world and base model."""
 
+import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import ProcessorMixin
 
 import trl_llava.demo
-from trl_llava import train_dpo, train_grpo, train_reward, train_rloo, train_sft
+from trl_llava import train_dpo, train_grpo, train_reward, train_rloo, train_sft, trl_rows
 from trl_llava.collators import SFTCollator
 from trl_llava.data import rows_from
 from trl_llava.demo.data import Sizes, write_data
@@ -179,6 +180,7 @@ def test_rows_as_trl_reads_them(red_image: Image.Image) -> None:
 
     question = [{"role": "user", "content": "what is it?"}]
     rows = Dataset.from_list([{"images": [red_image], "prompt": question}])
+    assert doctest.testmod(trl_rows).failed == 0
     row = as_trl_reads(rows_from(rows, "prompt"))[0]
     assert row["prompt"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "what is it?"}]
     assert row["images"][0].mode == "RGB" and row["images"][0].size == tiny_models.image("red").size

@@ -11,6 +11,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from trl_llava import collators
 from trl_llava.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.dpo_collator import DPOCollator
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, VICUNA_V1_SYSTEM, JudgingPrompt
 from trl_llava.rows import RowError
 
@@ -80,9 +81,14 @@ def rows(red_image):
     ]
 
 
-@pytest.mark.parametrize("collator", [PromptCollator, SFTCollator, PreferenceCollator])
+@pytest.mark.parametrize("collator", [PromptCollator, SFTCollator, PreferenceCollator, DPOCollator])
 def test_docstring_examples_are_what_comes_out(collator, word_processor):
-    names = {**vars(collators), "processor": word_processor, "red": Image.new("RGB", (4, 4), "red")}
+    names = {
+        **vars(collators),
+        "DPOCollator": DPOCollator,
+        "processor": word_processor,
+        "red": Image.new("RGB", (4, 4), "red"),
+    }
     (example,) = doctest.DocTestFinder(recurse=False).find(collator, globs=names)
     assert len(example.examples) >= 4
     assert doctest.DocTestRunner().run(example).failed == 0

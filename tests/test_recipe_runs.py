@@ -78,7 +78,7 @@ class Workshop:
                 needed = Path(recipe[field].removeprefix("runs/").removesuffix("/checkpoint-200"))
                 self.run(RECIPES / needed.with_suffix(".yaml"), monkeypatch)
                 words += [f"--{field}", str(self.folder / needed)]
-        if "onevision" in path.parent.name and stage != "sft":
+        if recipe.get("load_in_4bit") and stage != "sft":
             words += ["--load_in_4bit", "false"]  # slow on a CPU; SFT does it
         words += ["--dataloader_num_workers", "0"] if recipe.get("dataloader_num_workers") else []
         if recipe.get("test_split_size"):

@@ -27,8 +27,17 @@ class DPOCollator:
         pad_to_multiple_of: Round the padded length up to a multiple of this.
 
     Example:
-        With the tokenizer of `SFTCollator`'s example and the row of `PreferenceCollator`'s:
+        With the tokenizer of `SFTCollator`'s example; two rows of ids for one pair, and its picture twice:
 
+        >>> rows = [
+        ...     {
+        ...         "row_name": "a[0]",
+        ...         "images": [red],
+        ...         "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What"}]}],
+        ...         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "cat"}]}],
+        ...         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "dog dog"}]}],
+        ...     },
+        ... ]
         >>> batch = DPOCollator(processor)(rows)
         >>> batch["input_ids"]
         tensor([[1, 4, 3, 3, 3, 3, 7, 5, 8, 2, 0],
@@ -36,7 +45,7 @@ class DPOCollator:
         >>> batch["completion_mask"]
         tensor([[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0],
                 [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1]])
-        >>> batch["pixel_values"].shape  # the picture of each of the two conversations
+        >>> batch["pixel_values"].shape
         torch.Size([2, 3, 4, 4])
     """
 
