@@ -8,9 +8,10 @@ import tiny_models
 import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from trl_llava.configs import LlavaRewardConfig
+from trl_llava.errors import InputError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_trainer import LlavaRewardTrainer
@@ -42,7 +43,7 @@ def make_model(base: Path) -> LlavaForSequenceClassification:
 
 
 def make_trainer(base: Path, folder: Path, **changes: Any) -> LlavaRewardTrainer:
-    own = ("train_dataset", "eval_dataset", "judging_prompt", "peft_config", "callbacks")
+    own = ("train_dataset", "eval_dataset", "judging_prompt", "peft_config", "callbacks", "processing_class")
     given = {name: changes.pop(name) for name in own if name in changes}
     settings = {
         "output_dir": str(folder),
@@ -60,8 +61,13 @@ def make_trainer(base: Path, folder: Path, **changes: Any) -> LlavaRewardTrainer
     return LlavaRewardTrainer(
         model=make_model(base),
         args=LlavaRewardConfig(**settings),
-        processing_class=AutoProcessor.from_pretrained(base),
-        **{"train_dataset": rows(), "judging_prompt": JUDGING, "peft_config": PEFT, **given},
+        **{
+            "processing_class": AutoProcessor.from_pretrained(base),
+            "train_dataset": rows(),
+            "judging_prompt": JUDGING,
+            "peft_config": PEFT,
+            **given,
+        },
     )
 
 
@@ -139,6 +145,24 @@ def test_without_a_judging_prompt_the_answer_is_judged_where_it_ends(tiny_llava_
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         assert ids[mask.bool()][-1] == processor.tokenizer.eos_token_id
     trainer.train()
+
+
+def test_a_tokenizer_does_for_rows_without_images(tiny_llava_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llava_dir)
+    text = rows(3).map(lambda row: {"images": []})
+    trainer = make_trainer(tiny_llava_dir, tmp_path, processing_class=tokenizer, train_dataset=text)
+    trainer.train()
+    trainer.save_model()
+    whole = make_trainer(tiny_llava_dir, tmp_path, train_dataset=text)
+    whole.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-5)
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_a_tokenizer_is_refused_for_rows_with_images(tiny_llava_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llava_dir)
+    with pytest.raises(InputError, match="image"):
+        make_trainer(tiny_llava_dir, tmp_path, processing_class=tokenizer)
 
 
 def test_the_captions_are_part_of_what_is_judged(tiny_llava_dir, tmp_path):

@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import RewardTrainer
 
 from trl_llava.collators import PreferenceCollator
@@ -29,7 +29,7 @@ class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
         model: a `...ForSequenceClassification` with one label, or Hub ID or folder of one.
         args: the config.
         train_dataset: rows in the project's or in TRL's format.
-        processing_class: the processor.
+        processing_class: the processor; a tokenizer does where no row has an image.
         eval_dataset: the same, or a dict of them.
         judging_prompt: what the reward model is asked after the answer; `None` lets it judge where the answer ends.
         **kwargs: all else that `RewardTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
@@ -40,7 +40,7 @@ class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
         model: str | PreTrainedModel,
         args: LlavaRewardConfig,
         train_dataset: Dataset,
-        processing_class: ProcessorMixin,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         eval_dataset: EvalDataset = None,
         judging_prompt: JudgingPrompt | None = None,
         **kwargs: Any,
@@ -53,17 +53,18 @@ class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
             judging_prompt=judging_prompt,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
         super().__init__(
             model=model,
             args=args,
             data_collator=self.preference_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class.tokenizer,  # TRL looks for the pad token here
+            processing_class=tokenizer,  # TRL looks for the pad token here
             **kwargs,
         )
         if args.chat_template_path is not None:
-            processing_class.chat_template = processing_class.tokenizer.chat_template
+            processing_class.chat_template = tokenizer.chat_template
         self.processing_class = self.callback_handler.processing_class = processing_class
 
     def _prepare_dataset(
