@@ -88,8 +88,8 @@ class Workshop:
         return self.ran[path]
 
     def sizes(self, stage: str) -> list[str]:
-        """Batches of two rows, answers of four tokens, two steps; the limits in tokens stay."""
-        sizes = ["--per_device_train_batch_size", "2"]
+        """Batches of a row or two, answers of four tokens, two steps; the limits in tokens stay."""
+        sizes = ["--per_device_train_batch_size", "1" if stage in ("sft", "reward", "dpo") else "2"]
         if stage == "ppo":
             short = ["--total_episodes", "8", "--response_length", "4", "--local_rollout_forward_batch_size", "4"]
             return [*sizes, "--gradient_accumulation_steps", "2", *short, "--num_sample_generations", "0"]
