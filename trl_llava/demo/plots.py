@@ -50,7 +50,7 @@ def plot_outcome(summary: dict[str, Any], path: Path) -> None:
     names = (("plain", "plain"), ("with_captions", "captions"))
     _bars(accuracy, [(label, shares[v], STYLES[v]["color"]) for v, label in names], summary["reward_model_pairs"])
     accuracy.axhline(0.5, color="black", linewidth=1, linestyle=":")
-    accuracy.text(-0.45, 0.515, "guessing", fontsize=8)
+    accuracy.text(0.5, 0.515, "guessing", fontsize=8, ha="center")
     accuracy.set_ylim(0, 1.08)
     accuracy.set_ylabel("share of unseen pairs")
     accuracy.set_title("Reward model: right preferences", fontsize=10)
@@ -67,7 +67,7 @@ def plot_ppo(records: dict[str, StageRecord], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
     wanted = (
         ("objective/scores", "score (first batch = 0 +- 1)"),
-        ("objective/kl", "KL from the SFT policy (nats per answer)"),
+        ("objective/kl", "KL from SFT (nats per answer)"),
         ("completions/mean_length", "tokens per answer"),
     )
     for axes, (name, label) in zip(panels, wanted, strict=True):
@@ -77,6 +77,7 @@ def plot_ppo(records: dict[str, StageRecord], path: Path) -> None:
         axes.set_xlabel("PPO step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
+    panels[2].set_ylim(bottom=0)
     panels[0].legend(fontsize=8)
     _save(figure, path)
 
@@ -101,7 +102,9 @@ def plot_unseen(summary: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("PPO step (0: after SFT)")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylim(bottom=0)
+    # From 0, as a collapse must look like one and nothing else may.
+    for axes, top in zip(panels, (None, 1.05, None), strict=True):
+        axes.set_ylim(0, top)
     panels[0].legend(fontsize=8)
     _save(figure, path)
 
@@ -120,7 +123,8 @@ def plot_training(sft: StageRecord, rewards: dict[str, StageRecord], path: Path)
     for variant, record in rewards.items():
         right.plot(*_losses(record), markersize=3, **STYLES[variant])
     right.axhline(0.6931, color="black", linewidth=1, linestyle=":")
-    right.text(0, 0.7, "guessing", fontsize=8)
+    right.text(right.get_xlim()[0], 0.705, " guessing", fontsize=8)
+    right.set_ylim(0, 0.9)
     right.set_title("Stage 2: reward model", fontsize=10)
     right.legend(fontsize=8)
     for axes in (left, right):
