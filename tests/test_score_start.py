@@ -1,5 +1,7 @@
 """What a reward or value model starts from: whose base it is, and that its head starts where it should."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from trl_llava.configs import LlavaModelConfig
+from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig
+from trl_llava.errors import InputError
+from trl_llava.policy_start import load_policy_start
+from trl_llava.ppo_roles import load_policy_roles, load_value_model
 from trl_llava.recipe_values import RecipeError
 from trl_llava.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
 
@@ -31,6 +36,75 @@ def head(model: nn.Module) -> list[float]:
 def test_adapter_base_tells_adapters_from_models(tiny_llava_dir: Path, policy_adapter: Path) -> None:
     assert adapter_base(str(policy_adapter)) == str(tiny_llava_dir)
     assert adapter_base(str(tiny_llava_dir)) is None
+
+
+@pytest.mark.parametrize("field", ["freeze_projector", "freeze_vision_tower"])
+def test_a_part_that_the_adapter_does_not_hold_cannot_be_trained(
+    field: str, tiny_llava_dir: Path, policy_adapter: Path
+) -> None:
+    args = LlavaModelConfig(model_name_or_path=str(tiny_llava_dir), **{field: False})
+    message = rf"`{field}: false` cannot be honoured: adapter '.*' has no weights of that part"
+    with pytest.raises(InputError, match=message):
+        load_score_model(str(policy_adapter), args)
+    args.adapter_name_or_path = str(policy_adapter)
+    with pytest.raises(InputError, match=message):
+        load_policy_start(args)
+    ppo = LlavaPPOConfig(sft_model_path=str(policy_adapter), bf16=False, use_cpu=True, report_to="none")
+    args.adapter_name_or_path = None
+    with pytest.raises(InputError, match=message):
+        load_policy_roles(ppo, args)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_part_that_the_adapter_holds_is_trained_or_frozen_as_asked(
+    frozen: bool, tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir)
+    whole = LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["multi_modal_projector"])
+    get_peft_model(base, whole).save_pretrained(tmp_path)
+    args = LlavaModelConfig(model_name_or_path=str(tiny_llava_dir), freeze_projector=frozen)
+    ppo = LlavaPPOConfig(sft_model_path=str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    args.adapter_name_or_path = str(tmp_path)
+    models = [load_score_model(str(tmp_path), args), load_policy_start(args)[0]]
+    args.adapter_name_or_path = None
+    models.append(load_policy_roles(ppo, args).model)
+    for model in models:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert any("lora_A" in name for name in trained)
+        assert any("multi_modal_projector" in name for name in trained) == (not frozen)
+        assert all(".default" in name for name in trained)
+
+
+def test_the_entry_point_names_the_adapters_itself(tiny_llava_dir: Path, policy_adapter: Path) -> None:
+    settings = {"bf16": False, "use_cpu": True, "report_to": "none"}
+    whole = LlavaModelConfig(model_name_or_path=str(tiny_llava_dir))
+    ppo = LlavaPPOConfig(sft_model_path=str(policy_adapter), ref_adapter_name="other", **settings)
+    with pytest.raises(RecipeError, match="`ref_adapter_name` must stay null"):
+        load_policy_roles(ppo, whole)
+    ppo = LlavaPPOConfig(ref_adapter_name="reference", **settings)
+    with pytest.raises(RecipeError, match="`ref_adapter_name` must stay null"):
+        load_policy_roles(ppo, whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "own"),
+    [
+        ({}, False),
+        ({"patch_size": 14}, True),
+        ({"num_additional_image_tokens": 0}, True),
+        ({"vision_feature_select_strategy": "full"}, True),
+    ],
+)
+def test_a_value_model_that_lays_out_images_differently_keeps_its_processor(
+    change: dict[str, object], own: bool, tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llava_dir, tmp_path / "value")
+    settings = json.loads((tmp_path / "value" / "processor_config.json").read_text())
+    (tmp_path / "value" / "processor_config.json").write_text(json.dumps({**settings, **change}))
+    ppo = LlavaPPOConfig(value_model_path=str(tmp_path / "value"), bf16=False, use_cpu=True, report_to="none")
+    args = LlavaModelConfig(model_name_or_path=str(tiny_llava_dir))
+    processor = load_value_model(ppo, args, load_policy_roles(ppo, args))[1]
+    assert (processor is not None) == own
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,34 @@ def load_adapter(
     return model.train(was_training)
 
 
+def freeze_as_asked(model: PeftModel, name: str, model_args: LlavaModelConfig) -> PeftModel:
+    """Make `freeze_vision_tower` and `freeze_projector` hold for an adapter that goes on being trained.
+
+    Args:
+        model: A PEFT model whose adapter is trainable.
+        name: Hub ID or folder of the adapter, for the message.
+        model_args: The two fields.
+
+    Returns:
+        The model; a part that the adapter holds and the fields freeze has no gradients any more.
+
+    Raises:
+        InputError: If a part shall be trained that is not in the adapter: only what is in it is trained and saved.
+    """
+    for field, parts in (("freeze_vision_tower", TOWER_NAMES), ("freeze_projector", PROJECTOR_NAMES)):
+        there = [parameter for path, parameter in model.named_parameters() if _within(path, parts)]
+        trained = [parameter for parameter in there if parameter.requires_grad]
+        if getattr(model_args, field):
+            for parameter in trained:
+                parameter.requires_grad_(False)
+        elif there and not trained:
+            raise InputError(
+                f"`{field}: false` cannot be honoured: adapter '{name}' has no weights of that part, and only what is "
+                f"in an adapter is trained and saved. Leave `{field}` true, or start from a fresh adapter"
+            )
+    return model
+
+
 @contextmanager
 def active_adapter(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
     """Let one adapter compute, or none, inside a `with` block.

@@ -3,7 +3,7 @@
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from trl_llava.adapters import load_adapter, lora_config
+from trl_llava.adapters import freeze_as_asked, load_adapter, lora_config
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.models import load_policy, load_processor
 
@@ -42,10 +42,11 @@ def load_policy_start(model_args: LlavaModelConfig) -> tuple[PreTrainedModel | P
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If the adapter does not fit the base.
+        ValueError: If the adapter does not fit the base, or a part shall be trained that it does not hold.
     """
     model = load_policy(model_args)
     if model_args.adapter_name_or_path is None:
         return model, lora_config(model_args, model, task="CAUSAL_LM")
     adapter, revision = model_args.adapter_name_or_path, model_args.adapter_revision
-    return load_adapter(model, adapter, is_trainable=True, revision=revision), None
+    model = load_adapter(model, adapter, is_trainable=True, revision=revision)
+    return freeze_as_asked(model, adapter, model_args), None

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from trl_llava.adapters import load_adapter, lora_config
+from trl_llava.adapters import freeze_as_asked, load_adapter, lora_config
 from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig
 from trl_llava.factual_reward import FactualReward
 from trl_llava.hub import check_there
@@ -43,17 +43,23 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     """Loads policy and reference; with an adapter, names both in `args`.
 
     Args:
-        args: `sft_model_path`; `model_adapter_name` and `ref_adapter_name` are set if it is an adapter.
+        args: `sft_model_path`; `model_adapter_name` and `ref_adapter_name`, no choice of a recipe, are set if it
+            is an adapter.
         model_args: The base model, dtype, quantisation, a fresh adapter's shape.
 
     Returns:
         The policy.
 
     Raises:
-        RecipeError: If no model is named, or adapter and recipe name different bases.
+        RecipeError: If no model is named, adapter and recipe name different bases, or the recipe names a reference.
         OSError: If there is no such model.
-        ValueError: If the adapter does not fit the base.
+        ValueError: If the adapter does not fit the base, or a part shall be trained that it does not hold.
     """
+    if args.ref_adapter_name is not None:
+        raise RecipeError(
+            f"`ref_adapter_name` must stay null (found {args.ref_adapter_name!r}): the reference is what the policy "
+            "starts from, `sft_model_path` or the base model. For another one use LlavaPPOTrainer itself."
+        )
     start, revision = _policy_start(args, model_args)
     check_there("sft_model_path" if args.sft_model_path else "model_name_or_path", start, revision)
     trained_on = adapter_base(start, revision)
@@ -64,6 +70,7 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     model = load_policy(with_base(model_args, base, base_revision))
     model = load_adapter(model, start, adapter_name="default", is_trainable=True, revision=revision)
     load_adapter(model, start, adapter_name="reference", is_trainable=False, revision=revision)
+    freeze_as_asked(model, start, model_args)
     args.model_adapter_name, args.ref_adapter_name = "default", "reference"
     processor = _processor(start, args, model_args, revision, base)
     return Policy(model, None, None, processor, base, (start, revision))
@@ -122,9 +129,8 @@ def load_value_model(
     base = policy.base if field == "policy" else (adapter_base(name, revision) or name)
     processor = policy.processor if field == "policy" else _processor(name, args, model_args, revision, base)
     check_same_tokenizer(policy.processor, processor, f"value model ({field})")
-    same = processor.chat_template == policy.processor.chat_template and (
-        processor.image_processor.to_dict() == policy.processor.image_processor.to_dict()
-    )
+    same = processor.chat_template == policy.processor.chat_template
+    same = same and processor.to_dict() == policy.processor.to_dict()  # image processor, patches, image tokens, ...
     return model, None if same else processor
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl_llava.adapters import load_adapter
+from trl_llava.adapters import freeze_as_asked, load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError
 from trl_llava.models import HEAD, load_sequence_classifier
@@ -80,7 +80,8 @@ def load_score_model(
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If the family has no score-head model, or the adapter is for another base.
+        ValueError: If the family has no score-head model, or the adapter is for another base, or a part shall be
+            trained that it does not hold.
     """
     trained_on = adapter_base(name, revision)
     if trained_on is None:
@@ -90,7 +91,7 @@ def load_score_model(
     model = load_sequence_classifier(base, model_args, revision=base_revision, seed=seed)
     weights = load_peft_weights(name, device="cpu", revision=revision)
     if any(HEAD in key.split(".") for key in weights):
-        return load_adapter(model, name, is_trainable=True, revision=revision)
+        return freeze_as_asked(load_adapter(model, name, is_trainable=True, revision=revision), name, model_args)
     weights |= {f"base_model.model.{HEAD}.{key}": value for key, value in model.score.state_dict().items()}
     config = PeftConfig.from_pretrained(name, revision=revision)
     config.task_type, config.inference_mode = "SEQ_CLS", False
@@ -104,7 +105,7 @@ def load_score_model(
             f"adapter {name} does not fit {base} ({type(model).__name__}): {len(wrong)} weights have no counterpart, "
             f"first {wrong[0]}."
         )
-    return peft_model
+    return freeze_as_asked(peft_model, name, model_args)
 
 
 def zero_head(model: nn.Module) -> None:
