@@ -14,6 +14,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
+from trl_llava.errors import InputError, NotFoundError
 from trl_llava.scoring import Scorer
 
 STATE_FILE = "ppo_state.json"
@@ -65,7 +66,7 @@ def _load_adapter_weights(model: PeftModel, folder: Path, adapter_name: str) -> 
     missing = sorted(own & set(result.missing_keys))
     problems = [f"missing {key}" for key in missing] + [f"unexpected {key}" for key in result.unexpected_keys]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"checkpoint {folder} does not fit this run's adapter; first of {len(problems)} problems: {problems[0]}. "
             "Resume with the recipe that wrote it"
         )
@@ -97,7 +98,7 @@ def load_state(scorer: Scorer, folder: Path) -> None:
         FileNotFoundError: if the folder is no PPO checkpoint.
     """
     if not (folder / STATE_FILE).is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint of LlavaPPOTrainer: it has no {STATE_FILE}")
+        raise NotFoundError(f"{folder} is not a checkpoint of LlavaPPOTrainer: it has no {STATE_FILE}")
     state = json.loads((folder / STATE_FILE).read_text())
     scorer.normalisers = {name: tuple(numbers) for name, numbers in state["normalisers"].items()}
 
@@ -113,7 +114,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         FileNotFoundError: if the checkpoint was saved without it.
     """
     if not (folder / "optimizer.pt").is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{folder} has no optimizer.pt (was it written with `save_only_model: true`?), so a run cannot go on from "
             "it. Start a new run with its adapter as `sft_model_path`"
         )

@@ -35,6 +35,7 @@ from trl_llava.adapters import active_adapter
 from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaPPOConfig
 from trl_llava.data import rows_from
+from trl_llava.errors import InputError, NotFoundError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.lengths import drop_overlong
@@ -150,7 +151,7 @@ class LlavaPPOTrainer(PPOTrainer):
                 peft_config=peft_config,
             )
         if self.accelerator.mixed_precision != args.mixed_precision:
-            raise ValueError(
+            raise InputError(
                 f"this process already runs with mixed precision {self.accelerator.mixed_precision!r}, but the config "
                 f"asks for {args.mixed_precision!r}: set `bf16` and `fp16` accordingly, or start a new process"
             )
@@ -386,7 +387,7 @@ class LlavaPPOTrainer(PPOTrainer):
     def _restore(self, checkpoint: str | bool) -> None:
         found = get_last_checkpoint(self.args.output_dir) if checkpoint is True else str(checkpoint)
         if found is None:
-            raise FileNotFoundError(f"{self.args.output_dir} holds no checkpoint-* to resume from")
+            raise NotFoundError(f"{self.args.output_dir} holds no checkpoint-* to resume from")
         folder = Path(found)
         load_state(self.scorer, folder)
         saved = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trl_llava.configs import LlavaPPOConfig
+from trl_llava.errors import InputError
 from trl_llava.health import UnhealthyRunError, check_finite
 from trl_llava.ppo_math import Reduce, one_process
 from trl_llava.reward_terms import correctness, length_term
@@ -52,12 +53,12 @@ class Scorer:
         self.weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         self.normalisers: dict[str, tuple[float, float]] = {}
         if len(self.weights) != len(self.reward_funcs):
-            raise ValueError(
+            raise InputError(
                 f"`reward_weights` has {len(self.weights)} entries for {len(self.reward_funcs)} reward functions "
                 f"({', '.join(self.names)}): give one weight for each"
             )
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"two reward functions share a name: {self.names}. Give each its own `__name__`")
+            raise InputError(f"two reward functions share a name: {self.names}. Give each its own `__name__`")
         for name, function in zip(self.names, self.reward_funcs, strict=True):
             if inspect.iscoroutinefunction(function):
                 raise TypeError(f"reward function {name} is asynchronous, which PPO does not support: make it a def")
@@ -107,7 +108,7 @@ class Scorer:
     ) -> torch.Tensor:
         rewards = function(**call)
         if len(rewards) != len(call["completions"]):
-            raise ValueError(
+            raise InputError(
                 f"reward function {name} returned {len(rewards)} rewards for {len(call['completions'])} responses"
             )
         # As in TRL's GRPOTrainer, None means that the function has no opinion on this row.
