@@ -12,13 +12,16 @@ from trl_llava.errors import InputError, NotFoundError
 _FILES = ("config.json", "adapter_config.json")
 
 
-def check_there(field: str, name: str | None, revision: str | None = None) -> None:
+def check_there(field: str, name: str | None, revision: str | None = None) -> str:
     """Make sure that a folder, the cache or the Hub has a model or adapter.
 
     Args:
         field: The recipe's field that names it, for the message.
         name: Hub ID or folder.
         revision: Branch, tag or commit.
+
+    Returns:
+        The name.
 
     Raises:
         InputError: If there is no name.
@@ -27,12 +30,13 @@ def check_there(field: str, name: str | None, revision: str | None = None) -> No
     if not name:
         raise InputError(f"{field} is not set; give a Hub ID or a folder")
     if Path(name).is_dir():
-        return
+        return name
     try:
         if not any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _FILES):
             snapshot_download(name, revision=revision, allow_patterns=list(_FILES))
     except (OSError, ValueError) as error:  # ValueError: no name that the Hub could have
         raise NotFoundError(not_found(field, name, revision, error)) from error
+    return name
 
 
 def not_found(field: str, name: str, revision: str | None, error: Exception) -> str:

@@ -216,7 +216,7 @@ def check_same_tokenizer(policy_processor: ProcessorMixin, other_processor: Proc
 
 def _load_config(field: str, name: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     """The configuration, or an error that names the recipe field."""
-    check_there(field, name, revision)
+    name = check_there(field, name, revision)
     folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = PeftConfig.from_pretrained(name).base_model_name_or_path

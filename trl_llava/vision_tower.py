@@ -188,7 +188,7 @@ def assemble_llava(
 
     model = _join(tower, language, tokenizer, image_token, vision_feature_layer, select_strategy)
     _init_projector(model.model.multi_modal_projector, seed)
-    if projector_init == "whitened":
+    if projector_init == "whitened" and sample_images is not None:  # checked above
         _whiten_projector(model, processor, sample_images, seed)
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
