@@ -110,6 +110,21 @@ def test_without_network_the_program_ends_soon(work: Work, tmp_path: Path) -> No
     assert seconds < 60
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_adapter_that_does_not_exist(work: Work, said: Any, stage: str) -> None:
+    status, line = said(lambda: getattr(work, stage)("none", "--adapter_name_or_path", "nobody/no-such-adapter"))
+    assert status == 1
+    assert "adapter: cannot load 'nobody/no-such-adapter'" in line
+
+
+@pytest.mark.parametrize("field", ["sft_model_path", "reward_model_path", "value_model_path"])
+def test_role_of_ppo_that_does_not_exist(work: Work, said: Any, field: str) -> None:
+    start = ["--model_name_or_path", str(work.base), "--length_coef", "-1", f"--{field}", "nobody/no-such-model"]
+    status, line = said(lambda: work.ppo("none", *start))
+    assert status == 1
+    assert line.startswith(f"error: {field}: cannot load 'nobody/no-such-model'")
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-data", "no/such/file.json", "/no/such/folder"])
 def test_data_set_that_does_not_exist(work: Work, said: Any, name: str) -> None:
     status, line = said(lambda: work.sft("none", "--dataset_name", name))

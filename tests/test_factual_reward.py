@@ -260,7 +260,7 @@ def test_checkpoint_without_processor_is_refused(tiny_llava_dir: Path, tmp_path:
         file.unlink()
     for file in tmp_path.glob("token*"):
         file.unlink()
-    with pytest.raises(OSError, match="processor: cannot load"):
+    with pytest.raises(OSError, match=r"^reward model \(its processor\): cannot load"):
         FactualReward.from_pretrained(str(tmp_path))
 
 

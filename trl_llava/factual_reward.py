@@ -224,7 +224,8 @@ class FactualReward:
             model = load_adapter(model, name, is_trainable=False, revision=revision)
         else:
             model = load_sequence_classifier(name, model_args, revision=revision, new_head=False)
-        processor = load_processor(name, revision=revision, trust_remote_code=model_args.trust_remote_code)
+        remote = model_args.trust_remote_code
+        processor = load_processor(name, revision=revision, trust_remote_code=remote, field="reward model")
         model.requires_grad_(False)
         return cls(model, processor, settings.judging_prompt, batch_size=batch_size, device=device)
 

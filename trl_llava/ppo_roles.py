@@ -191,6 +191,7 @@ def load_reward_functions(
     """
     rewards: list[RewardFunction] = []
     if reward_model is not None:
+        check_there("reward_model_path", reward_model, revision)
         rewards.append(
             FactualReward.from_pretrained(
                 reward_model, revision=revision, model_args=model_args, batch_size=batch_size, device=device
@@ -251,6 +252,7 @@ def _processor(
     name: str, args: LlavaPPOConfig, model_args: LlavaModelConfig, revision: str | None, base: str | None = None
 ) -> ProcessorMixin:
     """The processor saved with a stage's result, else its base's."""
+    fields = {getattr(args, field): field for field in ("sft_model_path", "value_model_path", "reward_model_path")}
     if base is not None and not find_file(name, "tokenizer_config.json", revision):  # an adapter saved on its own
         name, revision = base, model_args.model_revision if base == model_args.model_name_or_path else None
     return load_processor(
@@ -259,4 +261,5 @@ def _processor(
         trust_remote_code=model_args.trust_remote_code,
         pad_to_square=model_args.pad_to_square,
         chat_template_path=args.chat_template_path,
+        field=fields.get(name, "model_name_or_path"),
     )

@@ -13,6 +13,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl_llava.adapters import freeze_as_asked, load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError
+from trl_llava.hub import check_there
 from trl_llava.models import HEAD, load_sequence_classifier
 from trl_llava.recipe_values import RecipeError
 
@@ -26,7 +27,11 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
 
     Returns:
         Hub ID or folder of the base, or None if `name` is not an adapter.
+
+    Raises:
+        OSError: If there is no such model or adapter.
     """
+    check_there("model or adapter", name, revision)
     folder = Path(name)
     if folder.is_dir():
         found = (folder / "adapter_config.json").is_file()
