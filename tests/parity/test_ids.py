@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from golden_data import collapsed
 from PIL import Image
-from test_prompts import MODES, judged
+from test_paper_prompts import MODES, judged
 from transformers import ProcessorMixin
 
 from trl_llava.collators import IGNORED, PreferenceCollator, PromptCollator, SFTCollator
