@@ -9,11 +9,11 @@ from trl.experimental.ppo import PPOConfig
 
 from trl_llava.configs import (
     LlavaModelConfig,
-    LlavaPPOConfig,
     LlavaRewardConfig,
     LlavaScriptArguments,
     LlavaSFTConfig,
 )
+from trl_llava.configs_ppo import LlavaPPOConfig
 
 
 def make(kind: type, **fields: Any) -> Any:

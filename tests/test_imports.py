@@ -48,7 +48,16 @@ LAYERS = (
         *("merge", "whole_folder"),
     ),
     (
-        *("configs", "configs_beyond_ppo", "prompts", "ppo_math", "reward_terms", "vision_tower", "rows"),
+        *(
+            "configs",
+            "configs_beyond_ppo",
+            "configs_ppo",
+            "prompts",
+            "ppo_math",
+            "reward_terms",
+            "vision_tower",
+            "rows",
+        ),
         *("images", "plain_text", "padding", "randomness", "errors", "chat_templates"),
     ),
     ("__init__",),
@@ -115,6 +124,6 @@ def test_only_the_ppo_trainer_is_tied_to_trls_ppo() -> None:
         for name, path in modules().items()
     }
     users = {name: used for name, used in users.items() if used}
-    # configs.py subclasses PPOConfig: the one exception.
-    assert set(users) == {"ppo_trainer", "configs"}
-    assert users["configs"] == {"trl.experimental.ppo", "trl.experimental.ppo.PPOConfig"}
+    # configs_ppo.py subclasses PPOConfig: the one exception.
+    assert set(users) == {"ppo_trainer", "configs_ppo"}
+    assert users["configs_ppo"] == {"trl.experimental.ppo", "trl.experimental.ppo.PPOConfig"}

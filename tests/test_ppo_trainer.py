@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prompt_rows, weights
 from transformers import AutoProcessor, LlavaConfig, TrainerCallback
 
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.ppo_trainer import LlavaPPOTrainer

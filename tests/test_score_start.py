@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig
+from trl_llava.configs import LlavaModelConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import InputError
 from trl_llava.policy_start import load_policy_start
 from trl_llava.ppo_roles import load_policy_roles, load_value_model

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_llava.adapters import load_adapter
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.sequence_classification import LlavaForSequenceClassification
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.ppo_math import response_mask
 from trl_llava.randomness import RowNoise, row_keys
 from trl_llava.rollout import ModelInputs, chunks, pad_right

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import ProgressCallback
 from transformers.trainer_callback import CallbackHandler
 
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.ppo_math import Reduce
 from trl_llava.rollout import Rollout
 

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_llava.adapters import freeze_as_asked, load_adapter, lora_config
-from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig
+from trl_llava.configs import LlavaModelConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.factual_reward import FactualReward
 from trl_llava.hub import check_there
 from trl_llava.models import check_same_tokenizer, load_policy, load_processor

@@ -5,7 +5,7 @@ import os
 from accelerate import Accelerator, PartialState
 from torch import nn
 
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError
 
 ZERO3_IS_WRONG = "two processes gave other gradients than one when it was tried, so it would train wrongly"

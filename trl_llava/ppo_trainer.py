@@ -33,7 +33,7 @@ from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 from trl_llava import ppo_math
 from trl_llava.adapters import active_adapter
 from trl_llava.collators import PromptCollator
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.data import rows_from
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.generation import Generator, suppressed_tokens

@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from trl_llava import ppo_math
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.health import check_finite, check_first_step_ratio
 from trl_llava.passes import token_entropies, token_logprobs
 from trl_llava.randomness import mini_batch_order

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import InputError
 from trl_llava.health import UnhealthyRunError, check_finite
 from trl_llava.ppo_math import Reduce, one_process

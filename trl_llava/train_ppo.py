@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from trl import DatasetMixtureConfig
 
 from trl_llava import output_dir
-from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig, LlavaScriptArguments
+from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.console import quiet_libraries, run_as_program
 from trl_llava.model_card import write_model_card
 from trl_llava.ppo_roles import load_policy_roles, load_rewards, load_value_model

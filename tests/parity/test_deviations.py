@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trl_llava.configs import LlavaModelConfig, LlavaPPOConfig, LlavaRewardConfig, LlavaScriptArguments
+from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
+from trl_llava.configs_ppo import LlavaPPOConfig
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "deviations.md"

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from trl_llava import ppo_math, ppo_update
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.passes import token_logprobs
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.reward_terms import correctness, length_term

@@ -32,7 +32,7 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from trl_llava.collators import PromptCollator
-from trl_llava.configs import LlavaPPOConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.data import rows_from
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.randomness import RolloutBatches, RowNoise, row_keys
