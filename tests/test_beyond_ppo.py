@@ -12,9 +12,10 @@ import toy_models
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ProcessorMixin
+from trl import RLOOTrainer
 
 import trl_llava.demo
-from trl_llava import train_dpo, train_grpo, train_reward, train_rloo, train_sft, trl_rows
+from trl_llava import online_rl, train_dpo, train_grpo, train_reward, train_rloo, train_sft, trl_rows
 from trl_llava.collators import SFTCollator
 from trl_llava.data import rows_from
 from trl_llava.demo.data import Sizes, write_data
@@ -126,7 +127,9 @@ def test_rows_without_captions_stop_before_training(world: World, reward_model: 
 
 
 def test_what_is_refused(world: World) -> None:
-    with pytest.raises(RecipeError, match="nothing to learn from: set `reward_model_path` or `reward_funcs`"):
+    with pytest.raises(
+        RecipeError, match="nothing to learn from: set `reward_model_path`, `reward_funcs` or"
+    ):
         train_rloo.main(world.words("prompts", "none", *SHORT))
     with pytest.raises(RecipeError, match="`use_vllm` must stay False"):
         train_grpo.main(world.words("prompts", "none", *SHORT, "--use_vllm"))
@@ -140,11 +143,36 @@ def test_what_is_refused(world: World) -> None:
         )
 
 
-def test_a_family_that_trl_cannot_hand_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", ["grpo", "rloo"])
+def test_onevision_with_one_image_a_row(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     base = toy_models.onevision(tmp_path, monkeypatch)
-    words = world.words("prompts", "none", *SHORT, "--reward_funcs", "math:fsum", "--model_name_or_path", str(base))
-    with pytest.raises(RecipeError, match="TRL's RLOOTrainer does not know batch_num_images"):
-        train_rloo.main(words)
+    words = [*LORA, *SHORT, "--reward_funcs", "trl_llava.reward_terms:correctness", "--model_name_or_path", str(base)]
+    words += ["--per_device_train_batch_size", "2", "--beta", "0.1"]
+    trainer = ONLINE[stage](world.words("prompts", f"ov-{stage}", *words, "--max_steps", "1"))
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-5)
+    rows = [json.loads(line) for line in (world.folder / "data/prompts/train.jsonl").read_text().splitlines()]
+    rows[1]["images"] = rows[1]["images"] * 2
+    (world.folder / "two.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        RowError, match=r"two.json\[1\]: it has 2 images, and TRL's trainer does not hand their"
+    ):
+        ONLINE[stage](world.words("../two.json", "none", *words))
+
+
+def test_a_family_that_trl_cannot_hand_on(world: World, tiny_processor: ProcessorMixin) -> None:
+    tiny_processor.image_processor.model_input_names = ["pixel_values", "patch_order"]
+    with pytest.raises(RecipeError, match="TRL's RLOOTrainer does not know patch_order"):
+        online_rl._check_image_inputs(tiny_processor, RLOOTrainer)
+
+
+def test_the_length_term_counts_to_the_limit_of_an_answer(world: World) -> None:
+    words = [*LORA, *SHORT, "--length_coef", "-10", "--max_steps", "1"]
+    trainer = train_rloo.main(world.words("prompts", "length", *words))
+    logged = trainer.state.log_history[0]
+    mean_length = logged["completions/mean_length"]  # of six tokens at most
+    assert logged["rewards/length/mean"] == pytest.approx(-10 * mean_length / 6)
 
 
 def test_rows_with_and_without_pictures(world: World) -> None:

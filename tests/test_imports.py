@@ -41,7 +41,7 @@ LAYERS = (
             "finite_steps",
             "reward_settings",
         ),
-        *("collators", "dpo_collator", "encoding", "lengths", "trl_rows"),
+        *("collators", "dpo_collator", "encoding", "lengths", "trl_rows", "single_images"),
         *("models", "hub", "sequence_classification", "adapters", "quantization"),
         *("data", "sources", "row_maker", "row_check", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),

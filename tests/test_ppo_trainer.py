@@ -150,6 +150,21 @@ def test_a_mini_batch_is_one_optimizer_step(tiny_llava_dir, adapter_dir, tmp_pat
     assert len(steps) == 2 * 3 * 2  # PPO steps * epochs * mini-batches
 
 
+def test_the_first_step_of_a_warm_up_trains(tiny_llava_dir, adapter_dir, tmp_path):
+    settings = {"total_episodes": 16, "warmup_steps": 2, "lr_scheduler_type": "linear", "save_strategy": "steps"}
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, save_steps=1, **settings)
+    before = weights(trainer)
+    trainer.train()
+    rates = [0.01 / 3, 0.02 / 3, 0.01, 0.005]  # then 0; transformers' warm-up has 0, 0.005, 0.01, 0.005
+    assert [row["lr"] for row in trainer.state.log_history] == pytest.approx(rates)
+    first = load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors")
+    name = next(name for name in first if name.endswith("lora_A.weight"))
+    assert not torch.equal(first[name], before[f"policy.{name.removesuffix('.weight')}.default.weight"])
+    resumed = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [row["lr"] for row in resumed.state.log_history] == pytest.approx(rates)
+
+
 def test_the_policy_learns_what_is_rewarded(tiny_llava_dir, adapter_dir, tmp_path):
     def short(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return [-len(ids) / 8 for ids in completion_ids]

@@ -25,10 +25,7 @@ def test_all_recipes_are_found() -> None:
     assert {path.name for path in (ROOT / "recipes").iterdir()} == models
     found = {(path.parent.name, path.stem) for path in RECIPES}
     for model in models:
-        without = {
-            "llava-rlhf-7b-v1.5-224": {"reward"},
-            "llava-onevision-0.5b": {"grpo", "rloo"},
-        }  # README.md says why
+        without = {"llava-rlhf-7b-v1.5-224": {"reward"}}  # README.md says why
         assert {(model, stage) for stage in set(STAGES) - without.get(model, set())} <= found
     assert {stage_of(path) for path in RECIPES} == set(STAGES)
 

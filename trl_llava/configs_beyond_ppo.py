@@ -46,6 +46,11 @@ class OnlineArguments:
         "Reward functions 'package.module:function' with TRL's signature, besides or instead of the reward model; "
         "`reward_weights` weighs the reward model first.",
     )
+    length_coef: float | None = option(
+        None,
+        "Weight of the length term: answers of `max_completion_length` tokens get it whole, times the row's "
+        "`length_multiplier` (paper: -10). The last of the rewards; None: off.",
+    )
     reward_batch_size: int = option(16, "How many answers the reward model scores in one pass.")
     chat_template_path: str | None = option(None, TEMPLATE_HELP)
     max_prompt_length: int | None = option(None, "Longest prompt in tokens, image tokens included. None: no limit.")

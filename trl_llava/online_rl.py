@@ -21,7 +21,10 @@ from trl_llava.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.ppo_roles import load_reward_functions
 from trl_llava.recipe import RecipeParser
 from trl_llava.recipe_values import RecipeError
+from trl_llava.reward_terms import length_term
+from trl_llava.rollout import COUNTS
 from trl_llava.scoring import RewardFunction
+from trl_llava.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
 from trl_llava.splits import load_splits
 from trl_llava.trl_rows import as_trl_reads
 
@@ -68,8 +71,8 @@ def run_online(
     quiet_libraries(args)
     checkpoint = output_dir.claim(args, recipe)
     processor = load_recipe_processor(model_args, online_args.chat_template_path)
-    _check_image_inputs(processor, trainer_class)
-    rewards = _load_rewards(online_args, model_args)
+    single_images = _check_image_inputs(processor, trainer_class)
+    rewards = _load_rewards(online_args, model_args, args)
     splits = load_splits(
         script_args,
         mixture,
@@ -78,6 +81,11 @@ def run_online(
         require_captions=any(_shows_captions(reward) for reward in rewards),
         dataset_num_proc=online_args.dataset_num_proc,
     )
+    if single_images:
+        trainer_class = {GRPOTrainer: SingleImageGRPOTrainer, RLOOTrainer: SingleImageRLOOTrainer}[trainer_class]
+        for rows in splits:
+            if rows is not None:
+                check_single_images(rows)
     collator = PromptCollator(processor, online_args.max_prompt_length)
     train_rows, eval_rows = (
         None if rows is None else as_trl_reads(drop_overlong(rows, collator, online_args.overlong)) for rows in splits
@@ -104,18 +112,22 @@ def run_online(
     return trainer
 
 
-def _check_image_inputs(processor: ProcessorMixin, trainer_class: type[GRPOTrainer] | type[RLOOTrainer]) -> None:
-    """Refuses a family whose inputs TRL's trainer does not hand to the model; it would stop at the first step."""
+def _check_image_inputs(processor: ProcessorMixin, trainer_class: type[GRPOTrainer] | type[RLOOTrainer]) -> bool:
+    """Whether rows may have one image only; refuses a family whose inputs TRL's trainer does not hand to the model."""
     handed_on = inspect.signature(trainer_class._get_per_token_logps_and_entropies).parameters
     unknown = sorted(set(processor.image_processor.model_input_names) - set(handed_on))
-    if unknown:
+    if unknown and unknown != [COUNTS]:
         raise RecipeError(
             f"TRL's {trainer_class.__name__} does not know {', '.join(unknown)}, which {type(processor).__name__} "
             "makes: choose a LLaVA-1.5 or LLaVA-NeXT model, or train this one with `trl-llava ppo` or `dpo`."
         )
+    return bool(unknown)
 
 
-def _load_rewards(args: OnlineArguments, model_args: LlavaModelConfig) -> list[RewardFunction]:
+def _load_rewards(
+    args: OnlineArguments, model_args: LlavaModelConfig, trl_args: GRPOConfig | RLOOConfig
+) -> list[RewardFunction]:
+    """The reward model, the recipe's functions and the length term, in this order."""
     rewards = load_reward_functions(
         args.reward_model_path,
         args.reward_model_revision,
@@ -124,8 +136,15 @@ def _load_rewards(args: OnlineArguments, model_args: LlavaModelConfig) -> list[R
         batch_size=args.reward_batch_size,
         device=PartialState().device,
     )
+    if args.length_coef is not None:
+        limit, coef = trl_args.max_completion_length, args.length_coef
+
+        def length(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+            return length_term(completion_ids, response_length=limit, coef=coef, **columns)
+
+        rewards.append(length)
     if not rewards:
-        raise RecipeError("nothing to learn from: set `reward_model_path` or `reward_funcs`.")
+        raise RecipeError("nothing to learn from: set `reward_model_path`, `reward_funcs` or `length_coef`.")
     return rewards
 
 

@@ -1,9 +1,11 @@
 """What a PPO run needs before its first step, beyond what TRL's trainer prepares."""
 
 import os
+from collections.abc import Callable
 
 from accelerate import Accelerator, PartialState
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError
@@ -70,3 +72,26 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
             raise _unsupported("ZeRO-3", ZERO3_IS_WRONG)
         # DeepSpeed clips by itself; left at "auto" it would clip at 1.
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+
+
+def warm_up_above_zero(scheduler: LRScheduler, warmup_steps: int) -> None:
+    """Let the first step of a warm-up train too: its rate is `1 / (warmup_steps + 1)` of the peak instead of 0.
+
+    transformers' warm-ups give step `k` the share `(k - 1) / warmup_steps`, so that a PPO run would throw its first
+    rollout away; ours is `k / (warmup_steps + 1)`. From step `warmup_steps + 1` on, the peak, nothing changes.
+
+    Args:
+        scheduler: the schedule of one of transformers' `lr_scheduler_type`s, before its first step.
+        warmup_steps: length of the warm-up; 0 changes nothing.
+    """
+    if warmup_steps == 0 or not isinstance(scheduler, LambdaLR):
+        return
+
+    def raised(share: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: (step + 1) / (warmup_steps + 1) if step < warmup_steps else share(step)
+
+    scheduler.lr_lambdas = [raised(share) for share in scheduler.lr_lambdas]
+    rates = [base * share(0) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates  # what `get_last_lr` returns until the first step

@@ -50,7 +50,7 @@ from trl_llava.ppo_checkpoint import (
 )
 from trl_llava.ppo_data import PolicyAndValueCollator, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
-from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches
+from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches, warm_up_above_zero
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, chunks
 from trl_llava.scoring import RewardFunction, Scorer
@@ -173,7 +173,10 @@ class LlavaPPOTrainer(PPOTrainer):
         """
         self.model = PolicyAndValue(self.policy_model, self.value_model)
         prepare_roles([self.policy_model, self.value_model], self.args, self.accelerator)
+        own_schedule = self.lr_scheduler is not None
         super().create_optimizer_and_scheduler(num_training_steps)
+        if not own_schedule:
+            warm_up_above_zero(self.lr_scheduler, self.args.get_warmup_steps(num_training_steps))
 
     # --- the loop -----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 from trl_llava import ppo_math, ppo_update
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.passes import token_logprobs
+from trl_llava.ppo_setup import warm_up_above_zero
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.reward_terms import correctness, length_term
 from trl_llava.reward_trainer import LlavaRewardTrainer
@@ -424,12 +425,15 @@ def test_schedule() -> None:
             continue
         optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=golden["lr"])
         schedule = get_cosine_schedule_with_warmup(optimizer, 5, 40)
+        warm_up_above_zero(schedule, 5)
         rates = []
         for _ in range(5 + len(golden["lr_from_step6_of_40"])):
             rates.append(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
         assert rates[5:] == pytest.approx(golden["lr_from_step6_of_40"], abs=1e-9)
+        # The original's first step has rate 0, and throws a rollout away.
+        assert rates[:5] == pytest.approx([golden["lr"] * step / 6 for step in (1, 2, 3, 4, 5)])
 
 
 # --- a whole rollout ------------------------------------------------------------------------------------------------
