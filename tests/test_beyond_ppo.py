@@ -127,9 +127,7 @@ def test_rows_without_captions_stop_before_training(world: World, reward_model: 
 
 
 def test_what_is_refused(world: World) -> None:
-    with pytest.raises(
-        RecipeError, match="nothing to learn from: set `reward_model_path`, `reward_funcs` or"
-    ):
+    with pytest.raises(RecipeError, match="nothing to learn from: set `reward_model_path`, `reward_funcs` or"):
         train_rloo.main(world.words("prompts", "none", *SHORT))
     with pytest.raises(RecipeError, match="`use_vllm` must stay False"):
         train_grpo.main(world.words("prompts", "none", *SHORT, "--use_vllm"))
@@ -155,9 +153,7 @@ def test_onevision_with_one_image_a_row(
     rows = [json.loads(line) for line in (world.folder / "data/prompts/train.jsonl").read_text().splitlines()]
     rows[1]["images"] = rows[1]["images"] * 2
     (world.folder / "two.json").write_text(json.dumps(rows))
-    with pytest.raises(
-        RowError, match=r"two.json\[1\]: it has 2 images, and TRL's trainer does not hand their"
-    ):
+    with pytest.raises(RowError, match=r"two.json\[1\]: it has 2 images, and TRL's trainer does not hand their"):
         ONLINE[stage](world.words("../two.json", "none", *words))
 
 

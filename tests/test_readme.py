@@ -64,7 +64,8 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(ROOT)
     ran = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", ran.append)
-    monkeypatch.setattr(cli, "_score", lambda args: ran.append(args) or 0)
+    for name in ("_score", "_convert", "_merge"):
+        monkeypatch.setattr(cli, name, lambda args: ran.append(args) or 0)
     assert cli.main(words[1:]) == 0
     assert len(ran) == 1
 

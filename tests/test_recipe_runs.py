@@ -73,6 +73,8 @@ class Workshop:
             words += ["--captions_file", f"{self.folder}/image_to_caption.json"]
         if "model_name_or_path" in recipe:
             words += ["--model_name_or_path", str(self.model(recipe["model_name_or_path"], monkeypatch))]
+        elif "onevision" in path.parent.name:  # those it needs may have run in a test before, with its patch
+            self.model("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", monkeypatch)
         for field in ("sft_model_path", "reward_model_path", "adapter_name_or_path"):
             if field in recipe:
                 needed = Path(recipe[field].removeprefix("runs/").removesuffix("/checkpoint-200"))
