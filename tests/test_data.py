@@ -372,14 +372,15 @@ def test_skipped_rows_are_counted_by_reason_in_one_line(folder, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_llava.data"):
         assert len(load_rows(path, "preference", on_bad_row="skip")) == 1
     assert caplog.messages == [
-        "Skipped 5 of 6 rows of train.json: 2 image missing, 1 preference outside {1, 2}, 1 damaged image, "
-        "1 it is a JSON str, expected an object."
+        "Skipped 5 of 6 rows of train.json: 2 image missing (train.json[1]), 1 preference outside {1, 2} "
+        "(train.json[2]), 1 damaged image (train.json[4]), 1 it is a JSON str, expected an object (train.json[5])."
     ]
 
 
 def test_the_first_bad_row_is_named_and_the_others_counted(folder):
     path = written(folder, [preference(), preference(preference=3), preference(preference=4)])
-    with pytest.raises(RowError, match=r"train.json\[1\]: preference is 3.*\(2 of 3 rows cannot be used\)"):
+    counted = r"train.json\[1\]: preference is 3.*\(2 of 3 rows cannot be used: 2 preference outside \{1, 2\}\)"
+    with pytest.raises(RowError, match=counted):
         load_rows(path, "preference")
 
 

@@ -213,6 +213,19 @@ def test_missing_caption_and_missing_image(work: Work, said: Any) -> None:
     assert status == 1 and "gone.json[0]" in line and "gone.png" in line
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_picture_found_damaged_when_its_batch_is_made(work: Work, said: Any, workers: str) -> None:
+    """With on_bad_row `error` the headers are read before training, and the pictures with their batches."""
+    tiny_models.image().save(work.folder / "cut.jpg")
+    (work.folder / "cut.jpg").write_bytes((work.folder / "cut.jpg").read_bytes()[:-24])
+    work.write("cut", [{"images": ["cut.jpg"], "prompt": QUESTION, "completion": answer("a square")}])
+    words = work.words("cut", f"cut{workers}", "--model_name_or_path", str(work.base))
+    status, line = said(lambda: train_sft.main([*words, "--dataloader_num_workers", workers]))
+    assert status == 1
+    assert line.startswith("error: cut.json[0]: the image ") and "cut.jpg cannot be read (" in line
+    assert line.endswith("Replace the file or leave the row out.")
+
+
 def test_the_recipe_itself_is_status_2(work: Work, said: Any) -> None:
     assert said(lambda: work.sft("none", "--max_length", "0"))[0] == 2
     assert said(lambda: train_sft.main([*QUICK, "--learning_rte", "1"]))[0] == 2

@@ -123,6 +123,12 @@ def test_truncated_picture_names_the_row(format):
         load_image({"bytes": content[: len(content) // 2], "path": None}, "a[0]")
 
 
+def test_the_size_of_a_truncated_png_names_the_row():
+    content = encoded(Image.effect_noise((64, 64), 90).convert("RGB"))["bytes"]
+    with pytest.raises(RowError, match=r"a\[0\]: the image cannot be read"):
+        image_size({"bytes": content[: len(content) // 2], "path": None}, "a[0]")
+
+
 def test_an_empty_file_names_the_row(tmp_path):
     (tmp_path / "a.jpg").touch()
     with pytest.raises(RowError, match=r"a.jpg cannot be read"):
@@ -135,6 +141,9 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
     assert len(bomb["bytes"]) < 100_000
     with pytest.raises(RowError, match="30000x3000 pixels, expected at most 89478485"):
         load_image(bomb, "a[0]")
+    with pytest.raises(RowError, match="Make it smaller") as caught:  # Pillow itself refuses twice its limit
+        load_image(encoded(Image.new("1", (60_000, 3_000))), "a[0]")
+    assert caught.value.reason == "image too large"
     monkeypatch.setattr(images, "MAX_PIXELS", 10)
     with pytest.raises(RowError, match="4x4 pixels, expected at most 10"):
         load_image(Image.new("RGB", (4, 4)), "a[0]")

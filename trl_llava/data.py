@@ -6,7 +6,7 @@ record, and what cannot be used is refused or counted.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -139,7 +139,7 @@ def row_maker(
     """
     if not len(raw.dataset):
         raise RowError(raw.name, "it is empty, expected at least one row", "Check the file and the split", "empty")
-    columns = json_columns(raw) if raw.is_json else dict(raw.dataset.features)
+    columns = json_columns(raw, KNOWN_COLUMNS) if raw.is_json else dict(raw.dataset.features)
     _check_columns(columns, raw.name)
     carried = {name: feature for name, feature in columns.items() if name not in KNOWN_COLUMNS}
     if carried and stage != "prompt":
@@ -193,17 +193,19 @@ def _without_bad_rows(rows: Dataset, name: str, on_bad_row: str) -> Dataset:
     bad = [i for i, reason in enumerate(reasons) if reason is not None]
     if bad and (on_bad_row == "error" or len(bad) == len(rows)):
         first = rows[bad[0]]
-        more = f" ({len(bad)} of {len(rows)} rows cannot be used)" if len(bad) > 1 else ""
+        more = f" ({len(bad)} of {len(rows)} rows cannot be used: {_counted(reasons)})" if len(bad) > 1 else ""
         hint = "; on_bad_row `skip` leaves such rows out" if len(bad) < len(rows) else ""
         raise RowError(first["row_name"], first["_problem"] + more, first["_fix"] + hint, first["_reason"])
     if bad:
-        counts = Counter(reasons[i] for i in bad).most_common()
-        logger.warning(
-            "Skipped %d of %d rows of %s: %s.",
-            len(bad),
-            len(rows),
-            name,
-            ", ".join(f"{count} {reason}" for reason, count in counts),
-        )
+        names = rows["row_name"]
+        examples = {reasons[i]: names[i] for i in reversed(bad)}
+        logger.warning("Skipped %d of %d rows of %s: %s.", len(bad), len(rows), name, _counted(reasons, examples))
         rows = rows.select([i for i, reason in enumerate(reasons) if reason is None])
     return rows.remove_columns(list(PROBLEM_COLUMNS))
+
+
+def _counted(reasons: Sequence[str | None], examples: dict[str, str] | None = None) -> str:
+    """How many rows have each reason, the most frequent first, each with its example where there is one."""
+    counts = Counter(reason for reason in reasons if reason is not None).most_common()
+    named = {reason: f" ({row_name})" for reason, row_name in (examples or {}).items()}
+    return ", ".join(f"{count} {reason}{named.get(reason, '')}" for reason, count in counts)

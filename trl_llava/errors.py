@@ -14,6 +14,27 @@ class ExplainedError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        return own_words(type(self), super().__str__())
+
+
+def own_words(kind: type[Exception], message: str) -> str:
+    """Find an error's message in what torch makes of it.
+
+    A `DataLoader` raises what its worker process raised anew, from nothing but the text of the worker's traceback.
+
+    Args:
+        kind: The class of the error.
+        message: What the error holds.
+
+    Returns:
+        The message that the worker's error had; any other message as it is.
+    """
+    last_line = f"\n{kind.__module__}.{kind.__qualname__}: "
+    if message.startswith(f"Caught {kind.__name__} in DataLoader worker process") and last_line in message:
+        return message.rpartition(last_line)[2].rstrip()
+    return message
+
 
 class InputError(ExplainedError, ValueError):
     """A model, adapter, file or setting that cannot be used, or parts that do not fit together."""

@@ -84,6 +84,8 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
         source = _source(ref, row_name)
         try:
             image = Image.open(source)
+        except Image.DecompressionBombError as error:
+            raise _too_large(row_name, str(error)) from error
         except _DAMAGED as error:
             raise _damaged(ref, row_name, error) from error
     width, height = image.size
@@ -92,12 +94,7 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
             row_name, f"the image has no pixels ({width}x{height})", "Replace it or leave the row out", "empty image"
         )
     if width * height > MAX_PIXELS:
-        raise RowError(
-            row_name,
-            f"the image has {width}x{height} pixels, expected at most {MAX_PIXELS}",
-            "Make it smaller: the model sees a few hundred pixels a side",
-            "image too large",
-        )
+        raise _too_large(row_name, f"the image has {width}x{height} pixels, expected at most {MAX_PIXELS}")
     return image
 
 
@@ -112,11 +109,15 @@ def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
         Width and height in pixels.
 
     Raises:
-        RowError: As `open_image`.
+        RowError: As `open_image`, or if the picture is damaged where its orientation is looked for.
     """
     image = open_image(ref, row_name)
     width, height = image.size
-    return (height, width) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (width, height)
+    try:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    except _DAMAGED as error:  # a PNG's may stand behind its pixels, so Pillow decodes those
+        raise _damaged(ref, row_name, error) from error
+    return (height, width) if turned else (width, height)
 
 
 def path_inside(folder: str | Path, name: str, row_name: str) -> str:
@@ -189,6 +190,12 @@ def _to_rgb(image: Image.Image, row_name: str) -> Image.Image:
             "unknown pixel range",
         )
     return image.convert("RGB")
+
+
+def _too_large(row_name: str, problem: str) -> RowError:
+    return RowError(
+        row_name, problem, "Make it smaller: the model sees a few hundred pixels a side", "image too large"
+    )
 
 
 def _damaged(ref: ImageRef, row_name: str, error: Exception) -> RowError:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from datasets import Features, Image, List, Value
 
-from trl_llava.errors import InputError
+from trl_llava.errors import InputError, own_words
 from trl_llava.prompts import Message
 
 Stage = Literal["sft", "preference", "prompt"]
@@ -43,8 +43,16 @@ class RowError(InputError):
         train.json[17]: preference is 3, expected 1 or 2. Correct the row.
     """
 
-    def __init__(self, row_name: str, problem: str, fix: str, reason: str | None = None) -> None:
+    def __init__(
+        self, row_name: str, problem: str | None = None, fix: str | None = None, reason: str | None = None
+    ) -> None:
         super().__init__(row_name, problem, fix, reason)  # all of them, so that a worker process can pickle it
+        if problem is None or fix is None:  # torch makes anew what a DataLoader's worker raised, from one text
+            text = own_words(type(self), row_name)
+            if text == row_name:
+                raise TypeError("RowError needs a row's name, the problem and the fix")
+            row_name, _, stated = text.removesuffix(".").partition(": ")
+            problem, _, fix = stated.rpartition(". ")
         self.row_name = row_name
         self.problem = problem
         self.fix = fix

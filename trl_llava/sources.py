@@ -1,7 +1,7 @@
 """Where a data set is: found by Hub ID or path, and read without decoding a picture."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,11 +93,12 @@ def read_source(
     return raw
 
 
-def json_columns(raw: RawRows) -> Features:
+def json_columns(raw: RawRows, untyped: Container[str] = ()) -> Features:
     """Find the columns of JSON records, with types for those that every record could carry along.
 
     Args:
         raw: JSON records.
+        untyped: Columns whose type nobody asks for; their values, most of the data set, are not kept to find it.
 
     Returns:
         Every key by name. A column whose values have no common type becomes text.
@@ -110,7 +111,9 @@ def json_columns(raw: RawRows) -> Features:
             continue  # reported, with its row, when the rows are made
         for key, value in record.items() if isinstance(record, dict) else ():
             if raw.columns is None or key in raw.columns:
-                values.setdefault(key, []).append(value)
+                column = values.setdefault(key, [])
+                if key not in untyped:
+                    column.append(value)
     return Features({key: _feature(column) for key, column in values.items()})
 
 

@@ -233,10 +233,10 @@ def train_joint(
 
     def loss_of(kinds: tuple[str, ...], from_picture: bool) -> torch.Tensor:
         batch, rows = lessons.batch(kinds, 64, from_picture)
-        if from_picture:
-            seen = BaseModelOutputWithPooling(pooler_output=list(projector(features[rows])))
-            batch["mm_encoder_outputs"] = {"image": seen}
-        return model(**batch).loss
+        if not from_picture:
+            return model(**batch).loss
+        seen = BaseModelOutputWithPooling(pooler_output=list(projector(features[rows])))
+        return model(**batch, mm_encoder_outputs={"image": seen}).loss
 
     model.requires_grad_(False)
     projector.requires_grad_(True)

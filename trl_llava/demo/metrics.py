@@ -109,5 +109,22 @@ def measure(answers: Sequence[Answered]) -> Truthfulness:
     )
 
 
+def asked(mean: float | None) -> float:
+    """A mean over questions that the demo does ask.
+
+    Args:
+        mean: A field of `Truthfulness`.
+
+    Returns:
+        The mean.
+
+    Raises:
+        ValueError: If no such question was asked.
+    """
+    if mean is None:
+        raise ValueError("no question of this kind was asked")
+    return mean
+
+
 def _share(outcomes: list[bool]) -> float | None:
     return sum(outcomes) / len(outcomes) if outcomes else None

@@ -11,7 +11,7 @@ from PIL import Image
 
 from trl_llava.demo.data import PICTURES
 from trl_llava.demo.language import mentioned
-from trl_llava.demo.metrics import Answered, invented_objects, is_right
+from trl_llava.demo.metrics import Answered, asked, invented_objects, is_right
 from trl_llava.demo.stages import WEAK_EYES, Stages
 from trl_llava.demo.summary import VARIANTS, standard_error
 
@@ -65,8 +65,8 @@ def _row(stages: Stages, result: str) -> dict[str, Any]:
     described = [a for a in found.answers if a.kind == "describe"]
     record = stages.records[result]
     return found.quality.as_dict() | {
-        "chair_error": standard_error(found.quality.chair, sum(len(mentioned(a.text)) for a in described)),
-        "recall_error": standard_error(found.quality.recall, sum(len(a.objects) for a in described)),
+        "chair_error": standard_error(asked(found.quality.chair), sum(len(mentioned(a.text)) for a in described)),
+        "recall_error": standard_error(asked(found.quality.recall), sum(len(a.objects) for a in described)),
         "kl": record.last("objective/kl") if result.startswith("ppo") else None,
     }
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from trl_llava.demo.metrics import Truthfulness, measure
+from trl_llava.demo.metrics import Truthfulness, asked, measure
 from trl_llava.demo.stages import WEAK_EYES, Stages
 from trl_llava.demo.world import SIZE
 from trl_llava.output_dir import versions
@@ -59,14 +59,14 @@ def goals(before: Truthfulness, after: Truthfulness) -> dict[str, bool]:
         Goal -> whether it is reached.
     """
     return {
-        "invented_objects_at_most_half": after.chair <= before.chair / 2,
-        "recall_loses_at_most_5_points": after.recall >= before.recall - 0.05,
-        "length_at_least_two_thirds": after.length >= before.length * 2 / 3,
-        "yes_and_no_above_chance": min(after.yes_accuracy, after.no_accuracy) > 0.5,
+        "invented_objects_at_most_half": asked(after.chair) <= asked(before.chair) / 2,
+        "recall_loses_at_most_5_points": asked(after.recall) >= asked(before.recall) - 0.05,
+        "length_at_least_two_thirds": asked(after.length) >= asked(before.length) * 2 / 3,
+        "yes_and_no_above_chance": min(asked(after.yes_accuracy), asked(after.no_accuracy)) > 0.5,
     }
 
 
-def standard_error(share: float, count: int) -> float:
+def standard_error(share: float, count: float) -> float:
     """Standard error of a share.
 
     Args:
@@ -94,7 +94,10 @@ def curve(stages: Stages, ppo: str) -> list[dict[str, float]]:
         if result.startswith(f"{ppo}/checkpoint-"):
             points[int(result.rpartition("-")[2])] = found
     qualities = ((step, measure([a for a in points[step].answers if a.kind == "describe"])) for step in sorted(points))
-    return [{"step": step, "chair": q.chair, "recall": q.recall, "length": q.length} for step, q in qualities]
+    return [
+        {"step": step, "chair": asked(q.chair), "recall": asked(q.recall), "length": asked(q.length)}
+        for step, q in qualities
+    ]
 
 
 def _ppo(stages: Stages, ppo: str, before: Truthfulness) -> dict[str, Any]:
