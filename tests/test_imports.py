@@ -42,7 +42,7 @@ LAYERS = (
             "reward_settings",
         ),
         *("collators", "dpo_collator", "encoding", "lengths", "trl_rows", "single_images"),
-        *("models", "hub", "sequence_classification", "adapters", "quantization"),
+        *("models", "hub", "sequence_classification", "adapters", "adapter_role", "shared_base", "quantization"),
         *("data", "sources", "row_maker", "row_check", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),

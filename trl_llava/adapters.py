@@ -4,16 +4,17 @@
 value then gives one of them a gradient of exactly 0, silently. `active_adapter` changes only which weights the forward
 pass reads.
 
-Gradient checkpointing runs a forward pass again inside the backward pass, with whatever is active by then: run each
-role's backward before the next role's forward, or inside that role's `active_adapter` block.
+Gradient checkpointing runs a forward pass again inside the backward pass, when another role may be active:
+`checkpoint_contexts` makes the second run compute with the adapter of the first.
 """
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,6 +31,10 @@ from trl_llava.models import HEAD
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
 logger = logging.getLogger(__name__)
+
+SwitchedLayer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
+# Of each PEFT model: the adapters that it had when its layers were listed, and the layers.
+_LAYERS: WeakKeyDictionary[PeftModel, tuple[list[tuple[str, int]], list[SwitchedLayer]]] = WeakKeyDictionary()
 
 
 def lora_config(
@@ -133,13 +138,16 @@ def load_adapter(
     return model.train(was_training)
 
 
-def freeze_as_asked(model: PeftModel, name: str, model_args: LlavaModelConfig) -> PeftModel:
+def freeze_as_asked(
+    model: PeftModel, name: str, model_args: LlavaModelConfig, adapter_name: str = "default"
+) -> PeftModel:
     """Make `freeze_vision_tower` and `freeze_projector` hold for an adapter that goes on being trained.
 
     Args:
         model: A PEFT model whose adapter is trainable.
         name: Hub ID or folder of the adapter, for the message.
         model_args: The two fields.
+        adapter_name: The adapter's name in the model; others are left alone.
 
     Returns:
         The model; a part that the adapter holds and the fields freeze has no gradients any more.
@@ -148,8 +156,8 @@ def freeze_as_asked(model: PeftModel, name: str, model_args: LlavaModelConfig) -
         InputError: If a part shall be trained that is not in the adapter: only what is in it is trained and saved.
     """
     for field, parts in (("freeze_vision_tower", TOWER_NAMES), ("freeze_projector", PROJECTOR_NAMES)):
-        there = [parameter for path, parameter in model.named_parameters() if _within(path, parts)]
-        trained = [parameter for parameter in there if parameter.requires_grad]
+        there = [(path, parameter) for path, parameter in model.named_parameters() if _within(path, parts)]
+        trained = [p for path, p in there if p.requires_grad and adapter_name in path.split(".")]
         if getattr(model_args, field):
             for parameter in trained:
                 parameter.requires_grad_(False)
@@ -177,7 +185,7 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
     """
     if name is not None and name not in model.peft_config:
         raise ValueError(f"no adapter '{name}' in this model; it has {sorted(model.peft_config)}")
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers = switched_layers(model)
     merged = next((layer.merged_adapters for layer in layers if layer.merged_adapters), None)
     if merged:
         raise ValueError(f"adapter {merged} is merged into the base weights; call model.unmerge_adapter() first")
@@ -196,6 +204,57 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
         for layer, adapters, disabled in before:
             layer._active_adapter, layer._disable_adapters = adapters, disabled
         model.active_adapter, model.base_model.active_adapter = model_before
+
+
+def switched_layers(model: PeftModel) -> list[SwitchedLayer]:
+    """The layers that compute differently from adapter to adapter, listed once for each set of adapters.
+
+    Args:
+        model: A PEFT model.
+
+    Returns:
+        LoRA layers, and wrappers of modules that are saved with an adapter.
+    """
+    adapters = [(name, id(config)) for name, config in model.peft_config.items()]
+    known = _LAYERS.get(model)
+    if known is None or known[0] != adapters:
+        layers = [module for module in model.modules() if isinstance(module, SwitchedLayer)]
+        _LAYERS[model] = known = (adapters, layers)
+    return known[1]
+
+
+def checkpoint_contexts(
+    model: PeftModel,
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """What `torch.utils.checkpoint` takes as `context_fn`: a recomputation then runs with the adapter of its forward.
+
+    Args:
+        model: A PEFT model; its `gradient_checkpointing_enable` hands the function on.
+
+    Returns:
+        The function: called in a forward pass, it returns the contexts of this pass and of its recomputation.
+    """
+    return lambda: (nullcontext(), _AsItWas(model))
+
+
+class _AsItWas(AbstractContextManager[None]):
+    """The adapter that was active when this was made, each time it is entered: a graph may be run backward twice."""
+
+    def __init__(self, model: PeftModel) -> None:
+        layer = next(layer for layer in switched_layers(model) if isinstance(layer, BaseTunerLayer))
+        if len(layer.active_adapters) != 1:
+            raise ValueError(f"one adapter must be active in a forward pass, found {layer.active_adapters}")
+        self.model = model
+        self.name = None if layer.disable_adapters else layer.active_adapters[0]
+        self.blocks: list[AbstractContextManager[PeftModel]] = []
+
+    def __enter__(self) -> None:
+        block = active_adapter(self.model, self.name)
+        block.__enter__()
+        self.blocks.append(block)
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self.blocks.pop().__exit__(*exception)
 
 
 def _check_head(name: str, base: nn.Module, adapter_has_head: bool) -> None:
