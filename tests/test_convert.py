@@ -17,11 +17,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from trl_llava import checkpoint_layouts, cli, convert_adapter, convert_model, paper_tokenizer
 from trl_llava.adapters import load_adapter
+from trl_llava.chunked_head import Sampling
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.convert_checkpoint import VALUE_FOLDER, convert
 from trl_llava.factual_reward import FactualReward
 from trl_llava.models import load_policy, load_sequence_classifier
-from trl_llava.passes import response_logits, response_values, token_entropies, token_logprobs
+from trl_llava.passes import response_logprobs, response_values
 from trl_llava.ppo_math import response_mask
 from trl_llava.rollout import ModelInputs
 
@@ -142,8 +143,7 @@ def test_reward_model(made: SimpleNamespace) -> None:
 def test_initial_policy_and_reference(made: SimpleNamespace, temperature: float) -> None:
     model = policy(made, "rl_init")
     prompts, responses, mask = rollout(model)
-    logits = response_logits(model, prompts, responses, mask, temperature)
-    logprobs, entropies = token_logprobs(logits, responses, mask), token_entropies(logits)
+    logprobs, entropies = response_logprobs(model, prompts, responses, mask, Sampling(temperature), entropies=True)
     close(logprobs, OUT[f"ppo_fwd.t{temperature}.logprobs"] * mask)
     close(entropies[mask], OUT[f"ppo_fwd.t{temperature}.entropies"][mask])
     if temperature == 1.0:
@@ -154,8 +154,9 @@ def test_initial_policy_and_reference(made: SimpleNamespace, temperature: float)
 def test_trained_policy(made: SimpleNamespace) -> None:
     model = policy(made, "ppo")
     prompts, responses, mask = rollout(model)
-    logits = response_logits(model, prompts, responses, mask, 1.0)
-    close(token_logprobs(logits, responses, mask), OUT["ppo_fwd.after_update.logprobs"] * mask)
+    close(
+        response_logprobs(model, prompts, responses, mask, Sampling())[0], OUT["ppo_fwd.after_update.logprobs"] * mask
+    )
     inputs = batch(model, "ppo_fwd.queries", "ppo_fwd.query_attn_masks")
     for cache in (True, False):
         wanted = OUT[f"generate.greedy_cache_{cache}"]

@@ -30,6 +30,9 @@ LAYERS = (
         *(
             "rollout",
             "passes",
+            "chunked_head",
+            "micro_batches",
+            "shared_prefix",
             "generation",
             "ppo_setup",
             "ppo_update",

@@ -8,13 +8,14 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Image, List
+from reference_passes import response_logits
 from tiny_trainers import make_adapter, ppo_trainer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from trl_llava.collators import PromptCollator
 from trl_llava.data import rows_from
 from trl_llava.generation import Generator
-from trl_llava.passes import encode_images, response_logits, response_values
+from trl_llava.passes import encode_images, response_values
 from trl_llava.rollout import ModelInputs
 from trl_llava.sequence_classification import (
     LlavaForSequenceClassification,

@@ -40,6 +40,16 @@ class LlavaPPOConfig(PPOConfig):
     chat_template_path: str | None = option(None, f"{TEMPLATE_HELP} The reward model keeps its own.")
     max_prompt_length: int | None = option(None, "Longest prompt in tokens, image tokens included. None: no limit.")
     overlong: Overlong = option("error", OVERLONG_HELP)
+    # Memory and time; none of these changes a result
+    max_tokens_per_micro_batch: int | None = option(
+        None,
+        "Most tokens, padding included, that a pass over a rollout or of the update takes at once, besides "
+        "`local_rollout_forward_batch_size` and `per_device_train_batch_size` rows; a row that is longer on its own "
+        "runs on its own. None: no limit.",
+    )
+    logits_chunk_size: int = option(
+        512, "For how many response tokens the language-model head runs at once: memory of this times the vocabulary."
+    )
     # The score of a response
     reward_funcs: list[str] | None = option(
         None,
@@ -99,6 +109,7 @@ class LlavaPPOConfig(PPOConfig):
             )
         require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")
         require_positive(self, "local_rollout_forward_batch_size", "max_prompt_length", "temperature")
+        require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size")
         require_positive(self, "missing_eos_penalty", "reward_scale")
         self._check_batches()
         if self.stop_token is not None and self.stop_token_id is not None:

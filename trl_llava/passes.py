@@ -1,19 +1,25 @@
 """Passes over a rollout: image features, log-probabilities and values, each computed in one place for every phase.
 
-Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `L` sequence, `V` vocabulary.
+Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `L` sequence, `H` hidden, `n` real
+response tokens.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
-from trl.trainer.utils import selective_log_softmax
 
+from trl_llava.adapter_role import computing
+from trl_llava.adapters import SwitchedLayer, checkpoint_contexts
+from trl_llava.chunked_head import Sampling, token_statistics
+from trl_llava.errors import InputError
 from trl_llava.rollout import ModelInputs, Rollout
+from trl_llava.shared_prefix import attention_mask_for, pack, predictors
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
 
@@ -84,86 +90,132 @@ def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str,
     return {"position_ids": attention_mask.cumsum(1) - attention_mask}
 
 
-def response_logits(
+def response_logprobs(
     policy: nn.Module,
     inputs: ModelInputs,
     responses: torch.Tensor,
     mask: torch.Tensor,
-    temperature: float,
-    suppressed: Sequence[int] = (),
-) -> torch.Tensor:
-    """Logits of the distribution each response token was drawn from.
+    sampling: Sampling,
+    *,
+    entropies: bool = False,
+    share_prefix: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the response tokens, and the entropies of what each was drawn from.
+
+    The head, the widest layer, runs where a real response token is predicted, a chunk of them at a time.
 
     Args:
-        policy: a model with a language-modelling head.
+        policy: a model with a language-modelling head, or a PEFT model around one.
         inputs: the prompts.
         responses: (B, R) token ids.
         mask: (B, R) bool, `True` at real tokens.
-        temperature: sampling temperature; the logits are divided by it.
-        suppressed: ids that generation never draws, such as the image token.
+        sampling: temperature, tokens that are never drawn, and how many positions the head takes at once.
+        entropies: whether they are wanted; they carry no gradient.
+        share_prefix: whether rows with the same prompt run as one.
 
     Returns:
-        (B, R, V) float32.
+        logprobs: (B, R) float32, 0 at padding.
+        entropies: (B, R) float32, 0 at padding and where they are not wanted.
     """
-    kwargs = inputs.followed_by(responses, mask)
-    kwargs.update(position_kwargs(policy, kwargs["attention_mask"]))
-    # The head is the widest layer: it runs where a response token is predicted, and nowhere else.
-    output = policy(**kwargs, logits_to_keep=responses.shape[1] + 1, use_cache=False)
-    logits = output.logits[:, -responses.shape[1] - 1 : -1].float() / (temperature + 1e-7)
-    if suppressed:
-        blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        blocked[[token for token in suppressed if token < logits.shape[-1]]] = True
-        # The smallest finite number rather than -inf: probability 0, and no 0 * inf in the entropy.
-        logits = logits.masked_fill(blocked, torch.finfo(logits.dtype).min)
-    return logits
-
-
-def token_logprobs(logits: torch.Tensor, responses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the response tokens.
-
-    Args:
-        logits: (B, R, V).
-        responses: (B, R) token ids.
-        mask: (B, R) bool, `True` at real tokens.
-
-    Returns:
-        (B, R) float, 0 at padding.
-    """
-    logprobs = selective_log_softmax(logits, responses.masked_fill(~mask, 0))
-    return torch.where(mask, logprobs, torch.zeros_like(logprobs))
-
-
-def token_entropies(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of each distribution.
-
-    Args:
-        logits: (B, R, V).
-
-    Returns:
-        (B, R) float in nats.
-    """
-    return torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1)
+    with computing(policy) as base:
+        states = _states(base, inputs, responses, mask, share_prefix)
+        head = base.get_output_embeddings()
+        # A head with an adapter runs again, in the backward pass, when another role's adapter may be active.
+        contexts = checkpoint_contexts(policy) if isinstance(head, SwitchedLayer) else noop_context_fn
+        found = token_statistics(states, head, responses[mask], sampling, entropies=entropies, context_fn=contexts)
+    return _at_tokens(found[0], mask), _at_tokens(found[1], mask) if entropies else torch.zeros_like(mask).float()
 
 
 def response_values(
-    value_model: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
+    value_model: nn.Module,
+    inputs: ModelInputs,
+    responses: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    share_prefix: bool = False,
 ) -> torch.Tensor:
     """The value of the state before each response token: the head on the hidden state of the token before it.
 
     Args:
-        value_model: a `...ForSequenceClassification` with one label, or a PEFT model around one.
+        value_model: a `...ForSequenceClassification` with one label, a PEFT model around one, or a role on another
+            model's base.
         inputs: the prompts as this model sees them.
         responses: (B, R) token ids.
         mask: (B, R) bool, `True` at real tokens.
+        share_prefix: whether rows with the same prompt run as one.
 
     Returns:
-        (B, R) float32; what stands at padding means nothing.
+        (B, R) float32, 0 at padding.
     """
-    model = value_model.get_base_model() if isinstance(value_model, PeftModel) else value_model
+    with computing(value_model) as base:
+        states = _states(base, inputs, responses, mask, share_prefix)
+        return _at_tokens(base.score(states).squeeze(-1).float(), mask)
+
+
+def _states(
+    base: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor, share_prefix: bool
+) -> torch.Tensor:
+    """(n, H) the hidden states that the n real response tokens are predicted from, row by row; no head runs."""
+    backbone = getattr(base, base.base_model_prefix)
+    if share_prefix and inputs.can_be_packed:
+        return _packed_states(backbone, inputs, responses, mask)
     kwargs = inputs.followed_by(responses, mask)
-    kwargs.update(position_kwargs(model, kwargs["attention_mask"]))
-    hidden = getattr(model, model.base_model_prefix)(**kwargs, use_cache=False).last_hidden_state
-    return model.score(hidden[:, -responses.shape[1] - 1 : -1]).squeeze(-1).float()
+    kwargs.update(position_kwargs(base, kwargs["attention_mask"]))
+    hidden = backbone(**kwargs, use_cache=False).last_hidden_state
+    return hidden[:, -responses.shape[1] - 1 : -1][mask]
+
+
+def _packed_states(
+    backbone: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """(n, H) as `_states`, with each prompt in the batch once, followed by all of its responses."""
+    packs: dict[int, list[int]] = {}
+    for row, group in enumerate(inputs.groups):
+        packs.setdefault(group, []).append(row)
+    first = [rows[0] for rows in packs.values()]
+    packed = pack(
+        [inputs.input_ids[row][inputs.attention_mask[row].bool()] for row in first],
+        [[responses[row][mask[row]] for row in rows] for rows in packs.values()],
+    )
+    hidden = backbone(
+        **inputs.select(first).image_kwargs(),
+        input_ids=packed.input_ids,
+        attention_mask=attention_mask_for(backbone, packed.segments),
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    found = predictors(packed, [len(rows) for rows in packs.values()])
+    by_row = dict(zip((row for rows in packs.values() for row in rows), found, strict=True))
+    return hidden.flatten(0, 1)[torch.cat([by_row[row] for row in range(len(inputs))])]
+
+
+def _at_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Put (n,) numbers at the n real tokens of a (B, R) mask, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def check_plain_head(policy: nn.Module) -> None:
+    """Raise for a model whose logits are more than its head's output, which `response_logprobs` would not see.
+
+    Args:
+        policy: the policy, whole on this process.
+
+    Raises:
+        InputError: if it scales or caps its logits.
+    """
+    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    ids = torch.tensor([[1, 2]], device=base.device)  # not 0, whose embedding may be 0 for padding
+    with torch.no_grad():
+        whole = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        states = getattr(base, base.base_model_prefix)(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        ).last_hidden_state
+        found = base.get_output_embeddings()(states)
+    if not torch.allclose(found.float(), whole.logits.float(), rtol=1e-2, atol=1e-3):
+        raise InputError(
+            f"{type(base).__name__} does more with its logits than its head does (caps or scales them), which PPO's "
+            "chunked head does not follow. Use a policy of another family"
+        )
 
 
 class PolicyAndValue(nn.Module):
@@ -188,18 +240,23 @@ class PolicyAndValue(nn.Module):
         self.is_gradient_checkpointing = False
 
     def forward(
-        self, rollout: Rollout, temperature: float, suppressed: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, rollout: Rollout, sampling: Sampling, share_prefix: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run both over a rollout.
 
         Args:
             rollout: B rows.
-            temperature: sampling temperature.
-            suppressed: ids that generation never draws.
+            sampling: how the policy's logits become a distribution.
+            share_prefix: whether rows with the same prompt run as one.
 
         Returns:
-            logits: (B, R, V) float32.
+            logprobs: (B, R) float32, 0 at padding, as all three.
+            entropies: (B, R) float32, without gradient.
             values: (B, R) float32.
         """
-        logits = response_logits(self.policy, rollout.inputs, rollout.responses, rollout.mask, temperature, suppressed)
-        return logits, response_values(self.value_model, rollout.value_inputs, rollout.responses, rollout.mask)
+        answers = (rollout.responses, rollout.mask)
+        logprobs, entropies = response_logprobs(
+            self.policy, rollout.inputs, *answers, sampling, entropies=True, share_prefix=share_prefix
+        )
+        values = response_values(self.value_model, rollout.value_inputs, *answers, share_prefix=share_prefix)
+        return logprobs, entropies, values

@@ -32,6 +32,7 @@ from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 from trl_llava import ppo_math
 from trl_llava.adapters import active_adapter
+from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.data import rows_from
@@ -39,7 +40,8 @@ from trl_llava.errors import InputError, NotFoundError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.lengths import drop_overlong
-from trl_llava.passes import PolicyAndValue, encode_images, response_logits, response_values, token_logprobs
+from trl_llava.micro_batches import micro_batches
+from trl_llava.passes import PolicyAndValue, check_plain_head, encode_images, response_logprobs, response_values
 from trl_llava.ppo_checkpoint import (
     load_optimizer,
     load_roles,
@@ -52,7 +54,7 @@ from trl_llava.ppo_data import PolicyAndValueCollator, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
 from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches, warm_up_above_zero
 from trl_llava.ppo_update import PPOUpdate
-from trl_llava.rollout import ModelInputs, Rollout, chunks
+from trl_llava.rollout import ModelInputs, Rollout, lengths_of
 from trl_llava.scoring import RewardFunction, Scorer
 
 
@@ -163,7 +165,11 @@ class LlavaPPOTrainer(PPOTrainer):
             self.eval_dataloader = self.accelerator.prepare(eval_loader)
         self.suppressed = suppressed_tokens(self.policy_model)
         self.generator = Generator(args, self.accelerator, self.tokenizer, self.stop_token_id, self.suppressed)
-        self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, self.suppressed)
+        self.sampling = Sampling(args.temperature, self.suppressed, args.logits_chunk_size)
+        self.share_prefix = False
+        self.ppo_update = PPOUpdate(
+            args, self.accelerator, self.model, self.optimizer, self.sampling, self.share_prefix
+        )
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Put both models under our own roof first: TRL calls this between building its wrapper and preparing it.
@@ -221,7 +227,6 @@ class LlavaPPOTrainer(PPOTrainer):
         if "value" in batch:
             value_inputs = ModelInputs.from_batch(batch["value"], device)
         at_once = self.args.local_rollout_forward_batch_size
-        logprobs, ref_logprobs, values = [], [], []
         with torch.no_grad():
             with self.gathered() as model:
                 with self.clock.phase("images"), self.accelerator.autocast():
@@ -234,14 +239,19 @@ class LlavaPPOTrainer(PPOTrainer):
             if self.ref_model is None:
                 ref_inputs = inputs
             model = self.accelerator.unwrap_model(self.model)
+            logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=device)
+            lengths = lengths_of(inputs, value_inputs, mask, self.share_prefix)
+            limits = (at_once, self.args.max_tokens_per_micro_batch)
             with self.clock.phase("forward"), self.accelerator.autocast():
-                for rows in chunks(len(inputs), at_once):
-                    answers = (responses[rows], mask[rows])
-                    logprobs.append(self._logprobs(model.policy, inputs.select(rows), *answers))
+                for rows in micro_batches(range(len(inputs)), lengths, *limits, self.accelerator):
+                    width = max(lengths.responses[row] for row in rows)
+                    answers = (responses[rows, :width], mask[rows, :width])
+                    logprobs[rows, :width] = self._logprobs(model.policy, inputs.select(rows), *answers)
                     with self.reference(model.policy) as reference:
-                        ref_logprobs.append(self._logprobs(reference, ref_inputs.select(rows), *answers))
-                    values.append(response_values(model.value_model, value_inputs.select(rows), *answers))
-        all_values = torch.cat(values)
+                        ref_logprobs[rows, :width] = self._logprobs(reference, ref_inputs.select(rows), *answers)
+                    values[rows, :width] = response_values(
+                        model.value_model, value_inputs.select(rows), *answers, share_prefix=self.share_prefix
+                    )
         return Rollout(
             inputs=inputs,
             value_inputs=value_inputs,
@@ -249,9 +259,9 @@ class LlavaPPOTrainer(PPOTrainer):
             responses=responses,
             mask=mask,
             stopped=self.generator.stopped(responses, mask),
-            logprobs=torch.cat(logprobs),
-            ref_logprobs=torch.cat(ref_logprobs),
-            values=torch.where(mask, all_values, torch.zeros_like(all_values)),
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
         )
 
     def score(self, rollout: Rollout, step: int) -> None:
@@ -363,8 +373,7 @@ class LlavaPPOTrainer(PPOTrainer):
         self, policy: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """(B, R) log-probabilities of the response tokens, computed the way the update computes them."""
-        logits = response_logits(policy, inputs, responses, mask, self.args.temperature, self.suppressed)
-        return token_logprobs(logits, responses, mask)
+        return response_logprobs(policy, inputs, responses, mask, self.sampling, share_prefix=self.share_prefix)[0]
 
     # --- around the loop ----------------------------------------------------------------------------------------
 
@@ -379,6 +388,8 @@ class LlavaPPOTrainer(PPOTrainer):
         self.state.compute_steps(args, self.state.max_steps)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
+        with self.gathered() as model, self.accelerator.autocast():
+            check_plain_head(model.policy)
         self.train_start = time.perf_counter()
         self.first_episode = self.state.episode
         self.clock.start()

@@ -10,11 +10,12 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from trl_llava import ppo_math
+from trl_llava.chunked_head import Sampling
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.health import check_finite, check_first_step_ratio
-from trl_llava.passes import token_entropies, token_logprobs
+from trl_llava.micro_batches import Lengths, micro_batches
 from trl_llava.randomness import mini_batch_order
-from trl_llava.rollout import Rollout, chunks
+from trl_llava.rollout import Rollout
 
 
 class PPOUpdate:
@@ -31,7 +32,8 @@ class PPOUpdate:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        suppressed: list[int],
+        sampling: Sampling,
+        share_prefix: bool = False,
     ) -> None:
         """Keep what every update needs.
 
@@ -40,13 +42,15 @@ class PPOUpdate:
             accelerator: the one that prepared model and optimizer.
             model: a prepared `PolicyAndValue`.
             optimizer: the prepared optimizer.
-            suppressed: ids that generation never draws.
+            sampling: how the policy's logits become the distribution that tokens were drawn from.
+            share_prefix: whether answers to the same prompt run as one row.
         """
         self.args = args
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
-        self.suppressed = suppressed
+        self.sampling = sampling
+        self.share_prefix = share_prefix
 
     def __call__(self, rollout: Rollout, step: int, nothing_moved_yet: bool) -> dict[str, float]:
         """Train on a rollout.
@@ -65,20 +69,22 @@ class PPOUpdate:
         self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self.grad_norms: list[torch.Tensor] = []
         self.check_ratio = self.args.check_first_step and nothing_moved_yet
+        lengths = rollout.lengths(self.share_prefix)
         for epoch in range(self.args.num_ppo_epochs):
             order = mini_batch_order(len(rollout), self.args.seed, self.accelerator.process_index, step, epoch)
             for rows in np.split(order, self.args.num_mini_batches):
-                self._mini_batch(rollout, rows.tolist(), step)
+                self._mini_batch(rollout, rows.tolist(), lengths, step)
         return self._metrics()
 
-    def _mini_batch(self, rollout: Rollout, rows: list[int], step: int) -> None:
+    def _mini_batch(self, rollout: Rollout, rows: list[int], lengths: Lengths, step: int) -> None:
         """One optimizer step, accumulated over micro-batches so that each real token weighs the same."""
         accelerator = self.accelerator
         tokens = accelerator.reduce(rollout.mask[rows].sum(), reduction="sum")
         # DDP and DeepSpeed average over processes and `backward` divides by the accumulation steps: undo both, since
         # the loss is already a share of the mean over all tokens of all processes.
         undo_averaging = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        parts = [[rows[i] for i in part] for part in chunks(len(rows), self.args.per_device_train_batch_size)]
+        limits = (self.args.per_device_train_batch_size, self.args.max_tokens_per_micro_batch)
+        parts = micro_batches(rows, lengths, *limits, accelerator)
         for part in parts:
             # Not `accelerator.accumulate`: it also synchronises whenever the data loader reaches its end.
             accelerator.sync_gradients = part is parts[-1]
@@ -100,8 +106,7 @@ class PPOUpdate:
     def _loss(self, part: Rollout, tokens: torch.Tensor) -> torch.Tensor:
         """The share of a micro-batch in the mini-batch's loss, which is a mean over `tokens` tokens."""
         args, mask = self.args, part.mask
-        logits, values = self.model(part, args.temperature, self.suppressed)
-        logprobs = token_logprobs(logits, part.responses, mask)
+        logprobs, entropies, values = self.model(part, self.sampling, self.share_prefix)
         policy = ppo_math.policy_loss(logprobs, part.logprobs, part.advantages, mask, args.cliprange)
         value = ppo_math.value_loss(values, part.values, part.returns, mask, args.cliprange_value)
         with torch.no_grad():
@@ -111,7 +116,7 @@ class PPOUpdate:
             for name, per_token in {
                 "policy/approxkl_avg": 0.5 * policy.log_ratio**2,
                 "policy/clipfrac_avg": policy.clipped.float(),
-                "policy/entropy_avg": token_entropies(logits),
+                "policy/entropy_avg": entropies,
                 "loss/policy_avg": policy.losses,
                 "loss/value_avg": value.losses,
                 "val/clipfrac_avg": value.clipped.float(),

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from trl_llava.micro_batches import Lengths
+
 # LLaVA-OneVision's processor says how many images each row has, rows without any left out.
 COUNTS = "batch_num_images"
 
@@ -27,6 +29,7 @@ class ModelInputs:
             (B, Q) token kinds, or entries per row.
         image_features: what tower and projector made of each image, (N, H) each, once they have run; then the
             tensors they were made from are no longer in `extras`.
+        groups: for each row the number of its prompt: rows with the same number have the same prompt.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +37,10 @@ class ModelInputs:
     images_per_row: list[int]
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     image_features: list[torch.Tensor] | None = None
+    groups: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.groups = self.groups or list(range(len(self.input_ids)))
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any], device: torch.device) -> "ModelInputs":
@@ -58,8 +65,30 @@ class ModelInputs:
         """Q, the padded length of the prompts in tokens."""
         return self.input_ids.shape[1]
 
+    @property
+    def lengths(self) -> list[int]:
+        """The length of each prompt in tokens, without padding."""
+        return self.attention_mask.sum(1).tolist()
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether prompts repeat, and nothing but their ids goes with their tokens."""
+        with_tokens = any(value.shape == self.input_ids.shape for value in self.extras.values())
+        return len(set(self.groups)) < len(self) and not with_tokens
+
+    def repeated(self, times: int) -> "ModelInputs":
+        """Every prompt several times, its copies beside each other.
+
+        Args:
+            times: how often.
+
+        Returns:
+            The inputs of B * `times` rows; features of images are not copied.
+        """
+        return self if times == 1 else self.select([row for row in range(len(self)) for _ in range(times)])
+
     def select(self, rows: Sequence[int]) -> "ModelInputs":
-        """Pick rows, each with its own images.
+        """Pick rows, each with its own images, padded to the longest of them.
 
         Args:
             rows: indices into the batch.
@@ -72,6 +101,8 @@ class ModelInputs:
         """
         starts = [sum(self.images_per_row[:row]) for row in range(len(self))]
         images = [starts[row] + offset for row in rows for offset in range(self.images_per_row[row])]
+        rows = list(rows)
+        padding = self.query_length - int(self.attention_mask[rows].sum(1).max())
         extras = {}
         for key, value in self.extras.items():
             if key == COUNTS:
@@ -79,7 +110,7 @@ class ModelInputs:
                     counts = [self.images_per_row[row] for row in rows if self.images_per_row[row]]
                     extras[key] = torch.tensor(counts, dtype=value.dtype, device=value.device)
             elif value.shape == self.input_ids.shape:
-                extras[key] = value[list(rows)]
+                extras[key] = value[rows, padding:]
             elif value.shape[0] == sum(self.images_per_row):
                 if images:  # a model takes no empty `pixel_values`
                     extras[key] = value[images]
@@ -89,14 +120,14 @@ class ModelInputs:
                     f"entry for each of the {sum(self.images_per_row)} images or a tensor of shape "
                     f"{tuple(self.input_ids.shape)}. Processors that flatten image patches do not work in PPO yet"
                 )
-        rows = list(rows)
         features = None if self.image_features is None else [self.image_features[image] for image in images]
         return ModelInputs(
-            self.input_ids[rows],
-            self.attention_mask[rows],
+            self.input_ids[rows, padding:],
+            self.attention_mask[rows, padding:],
             [self.images_per_row[row] for row in rows],
             extras,
             features,
+            [self.groups[row] for row in rows],
         )
 
     def image_kwargs(self) -> dict[str, Any]:
@@ -172,6 +203,17 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.responses)
 
+    def lengths(self, share_prefix: bool) -> Lengths:
+        """How long the rows are, for micro-batches.
+
+        Args:
+            share_prefix: whether rows with the same prompt run as one.
+
+        Returns:
+            The lengths.
+        """
+        return lengths_of(self.inputs, self.value_inputs, self.mask, share_prefix)
+
     def select(self, rows: Sequence[int]) -> "Rollout":
         """Pick rows for a micro-batch, cut to its longest response.
 
@@ -200,6 +242,25 @@ class Rollout:
             else:
                 picked[item.name] = value
         return Rollout(**picked)
+
+
+def lengths_of(inputs: ModelInputs, value_inputs: ModelInputs, mask: torch.Tensor, share_prefix: bool) -> Lengths:
+    """How long rows are, for micro-batches.
+
+    Args:
+        inputs: B prompts as the policy sees them.
+        value_inputs: the same as the value model sees them.
+        mask: (B, R) bool, `True` at real tokens of the responses.
+        share_prefix: whether rows with the same prompt run as one.
+
+    Returns:
+        The lengths.
+    """
+    prompts = inputs.lengths
+    if value_inputs is not inputs:
+        prompts = [max(pair) for pair in zip(prompts, value_inputs.lengths, strict=True)]
+    groups = inputs.groups if share_prefix and inputs.can_be_packed and value_inputs.can_be_packed else None
+    return Lengths(prompts, mask.sum(1).tolist(), groups)
 
 
 def chunks(total: int, size: int) -> Iterator[list[int]]:

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from trl_llava import ppo_math, ppo_update
+from trl_llava.chunked_head import Sampling, logprobs_of
 from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.passes import token_logprobs
 from trl_llava.ppo_setup import warm_up_above_zero
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.reward_terms import correctness, length_term
@@ -336,8 +336,8 @@ def reference_losses(given: dict[str, torch.Tensor], mask: torch.Tensor, args: d
 def test_logprobs_of_tokens() -> None:
     labels = PPO["compute_logprobs.labels"]
     wanted = PPO["compute_logprobs.out"]
-    found = token_logprobs(PPO["compute_logprobs.logits"], labels, wanted != 0)
-    close(found, wanted)
+    found = logprobs_of(PPO["compute_logprobs.logits"], labels.clamp(min=0))
+    close(found * (wanted != 0), wanted)
 
 
 # --- the update loop ------------------------------------------------------------------------------------------------
@@ -350,9 +350,10 @@ class LinearRoles(nn.Module):
         super().__init__()
         self.w, self.u = nn.Parameter(start["w0"].clone()), nn.Parameter(start["u0"].clone())
 
-    def forward(self, part: Rollout, temperature: float, suppressed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, part: Rollout, sampling: Sampling, share_prefix: bool) -> tuple[torch.Tensor, ...]:
         features = part.inputs.extras
-        return part.logprobs + features["F1"] @ self.w, part.values + features["F2"] @ self.u
+        logprobs, values = part.logprobs + features["F1"] @ self.w, part.values + features["F2"] @ self.u
+        return logprobs, torch.zeros_like(logprobs), values
 
 
 @pytest.mark.parametrize("case", LOOP)
@@ -360,15 +361,12 @@ def test_update_loop(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     golden, given = LOOP[case], golden_data.tensors("3b_loop.safetensors")
     args, saved = golden["args"], {name.removeprefix(f"{case}."): value for name, value in given.items()}
     model = LinearRoles(saved)
-    # The features give log-probabilities as they are; there is no vocabulary to take them from.
-    monkeypatch.setattr(ppo_update, "token_logprobs", lambda logits, responses, mask: logits)
-    monkeypatch.setattr(ppo_update, "token_entropies", lambda logits: torch.zeros_like(logits))
     rows, per_device = args["rollout_batch_size"], args["step_per_device_batch_size"]
     settings = SimpleNamespace(
         seed=0, num_ppo_epochs=args["noptepochs"], num_mini_batches=rows // args["step_batch_size"],
         per_device_train_batch_size=per_device, max_grad_norm=args["max_grad_norm"], temperature=1.0,
         cliprange=SCRIPT_CLIPRANGE, cliprange_value=SCRIPT_CLIPRANGE, vf_coef=SCRIPT_VF_COEF,
-        check_first_step=False, first_step_ratio_tolerance=0.0,
+        check_first_step=False, first_step_ratio_tolerance=0.0, max_tokens_per_micro_batch=None,
     )  # fmt: skip
     # The published scripts leave weight decay at 0, whatever AdamW's own default is.
     defaults = {name: golden["optimizer_defaults"][name] for name in ("betas", "eps")}
@@ -377,7 +375,7 @@ def test_update_loop(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=golden["gradient_accumulation_steps"])
     orders = iter(epoch_orders(golden["calls"], rows))
     monkeypatch.setattr(ppo_update, "mini_batch_order", lambda *args: np.array(next(orders)))
-    update = PPOUpdate(settings, accelerator, model, optimizer, [])
+    update = PPOUpdate(settings, accelerator, model, optimizer, Sampling())
     update(loop_rollout(given), 1, nothing_moved_yet=False)
     assert next(orders, None) is None
     assert len(steps) == golden["n_optimizer_steps"]

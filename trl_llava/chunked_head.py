@@ -1,0 +1,111 @@
+"""Log-probabilities and entropies of chosen tokens, the language-model head run on a few hundred positions at a time.
+
+A head's output is by far the widest tensor of a model: for 32 answers of 512 tokens out of 32 000, 2 GiB in float32,
+and more than that for its gradient. Here it never exists for more than `chunk_size` positions: what a chunk is needed
+for is kept, one number per token, and its logits are computed again in the backward pass.
+
+Letters: `n` positions, `H` hidden, `V` vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+
+class Sampling(NamedTuple):
+    """How a model's logits become the distribution that tokens are drawn from.
+
+    Attributes:
+        temperature: the logits are divided by it.
+        suppressed: ids that generation never draws, such as the image token.
+        chunk_size: for how many positions the head runs at once.
+    """
+
+    temperature: float = 1.0
+    suppressed: Sequence[int] = ()
+    chunk_size: int = 512
+
+    def logits(self, raw: torch.Tensor) -> torch.Tensor:
+        """Logits of the distribution that tokens were drawn from.
+
+        Args:
+            raw: (..., V) what the head returned.
+
+        Returns:
+            (..., V) float32.
+        """
+        logits = raw.float() / (self.temperature + 1e-7)
+        blocked = [token for token in self.suppressed if token < logits.shape[-1]]
+        if not blocked:
+            return logits
+        mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        mask[blocked] = True
+        # The smallest finite number rather than -inf: probability 0, and no 0 * inf in the entropy.
+        return logits.masked_fill(mask, torch.finfo(logits.dtype).min)
+
+
+def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of tokens under the softmax of logits.
+
+    Args:
+        logits: (..., V).
+        tokens: (...) ids.
+
+    Returns:
+        (...) in nats.
+    """
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropies_of(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of the softmax of logits.
+
+    Args:
+        logits: (..., V).
+
+    Returns:
+        (...) in nats.
+    """
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def token_statistics(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    tokens: torch.Tensor,
+    sampling: Sampling,
+    *,
+    entropies: bool,
+    context_fn: Callable[..., Any] = noop_context_fn,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of tokens, and entropies of what they were drawn from, in chunks.
+
+    Args:
+        hidden: (n, H) the hidden states that the tokens are predicted from.
+        head: the language-model head; it may be trained, or have an adapter.
+        tokens: (n,) ids.
+        sampling: how its logits become a distribution.
+        entropies: whether they are wanted; they carry no gradient.
+        context_fn: as for `torch.utils.checkpoint`: the contexts of the head's first and second run.
+
+    Returns:
+        logprobs: (n,) float32.
+        entropies: (n,) float32, or (0,) if they are not wanted.
+    """
+
+    def chunk(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = sampling.logits(head(states))
+        logprobs = logprobs_of(logits, ids)
+        # Behind the log-probabilities, so that the second run, in the backward pass, stops before it.
+        return logprobs, entropies_of(logits.detach()) if entropies else logprobs.new_empty(0)
+
+    parts = []
+    for states, ids in zip(hidden.split(sampling.chunk_size), tokens.split(sampling.chunk_size), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(chunk, states, ids, use_reentrant=False, context_fn=context_fn))
+        else:
+            parts.append(chunk(states, ids))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
