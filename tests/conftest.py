@@ -2,9 +2,18 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+import hub_server
 
+# Before anything imports huggingface_hub. The loopback Hub answers nothing before a test starts it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = hub_server.shared().url
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+import logging
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -62,3 +71,37 @@ def red_image() -> Image.Image:
 def blue_image() -> Image.Image:
     """Blue, 30 wide and 60 high, with a white square in the top left corner."""
     return tiny_models.image("blue", (30, 60))
+
+
+@pytest.fixture(scope="session")
+def served_hub() -> Iterator[hub_server.Hub]:
+    """The loopback Hub, answering."""
+    with hub_server.shared() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(
+    served_hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[hub_server.Hub]:
+    """An empty Hub that this process is logged in to, with an empty cache; the client's waits take no time."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http, are_progress_bars_disabled, enable_progress_bars
+
+    cache = tmp_path_factory.mktemp("hub_cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", hub_server.WRITE_TOKEN)
+    client = served_hub.clear()
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=client.waits.append))
+    bars, level = are_progress_bars_disabled(), logging.getLogger("huggingface_hub").level
+    yield client
+    logging.getLogger("huggingface_hub").setLevel(level)
+    if not bars:
+        enable_progress_bars()
+    for thread in threading.enumerate():
+        if thread.name == "hub-push":
+            thread.join(5)

@@ -29,7 +29,6 @@ SAVED = {
     "tokenizer.json",
     "tokenizer_config.json",
     "trainer_state.json",
-    "training_args.bin",
     "versions.json",
 }
 QUICK = [

@@ -15,6 +15,8 @@ LAYERS = (
     (
         "check_report",
         "console",
+        "hub_push",
+        "hub_repository",
         "model_card",
         "online_rl",
         "output_dir",
@@ -23,6 +25,7 @@ LAYERS = (
         "recipe",
         "recipe_values",
         "score_start",
+        "shareable",
         "splits",
     ),
     ("sft_trainer", "reward_trainer", "ppo_trainer", "factual_reward"),
@@ -61,7 +64,7 @@ LAYERS = (
             "vision_tower",
             "rows",
         ),
-        *("images", "plain_text", "padding", "randomness", "errors", "chat_templates"),
+        *("images", "plain_text", "padding", "randomness", "errors", "chat_templates", "hub_names"),
     ),
     ("__init__",),
 )

@@ -96,6 +96,12 @@ class LlavaScriptArguments(ScriptArguments):
         "error", "A row that cannot be used: 'error' names it and stops, 'skip' drops and counts it."
     )
 
+    hub_onto_existing: bool = option(
+        False,
+        "With `push_to_hub`: push onto a repository that holds another run, or something else, as a new commit. By "
+        "default such a repository is refused before training.",
+    )
+
     def __post_init__(self) -> None:
         refuse(
             self,

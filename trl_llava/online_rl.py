@@ -15,6 +15,8 @@ from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import OnlineArguments, refuse_vllm
 from trl_llava.console import quiet_libraries
 from trl_llava.factual_reward import FactualReward
+from trl_llava.hub_push import push_saves
+from trl_llava.hub_repository import claim_repository
 from trl_llava.lengths import drop_overlong
 from trl_llava.model_card import write_model_card
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
@@ -70,6 +72,7 @@ def run_online(
     model_args.trust_remote_code = args.trust_remote_code
     quiet_libraries(args)
     checkpoint = output_dir.claim(args, recipe)
+    repository = claim_repository(args, script_args, model_args, recipe, resuming=checkpoint is not None)
     processor = load_recipe_processor(model_args, online_args.chat_template_path)
     single_images = _check_image_inputs(processor, trainer_class)
     rewards = _load_rewards(online_args, model_args, args)
@@ -106,9 +109,12 @@ def run_online(
     trainer.create_model_card = functools.partial(
         write_model_card, trainer, stage, model_args.model_name_or_path, recipe
     )
+    push = push_saves(trainer, repository)
     output_dir.record(args, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)
+    if push is not None:
+        push.end()
     return trainer
 
 

@@ -64,17 +64,18 @@ def record(args: TrainingArguments, recipe: Recipe) -> None:
 
 
 def finish(trainer: Any, dataset_name: str | None) -> None:
-    """Saves everything a finished run leaves behind, and pushes it if the recipe says so.
+    """Saves everything a finished run leaves behind; pushing it is `hub_push`'s.
 
     Args:
         trainer: The trainer, after training.
         dataset_name: Hub ID of the data, for the model card.
     """
-    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # a push follows below, once
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)
     trainer.save_state()
     trainer.create_model_card(dataset_name=dataset_name)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
+    if trainer.is_world_process_zero():
+        # A pickle, which nobody should load from elsewhere; recipe.yaml says the same to everybody.
+        (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -159,7 +160,7 @@ def _check_owner(folder: Path, recipe: Recipe, resuming: bool) -> None:
             "`output_dir`. Nothing in it was touched."
         )
     previous = yaml.load((folder / RECIPE_FILE).read_text(encoding="utf-8"), Loader=RecipeLoader) or {}
-    if changes := _differences(previous, recipe.values):
+    if changes := differences(previous, recipe.values):
         raise OutputDirError(
             f"`output_dir` {folder} holds another run; its {RECIPE_FILE} differs in {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}. Choose another `output_dir`"
@@ -186,7 +187,16 @@ def _nothing_to_resume(folder: Path) -> str:
     )
 
 
-def _differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two recipes say differently, beside where a run is.
+
+    Args:
+        previous: The values of one recipe.
+        now: Those of the other.
+
+    Returns:
+        One text for each field that differs.
+    """
     keys = sorted((set(previous) | set(now)) - _NOT_COMPARED)
     return [
         f"`{key}` ({previous.get(key)!r} there, {now.get(key)!r} now)"

@@ -499,6 +499,5 @@ class LlavaPPOTrainer(PPOTrainer):
             save_roles(self.accelerator.unwrap_model(self.model), state, folder, "default")
             self.processing_class.save_pretrained(folder)
             save_state(self.scorer, folder)
-            torch.save(self.args, folder / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -18,6 +18,8 @@ from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import LlavaDPOConfig
 from trl_llava.console import quiet_libraries, run_as_program
 from trl_llava.dpo_collator import DPOCollator
+from trl_llava.hub_push import push_saves
+from trl_llava.hub_repository import claim_repository
 from trl_llava.lengths import drop_overlong
 from trl_llava.model_card import write_model_card
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
@@ -56,6 +58,7 @@ def main(args: Sequence[str] | None = None) -> DPOTrainer:
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
+    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
     processor = load_recipe_processor(model_args, training_args.chat_template_path)
     collator = DPOCollator(processor, training_args.max_length, training_args.pad_to_multiple_of)
     splits = load_splits(
@@ -79,9 +82,12 @@ def main(args: Sequence[str] | None = None) -> DPOTrainer:
     trainer.create_model_card = functools.partial(
         write_model_card, trainer, "dpo", model_args.model_name_or_path, recipe
     )
+    push = push_saves(trainer, repository)
     output_dir.record(training_args, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)
+    if push is not None:
+        push.end()
     return trainer
 
 

@@ -18,6 +18,8 @@ from trl_llava import output_dir
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.hub_push import push_saves
+from trl_llava.hub_repository import claim_repository
 from trl_llava.model_card import write_model_card
 from trl_llava.ppo_roles import load_policy_roles, load_rewards, load_value_model
 from trl_llava.ppo_trainer import LlavaPPOTrainer
@@ -57,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
+    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
     train_rows, eval_rows = load_splits(
         script_args, mixture, training_args, "prompt", dataset_num_proc=training_args.dataset_num_proc
     )
@@ -76,9 +79,12 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
         peft_config=policy.peft_config,
     )
     trainer.create_model_card = functools.partial(write_model_card, trainer, "ppo", policy.base, recipe)
+    push = push_saves(trainer, repository)
     output_dir.record(training_args, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)
+    if push is not None:
+        push.end()
     return trainer
 
 

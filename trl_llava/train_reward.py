@@ -17,6 +17,8 @@ from trl_llava import output_dir
 from trl_llava.adapters import lora_config
 from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
 from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.hub_push import push_saves
+from trl_llava.hub_repository import claim_repository
 from trl_llava.model_card import write_model_card
 from trl_llava.policy_start import load_recipe_processor
 from trl_llava.prompts import JudgingPrompt
@@ -86,6 +88,7 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
     quiet_libraries(training_args)
     judging_prompt = make_judging_prompt(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
+    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
     base, adapter = model_args.model_name_or_path, model_args.adapter_name_or_path
     processor = load_recipe_processor(model_args, training_args.chat_template_path)
     training_args.chat_template_path = None  # the processor has it now; TRL would set it after the rows are checked
@@ -114,9 +117,12 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
         peft_config=None if adapter else lora_config(model_args, model, task="SEQ_CLS"),
     )
     trainer.create_model_card = functools.partial(write_model_card, trainer, "reward", base, recipe)
+    push = push_saves(trainer, repository)
     output_dir.record(training_args, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)
+    if push is not None:
+        push.end()
     return trainer
 
 

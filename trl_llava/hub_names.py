@@ -1,0 +1,59 @@
+"""A Hub ID with its revision, `org/name@v1`, taken apart: the one place that does."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from trl_llava.errors import InputError
+
+_WITH_REVISION = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)*)@(?P<revision>[^@\s]+)")
+
+
+def split_revision(field: str, name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Take `@revision` off a Hub ID.
+
+    Args:
+        field: The recipe's field or the option that names it, for the message.
+        name: Hub ID with or without `@revision`, or a path. What is there, or begins like a path, keeps its `@`.
+        revision: Branch, tag or commit that a field of its own names.
+
+    Returns:
+        The name, and the revision or None.
+
+    Raises:
+        InputError: If two revisions are named and they differ.
+
+    Example:
+        >>> split_revision("model_name_or_path", "org/name@v1")
+        ('org/name', 'v1')
+    """
+    match = _WITH_REVISION.fullmatch(name)
+    if match is None or name.startswith((".", "~")) or Path(name).exists():
+        return name, revision
+    found = match["revision"]
+    if revision is not None and revision != found:
+        raise InputError(
+            f"{field}: '{name}' names the revision {found!r}, and its revision field {revision!r}. Leave one of them "
+            "out"
+        )
+    return match["name"], found
+
+
+def split_fields(config: Any, **revisions: str) -> None:
+    """Take `@revision` off the Hub IDs in a config's fields, into the fields that hold revisions.
+
+    Args:
+        config: A config object.
+        **revisions: Field with a Hub ID -> field with its revision. "main", TRL's default, gives way.
+
+    Raises:
+        InputError: If a field names two revisions and they differ.
+    """
+    for field, other in revisions.items():
+        name, revision = getattr(config, field), getattr(config, other)
+        if name is None:
+            continue
+        name, found = split_revision(f"`{field}`", name, None if revision == "main" else revision)
+        setattr(config, field, name)
+        if found is not None:
+            setattr(config, other, found)
