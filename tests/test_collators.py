@@ -128,6 +128,20 @@ def test_preference_stacks_chosen_then_rejected_and_encodes_images_once(vicuna, 
     assert last == [vicuna.tokenizer.eos_token_id] * 4
 
 
+def test_a_packed_pair_holds_both_answers_behind_their_common_prefix(vicuna, rows):
+    plain, packed = PreferenceCollator(vicuna)(rows), PreferenceCollator(vicuna, share_prefix=True)(rows)
+    assert packed["input_ids"].shape[0] == 2 and "image_copies" not in packed
+    assert torch.equal(packed["pixel_values"], plain["pixel_values"])
+    for half in (0, 1):
+        for row in (0, 1):
+            ids, segments = packed["input_ids"][row], packed["segments"][row]
+            real = plain["attention_mask"][row + 2 * half] == 1
+            own = (segments == 0) | (segments == half + 1)
+            assert torch.equal(ids[own], plain["input_ids"][row + 2 * half][real])
+            assert packed["position_ids"][row][own].tolist() == list(range(int(real.sum())))
+    assert torch.equal(packed["attention_mask"] == 0, packed["segments"] == -1)
+
+
 def test_judged_preference_ends_with_the_open_judgement_and_one_caption_order(vicuna, rows):
     batch = PreferenceCollator(vicuna, judging_prompt=JudgingPrompt())(rows)
     texts = [

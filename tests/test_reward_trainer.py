@@ -1,5 +1,6 @@
 """The reward trainer on a tiny LLaVA: the loss by hand, one image encoding per pair, what moves and what does not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def make_trainer(base: Path, folder: Path, **changes: Any) -> LlavaRewardTrainer
 def rewards(trainer: LlavaRewardTrainer) -> tuple[torch.Tensor, torch.Tensor]:
     """Chosen and rejected rewards, each conversation and image on its own: no batch, no shared features."""
     chosen, rejected = [], []
+    collator = replace(trainer.preference_collator, share_prefix=False)
     for row in trainer.train_dataset:
-        batch = trainer.preference_collator([row])
+        batch = collator([row])
         batch.pop("image_copies", None)
         for half, results in enumerate((chosen, rejected)):
             real = batch["attention_mask"][half].bool()
@@ -167,7 +169,7 @@ def test_a_tokenizer_is_refused_for_rows_with_images(tiny_llava_dir, tmp_path):
 
 def test_the_captions_are_part_of_what_is_judged(tiny_llava_dir, tmp_path):
     trainer = make_trainer(tiny_llava_dir, tmp_path)
-    batch = trainer.preference_collator([trainer.train_dataset[0]])
+    batch = replace(trainer.preference_collator, share_prefix=False)([trainer.train_dataset[0]])
     texts = trainer.processing_class.batch_decode(batch["input_ids"], skip_special_tokens=True)
     assert all("a red square" in text.split("Judge it.")[1] for text in texts)
     assert texts[0].split("Judge it.")[1].split() == texts[1].split("Judge it.")[1].split()

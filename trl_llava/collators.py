@@ -18,6 +18,7 @@ from trl_llava.lengths import check_lengths
 from trl_llava.padding import pad, text_tensors
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.rows import RowError
+from trl_llava.shared_prefix import pack_pairs
 
 IGNORED = -100
 """Label of a token that no loss is computed for."""
@@ -192,6 +193,8 @@ class PreferenceCollator:
         judging_prompt: The judging turn that is appended to each conversation; `None` scores the conversation itself,
             at the end of the answer.
         pad_to_multiple_of: Round the padded length up to a multiple of this.
+        share_prefix: Lay both answers of a pair behind what they have in common, as one row; for models that take
+            `segments`.
 
     Example:
         With the tokenizer of `SFTCollator`'s example; two rows of ids for one pair, and one picture:
@@ -211,6 +214,13 @@ class PreferenceCollator:
                 [1, 4, 3, 3, 3, 3, 7, 5, 9, 9, 2]])
         >>> batch["pixel_values"].shape, batch["image_copies"]
         (torch.Size([1, 3, 4, 4]), 2)
+        >>> batch = PreferenceCollator(processor, share_prefix=True)(rows)
+        >>> batch["input_ids"]
+        tensor([[1, 4, 3, 3, 3, 3, 7, 5, 8, 2, 9, 9, 2]])
+        >>> batch["segments"]
+        tensor([[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2]])
+        >>> batch["position_ids"]
+        tensor([[ 0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  8,  9, 10]])
     """
 
     limit: ClassVar[str] = "max_length"
@@ -219,6 +229,7 @@ class PreferenceCollator:
     max_length: int | None = None
     judging_prompt: JudgingPrompt | None = None
     pad_to_multiple_of: int | None = None
+    share_prefix: bool = False
 
     def conversations(self, row: Row) -> list[list[Message]]:
         """Return the conversations of a row that take part in a batch: the one with the chosen answer, then the other.
@@ -257,7 +268,9 @@ class PreferenceCollator:
         Returns:
             `input_ids` and `attention_mask`, each (2B, L) int64 and right-padded; row `i` is the chosen and row
             `B + i` the rejected answer of pair `i`. With images also the processor's image tensors, once per pair
-            (I images of B rows), and `image_copies`, which is 2. With a `margin` column `margin` (B,), float32.
+            (I images of B rows), and `image_copies`, which is 2. With a `margin` column `margin` (B,), float32. With
+            `share_prefix`, `input_ids` and `attention_mask` are (B, L), row `i` holding pair `i`, with `position_ids`
+            and `segments` beside them and no `image_copies`.
 
         Raises:
             RowError: If an image cannot be read, captions or margins are missing, or a conversation is too long.
@@ -273,13 +286,13 @@ class PreferenceCollator:
             **self.rendering(),
         )
         check_lengths(encoding.input_ids, names * 2, self)
-        multiple = self.pad_to_multiple_of
-        batch: dict[str, Any] = {
-            **text_tensors(self.processor, encoding.input_ids, multiple=multiple),
-            **encoding.image_inputs,
-        }
-        if encoding.image_inputs:
-            batch["image_copies"] = 2
+        multiple, ids = self.pad_to_multiple_of, encoding.input_ids
+        batch: dict[str, Any] = dict(encoding.image_inputs)
+        if self.share_prefix:
+            batch |= pack_pairs(ids[: len(rows)], ids[len(rows) :], multiple)._asdict()
+        else:
+            batch |= text_tensors(self.processor, ids, multiple=multiple)
+            batch |= {"image_copies": 2} if encoding.image_inputs else {}
         if any("margin" in row for row in rows):
             batch["margin"] = torch.tensor(_margins(rows), dtype=torch.float32)
         return batch

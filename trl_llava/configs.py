@@ -202,6 +202,11 @@ class LlavaRewardConfig(RewardConfig):
         "Those left out, or None for all, are the paper's.",
     )
     overlong: Overlong = option("error", OVERLONG_HELP)
+    share_prefix: bool = option(
+        True,
+        "Run what both answers of a pair have in common (image and question) once. Where the model's attention takes "
+        "no 4D mask (all but sdpa and eager), both run whole, which is logged.",
+    )
     reward_centering: Literal["trl", "paper", "none"] = option(
         "trl",
         "'trl': center_rewards_coefficient * mean((r1 + r0)^2), off while that is None. 'paper': "

@@ -40,6 +40,17 @@ class LlavaPPOConfig(PPOConfig):
     chat_template_path: str | None = option(None, f"{TEMPLATE_HELP} The reward model keeps its own.")
     max_prompt_length: int | None = option(None, "Longest prompt in tokens, image tokens included. None: no limit.")
     overlong: Overlong = option("error", OVERLONG_HELP)
+    # Several answers to one prompt
+    num_generations_per_prompt: int = option(
+        1,
+        "Answers to each prompt of a batch. A batch still holds `per_device_train_batch_size` * "
+        "`gradient_accumulation_steps` answers per process, to so many times fewer prompts.",
+    )
+    share_prefix: bool = option(
+        True,
+        "Run a prompt once for all of its answers that are in the same micro-batch. Where a model's attention takes "
+        "no 4D mask (all but sdpa and eager), every answer runs with its prompt, which is logged.",
+    )
     # Memory and time; none of these changes a result
     max_tokens_per_micro_batch: int | None = option(
         None,
@@ -110,6 +121,7 @@ class LlavaPPOConfig(PPOConfig):
         require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")
         require_positive(self, "local_rollout_forward_batch_size", "max_prompt_length", "temperature")
         require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size")
+        require_positive(self, "num_generations_per_prompt")
         require_positive(self, "missing_eos_penalty", "reward_scale")
         self._check_batches()
         if self.stop_token is not None and self.stop_token_id is not None:
@@ -130,6 +142,11 @@ class LlavaPPOConfig(PPOConfig):
         if rows % self.num_mini_batches:
             raise ValueError(
                 f"`num_mini_batches` ({self.num_mini_batches}) must divide {product}: change one of the three."
+            )
+        if rows % self.num_generations_per_prompt:
+            raise ValueError(
+                f"`num_generations_per_prompt` ({self.num_generations_per_prompt}) must divide {product}: change one "
+                "of the three."
             )
         if self.whiten_rewards and rows // self.num_mini_batches < 8:
             raise ValueError(

@@ -64,7 +64,7 @@ def rollout_loader(
     """
     batches = RolloutBatches(
         len(dataset),
-        args.batch_size,
+        args.batch_size // args.num_generations_per_prompt,
         (accelerator.process_index, accelerator.num_processes),
         args.seed,
         range(first_step, args.num_total_batches),

@@ -1,5 +1,6 @@
 """Stage 3: PPO whose policy, value and reward see the image."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo import ppo_trainer as upstream
@@ -56,6 +57,9 @@ from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, lengths_of
 from trl_llava.scoring import RewardFunction, Scorer
+from trl_llava.shared_prefix import why_not
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -132,6 +136,9 @@ class LlavaPPOTrainer(PPOTrainer):
             eval_dataset = drop_overlong(
                 rows_from(eval_dataset, "prompt", name="eval_dataset"), collator, args.overlong
             )
+        self.answers_per_epoch = len(train_dataset) * args.num_generations_per_prompt
+        if args.total_episodes is None:  # an epoch asks every prompt once, whatever the number of answers
+            args.total_episodes = int(args.num_train_epochs * self.answers_per_epoch)
         value_collator = None
         if value_processing_class is not None and value_processing_class is not processing_class:
             value_collator = PromptCollator(value_processing_class, max_prompt_length=None)
@@ -166,7 +173,7 @@ class LlavaPPOTrainer(PPOTrainer):
         self.suppressed = suppressed_tokens(self.policy_model)
         self.generator = Generator(args, self.accelerator, self.tokenizer, self.stop_token_id, self.suppressed)
         self.sampling = Sampling(args.temperature, self.suppressed, args.logits_chunk_size)
-        self.share_prefix = False
+        self.share_prefix = self._can_share_prefix()
         self.ppo_update = PPOUpdate(
             args, self.accelerator, self.model, self.optimizer, self.sampling, self.share_prefix
         )
@@ -202,10 +209,12 @@ class LlavaPPOTrainer(PPOTrainer):
         for step, batch in enumerate(self._batches_from(first), start=first + 1):
             self.state.episode += self.args.batch_size
             rollout = self.rollout(batch, step)
+            batch.clear()  # the loader's iterator would keep the pixels until the next step
             self.score(rollout, step)
             self.compute_advantages(rollout, step)
             update_metrics = self.update(rollout, step)
             self.log_step(rollout, update_metrics)
+            del rollout  # before the next one is made
             self._end_step(step)
             if self.control.should_training_stop:
                 break
@@ -216,7 +225,7 @@ class LlavaPPOTrainer(PPOTrainer):
         """Answer a batch of prompts, and ask policy, reference and value about every token of the answers.
 
         Args:
-            batch: what the collator returns, B rows.
+            batch: what the collator returns, each prompt once.
             step: the PPO step, counted from 1, which the sampling noise depends on.
 
         Returns:
@@ -224,38 +233,25 @@ class LlavaPPOTrainer(PPOTrainer):
         """
         device = self.accelerator.device
         inputs = ref_inputs = value_inputs = ModelInputs.from_batch(batch, device)
+        columns: dict[str, list] = batch["columns"]
         if "value" in batch:
             value_inputs = ModelInputs.from_batch(batch["value"], device)
-        at_once = self.args.local_rollout_forward_batch_size
-        with torch.no_grad():
-            with self.gathered() as model:
-                with self.clock.phase("images"), self.accelerator.autocast():
-                    value_inputs = encode_images(model.value_model, value_inputs, at_once)
-                    if self.ref_model is not None:  # else the reference sees with the policy's tower
-                        ref_inputs = encode_images(self.ref_model, ref_inputs, at_once)
-                    inputs = encode_images(model.policy, inputs, at_once)
-                with self.clock.phase("generation"):
-                    responses, mask = self.generator(model.policy, inputs, step)
-            if self.ref_model is None:
-                ref_inputs = inputs
-            model = self.accelerator.unwrap_model(self.model)
-            logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=device)
-            lengths = lengths_of(inputs, value_inputs, mask, self.share_prefix)
-            limits = (at_once, self.args.max_tokens_per_micro_batch)
-            with self.clock.phase("forward"), self.accelerator.autocast():
-                for rows in micro_batches(range(len(inputs)), lengths, *limits, self.accelerator):
-                    width = max(lengths.responses[row] for row in rows)
-                    answers = (responses[rows, :width], mask[rows, :width])
-                    logprobs[rows, :width] = self._logprobs(model.policy, inputs.select(rows), *answers)
-                    with self.reference(model.policy) as reference:
-                        ref_logprobs[rows, :width] = self._logprobs(reference, ref_inputs.select(rows), *answers)
-                    values[rows, :width] = response_values(
-                        model.value_model, value_inputs.select(rows), *answers, share_prefix=self.share_prefix
-                    )
+        at_once, answers = self.args.local_rollout_forward_batch_size, self.args.num_generations_per_prompt
+        with torch.no_grad(), self.gathered() as model:
+            with self.clock.phase("images"), self.accelerator.autocast():
+                value_inputs = encode_images(model.value_model, value_inputs, at_once).repeated(answers)
+                if self.ref_model is not None:  # else the reference sees with the policy's tower
+                    ref_inputs = encode_images(self.ref_model, ref_inputs, at_once).repeated(answers)
+                inputs = encode_images(model.policy, inputs, at_once).repeated(answers)
+            with self.clock.phase("generation"):
+                responses, mask = self.generator(model.policy, inputs, step)
+        prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
+        with self.clock.phase("forward"):
+            logprobs, ref_logprobs, values = self._ask_roles(*prompts, responses, mask)
         return Rollout(
             inputs=inputs,
             value_inputs=value_inputs,
-            columns=batch["columns"],
+            columns={name: [entry for entry in column for _ in range(answers)] for name, column in columns.items()},
             responses=responses,
             mask=mask,
             stopped=self.generator.stopped(responses, mask),
@@ -369,6 +365,44 @@ class LlavaPPOTrainer(PPOTrainer):
             with active_adapter(policy, self.ref_adapter_name):
                 yield policy
 
+    def _ask_roles(
+        self,
+        inputs: ModelInputs,
+        ref_inputs: ModelInputs,
+        value_inputs: ModelInputs,
+        responses: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """(3, B, R) log-probabilities of policy and reference, and values, as constants of the update."""
+        model = self.accelerator.unwrap_model(self.model)
+        lengths = lengths_of(inputs, value_inputs, mask, self.share_prefix)
+        limits = (self.args.local_rollout_forward_batch_size, self.args.max_tokens_per_micro_batch)
+        # Made outside of inference mode: the update's graph may hold them.
+        found = torch.zeros(3, *mask.shape, device=mask.device)
+        # ZeRO-3 gathers weights into tensors that it uses again in the update.
+        no_graph = torch.no_grad if is_deepspeed_zero3_enabled() else torch.inference_mode
+        with no_graph(), self.accelerator.autocast():
+            for rows in micro_batches(range(len(inputs)), lengths, *limits, self.accelerator):
+                width = max(lengths.responses[row] for row in rows)
+                answers = (responses[rows, :width], mask[rows, :width])
+                found[0, rows, :width] = self._logprobs(model.policy, inputs.select(rows), *answers)
+                with self.reference(model.policy) as reference:
+                    found[1, rows, :width] = self._logprobs(reference, ref_inputs.select(rows), *answers)
+                found[2, rows, :width] = response_values(
+                    model.value_model, value_inputs.select(rows), *answers, share_prefix=self.share_prefix
+                )
+        return found
+
+    def _can_share_prefix(self) -> bool:
+        """Whether several answers to a prompt run as one row, in every role alike."""
+        if self.args.num_generations_per_prompt == 1 or not self.args.share_prefix:
+            return False
+        roles = [self.policy_model, self.value_model, *([] if self.ref_model is None else [self.ref_model])]
+        reasons = [reason for role in roles if (reason := why_not(role)) is not None]
+        if reasons:
+            logger.warning("A prompt runs once for each of its answers, not once for all: %s.", "; ".join(reasons))
+        return not reasons
+
     def _logprobs(
         self, policy: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -384,7 +418,7 @@ class LlavaPPOTrainer(PPOTrainer):
         if resume_from_checkpoint:
             self._restore(resume_from_checkpoint)
         self.state.max_steps = args.num_total_batches
-        self.state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        self.state.num_train_epochs = args.total_episodes / self.answers_per_epoch
         self.state.compute_steps(args, self.state.max_steps)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
@@ -429,7 +463,7 @@ class LlavaPPOTrainer(PPOTrainer):
         metrics["eps"] = episodes / (time.perf_counter() - self.train_start)
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode
-        self.state.epoch = self.state.episode / self.train_dataset_len
+        self.state.epoch = self.state.episode / self.answers_per_epoch
         self.state.global_step += 1
         self.log(metrics)
 

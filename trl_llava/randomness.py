@@ -31,7 +31,7 @@ def row_keys(seed: int, step: int, rows: torch.Tensor) -> torch.Tensor:
     Args:
         seed: the run's seed.
         step: the PPO step.
-        rows: (B,) indices of the rows in the batch of all processes.
+        rows: (B,) indices of the answers in the batch of all processes, so that two answers to one prompt differ.
 
     Returns:
         (B,) int64.
@@ -104,7 +104,7 @@ class RolloutBatches(Sampler[list[int]]):
 
         Args:
             rows: number of rows in the data set.
-            batch_size: rows a step takes on all processes together.
+            batch_size: rows a step takes on all processes together, whatever the number of answers to each.
             process: index of this process, and how many there are.
             seed: the run's seed.
             steps: which steps, counted from 0.

@@ -1,9 +1,11 @@
 """Stage 2: a reward model that sees the image, the question, the answer and the captions of the image."""
 
+import logging
 from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import RewardTrainer
 
@@ -14,6 +16,10 @@ from trl_llava.finite_steps import FiniteSteps
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
+from trl_llava.sequence_classification import ImageTextForSequenceClassification
+from trl_llava.shared_prefix import why_not
+
+logger = logging.getLogger(__name__)
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 PAPER_CENTERING = 1e-3
@@ -22,8 +28,8 @@ PAPER_CENTERING = 1e-3
 class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
     """TRL's `RewardTrainer` on pairs of answers to a question about an image.
 
-    Differs from TRL's in its collator, which renders the judging turn and encodes each image once per pair, and in the
-    paper's regulariser (`args.reward_centering: paper`). A loss or gradient that is not finite stops the run.
+    Differs from TRL's in its collator, which renders the judging turn and runs image and question once per pair, and
+    in the paper's regulariser (`args.reward_centering: paper`). A loss or gradient that is not finite stops the run.
 
     Args:
         model: a `...ForSequenceClassification` with one label, or Hub ID or folder of one.
@@ -63,9 +69,22 @@ class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
             processing_class=tokenizer,  # TRL looks for the pad token here
             **kwargs,
         )
+        if isinstance(self.preference_collator, PreferenceCollator):
+            reason = self._why_pairs_run_apart()
+            self.preference_collator.share_prefix = reason is None
+            if reason is not None:
+                logger.warning("Image and question run once for each answer of a pair, not once a pair: %s.", reason)
         if args.chat_template_path is not None:
             processing_class.chat_template = tokenizer.chat_template
         self.processing_class = self.callback_handler.processing_class = processing_class
+
+    def _why_pairs_run_apart(self) -> str | None:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if not self.args.share_prefix:
+            return "`share_prefix` is false"
+        if not isinstance(base, ImageTextForSequenceClassification):
+            return f"{type(base).__name__} takes no packed rows"
+        return why_not(base)
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: LlavaRewardConfig, dataset_name: str
@@ -98,7 +117,7 @@ class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
 
         Args:
             model: the reward model.
-            inputs: a preference batch, chosen rows before rejected ones.
+            inputs: a preference batch: the logits of chosen answers come before those of rejected ones.
             return_outputs: `True` returns the model's output too.
             num_items_in_batch: unused, as in TRL.
 

@@ -29,6 +29,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
+from trl_llava.shared_prefix import attention_mask_for, last_of_rests
+
 if TYPE_CHECKING:  # what a mixin's methods may expect of `self`
     from transformers import PreTrainedModel as _Mixin
 else:
@@ -83,6 +85,7 @@ class ImageTextForSequenceClassification(_Mixin):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_copies: int = 1,
+        segments: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
@@ -101,11 +104,14 @@ class ImageTextForSequenceClassification(_Mixin):
             mm_encoder_outputs: Image features computed earlier, `{"image": ...}`, instead of `pixel_values`.
             image_copies: How many times the batch repeats the same images: 2 for B/2 chosen rows followed by the B/2
                 rejected ones. Each image is encoded once.
+            segments: (B, L) where each row holds several that share their beginning, as `shared_prefix.pack` lays them
+                out; with its `position_ids`.
             labels: (B,) targets, for a loss by `config.problem_type`.
             **kwargs: Handed on to the headless model (`output_hidden_states`, `use_cache`, `batch_num_images`, ...).
 
         Returns:
-            `logits` (B, num_labels) in the head's dtype, and `loss` if there are labels.
+            `logits` (B, num_labels) in the head's dtype, and `loss` if there are labels. With `segments` of S rests a
+            row, (S * B, num_labels): all first rests, then all second ones.
 
         Raises:
             ValueError: If there are no inputs, or a batch of several rows comes without an attention mask, or B does
@@ -137,9 +143,10 @@ class ImageTextForSequenceClassification(_Mixin):
         for name, value in (("image_sizes", image_sizes), ("mm_encoder_outputs", mm_encoder_outputs)):
             if value is not None:  # not every family's forward knows these
                 kwargs[name] = value
+        seen = attention_mask if segments is None else attention_mask_for(self, segments)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=seen,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -147,7 +154,9 @@ class ImageTextForSequenceClassification(_Mixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.score(_pooled(outputs.last_hidden_state, attention_mask).to(self.score.weight.dtype))
+        hidden = outputs.last_hidden_state
+        pooled = _pooled(hidden, attention_mask) if segments is None else _ends_of_rests(hidden, segments)
+        logits = self.score(pooled.to(self.score.weight.dtype))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
@@ -191,6 +200,12 @@ def _pooled(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) ->
         return hidden_states[:, -1]
     last = last_token_index(attention_mask[:, -hidden_states.shape[1] :]).to(hidden_states.device)
     return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+
+
+def _ends_of_rests(hidden_states: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """The (S * B, H) hidden states where the S rests of each row end: all first rests, then all second ones."""
+    last = last_of_rests(segments)
+    return hidden_states[torch.arange(len(segments), device=last.device), last].flatten(0, 1)
 
 
 class LlavaForSequenceClassification(ImageTextForSequenceClassification, LlavaPreTrainedModel):

@@ -158,7 +158,8 @@ def why_not(model: nn.Module) -> str | None:
     config = base.config.get_text_config()
     if (attention := _attention(base)) not in ("sdpa", "eager"):
         return f"attention '{attention}' takes no 4D mask (use attn_implementation: sdpa)"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+    window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    if set(getattr(config, "layer_types", None) or [window]) != {"full_attention"}:
         return f"{type(base).__name__} has layers without full attention"
     if any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base))):
         return f"{type(base).__name__} derives its own positions"

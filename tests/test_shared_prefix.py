@@ -1,0 +1,247 @@
+"""Rows that share a prefix give, run as one, what they give one by one: numbers and gradients, for every family."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset, Image, List
+from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, weights
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, MistralConfig, MistralForCausalLM, ProcessorMixin
+
+from trl_llava.chunked_head import Sampling
+from trl_llava.collators import PreferenceCollator, PromptCollator
+from trl_llava.data import rows_from
+from trl_llava.passes import response_logprobs, response_values
+from trl_llava.prompts import JudgingPrompt
+from trl_llava.rollout import ModelInputs
+from trl_llava.sequence_classification import (
+    LlavaForSequenceClassification,
+    LlavaNextForSequenceClassification,
+    LlavaOnevisionForSequenceClassification,
+)
+from trl_llava.shared_prefix import attention_mask_for, last_of_rests, pack, pack_pairs, predictors, why_not
+
+SCORE_CLASSES = {
+    "tiny_llava_dir": LlavaForSequenceClassification,
+    "tiny_llava_next_dir": LlavaNextForSequenceClassification,
+    "tiny_llava_onevision_dir": LlavaOnevisionForSequenceClassification,
+}
+CASES = [
+    *((family, "sdpa", False) for family in SCORE_CLASSES),
+    ("tiny_llava_dir", "eager", False),
+    ("tiny_llava_dir", "sdpa", True),
+]
+
+
+def ids(*tokens: int) -> torch.Tensor:
+    return torch.tensor(tokens)
+
+
+def test_layout() -> None:
+    packed = pack([ids(7, 8), ids(9)], [[ids(1), ids(2, 3)], [ids(4)]], multiple=6)
+    assert packed.input_ids.tolist() == [[7, 8, 1, 2, 3, 0], [9, 4, 0, 0, 0, 0]]
+    assert packed.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3, 0], [0, 1, 0, 0, 0, 0]]
+    assert packed.segments.tolist() == [[0, 0, 1, 2, 2, -1], [0, 1, -1, -1, -1, -1]]
+    assert [found.tolist() for found in predictors(packed, [2, 1])] == [[1], [1, 3], [6]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found", "ends"),
+    [
+        ([5, 6, 1], [5, 6, 2, 3], [0, 0, 1, 2, 2], [2, 4]),
+        ([5, 6], [5, 6], [0, 1, 2], [1, 2]),  # equal: the last token of each stays its own
+        ([5, 6], [5, 6, 7], [0, 1, 2, 2], [1, 3]),  # one is the beginning of the other
+    ],
+)
+def test_pairs(first: list[int], second: list[int], found: list[int], ends: list[int]) -> None:
+    packed = pack_pairs([first], [second])
+    assert packed.segments.tolist() == [found]
+    assert last_of_rests(packed.segments).tolist() == [[ends[0]], [ends[1]]]
+
+
+def test_a_rest_sees_its_prefix_and_itself() -> None:
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="sdpa"))
+    )
+    seen = attention_mask_for(model, torch.tensor([[0, 1, 1, 2, -1]]))
+    assert seen[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [1, 0, 0, 0, 1],
+    ]
+
+
+def processor_of(family: str, folder: Path) -> ProcessorMixin:
+    if family == "tiny_llava_onevision_dir":
+        return tiny_models.onevision_processor()
+    return AutoProcessor.from_pretrained(folder)
+
+
+def message(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def checkpointed(model: nn.Module, wanted: bool) -> nn.Module:
+    if wanted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def gradients(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize(("family", "attention", "checkpointing"), CASES)
+def test_rewards_and_gradients_are_those_of_whole_rows(
+    family: str, attention: str, checkpointing: bool, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    torch.manual_seed(0)
+    model = SCORE_CLASSES[family].from_pretrained(
+        folder, num_labels=1, dtype=torch.float32, attn_implementation=attention
+    )
+    nn.init.normal_(model.score.weight)
+    checkpointed(model, checkpointing)
+    answers = [
+        ("There is a red square.", "There is a blue circle and a green triangle."),
+        ("Yes.", "No."),
+        ("No", "No, there is a blue circle."),
+        ("A", "B"),
+    ]
+    table = {
+        "prompt": [message("user", f"What is in the picture {i}?") for i in range(4)],
+        "chosen": [message("assistant", pair[0]) for pair in answers],
+        "rejected": [message("assistant", pair[1]) for pair in answers],
+        "images": [[tiny_models.image("red")], [], [tiny_models.image("blue", (30, 60))] * 2, []],
+        "captions": [["a square"]] * 4,
+    }
+    dataset = Dataset.from_dict(table).cast_column("images", List(Image()))
+    rows = list(rows_from(dataset, "preference"))
+    rows[1] = {**rows[1], "rejected": rows[1]["chosen"]}
+    weight = torch.linspace(-1, 1, 8)
+    for judging in (None, JudgingPrompt()):
+        plain = PreferenceCollator(processor_of(family, folder), judging_prompt=judging)
+        expected = model(**plain(rows)).logits.squeeze(-1)
+        wanted = gradients((expected * weight).sum(), model)
+        batch = replace(plain, share_prefix=True)(rows)
+        found = model(**batch).logits.squeeze(-1)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert_same(gradients((found * weight).sum(), model), wanted)
+    assert expected[:4].std() > 1e-3
+
+
+def rollout_of(family: str, folder: Path) -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
+    """Three answers each to two questions, one with a picture, and one answer to a third; left and right padding."""
+    table = {
+        "prompt": [
+            message("user", text) for text in ("What is in the picture?", "Yes?", "Is it a red square or not?")
+        ],
+        "images": [[tiny_models.image("red")], [], [tiny_models.image("blue", (30, 60))]],
+    }
+    dataset = Dataset.from_dict(table).cast_column("images", List(Image()))
+    batch = PromptCollator(processor_of(family, folder))(list(rows_from(dataset, "prompt")))
+    inputs = ModelInputs.from_batch(batch, torch.device("cpu")).repeated(3).select([0, 3, 1, 6, 4, 5, 2])
+    responses = torch.randint(10, 300, (7, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4, 1])[:, None]
+    return inputs, responses, mask
+
+
+@pytest.mark.parametrize(("family", "attention", "checkpointing"), CASES)
+def test_logprobs_values_and_gradients_are_those_of_whole_rows(
+    family: str, attention: str, checkpointing: bool, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    loading = {"dtype": torch.float32, "attn_implementation": attention}
+    policy = checkpointed(AutoModelForImageTextToText.from_pretrained(folder, **loading), checkpointing)
+    torch.manual_seed(0)
+    value = checkpointed(SCORE_CLASSES[family].from_pretrained(folder, num_labels=1, **loading), checkpointing)
+    nn.init.normal_(value.score.weight)
+    inputs, responses, mask = rollout_of(family, folder)
+    assert inputs.groups == [0, 1, 0, 2, 1, 1, 0]
+    weight = torch.linspace(-1, 1, mask.numel()).view_as(mask.float())
+    results = {}
+    for share in (False, True):
+        answers = (inputs, responses, mask)
+        logprobs, entropies = response_logprobs(policy, *answers, Sampling(), entropies=True, share_prefix=share)
+        values = response_values(value, *answers, share_prefix=share)
+        numbers = {"logprobs": logprobs.detach(), "entropies": entropies, "values": values.detach()}
+        results[share] = (
+            numbers,
+            gradients((logprobs * weight).sum(), policy),
+            gradients((values * weight).sum(), value),
+        )
+    for name, expected in results[False][0].items():
+        torch.testing.assert_close(results[True][0][name], expected, rtol=1e-5, atol=1e-5, msg=name)
+    for place in (1, 2):
+        assert_same(results[True][place], results[False][place])
+
+
+def test_which_models_cannot(tiny_llava_dir: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir)
+    assert why_not(model) is None
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    assert why_not(model) == "attention 'flash_attention_2' takes no 4D mask (use attn_implementation: sdpa)"
+    windowed = MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4,
+    )  # fmt: skip
+    assert why_not(MistralForCausalLM(windowed)) == "MistralForCausalLM has layers without full attention"
+
+
+def test_ppo_with_several_answers_to_a_prompt(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
+    runs = []
+    for share in (True, False):
+        trainer = ppo_trainer(
+            tiny_llava_dir, adapter, tmp_path, num_generations_per_prompt=2, share_prefix=share, num_ppo_epochs=2,
+            total_episodes=None, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        )  # fmt: skip
+        favour_the_stop_token(trainer.policy_model)
+        assert trainer.share_prefix is share
+        asked: list[list[str]] = []
+
+        def look(prompts: list, completion_ids: list, asked: list = asked, **columns: list) -> list[float]:
+            asked.append([prompt[-1]["content"][-1]["text"] for prompt in prompts])
+            return [float(len(ids)) for ids in completion_ids]
+
+        trainer.scorer.reward_funcs = [look]
+        trainer.train()
+        runs.append((trainer.state.log_history, weights(trainer)))
+        # 8 prompts, 2 a step, each twice; an epoch asks each once.
+        assert len(asked) == 4 and all(a == b and c == d and a != c for a, b, c, d in asked)
+        assert len({text for step in asked for text in step}) == 8
+        assert [entry["epoch"] for entry in trainer.state.log_history] == [0.25, 0.5, 0.75, 1.0]
+    (shared, shared_weights), (plain, plain_weights) = runs
+    for expected, actual in zip(plain, shared, strict=True):
+        for name in expected:
+            if not name.startswith(("time/", "tokens_per_second", "eps")):
+                assert actual[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+    for name, value in plain_weights.items():
+        torch.testing.assert_close(shared_weights[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_answers_to_one_prompt_differ(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
+    trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path, num_generations_per_prompt=4)
+    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    assert len({tuple(row) for row in rollout.responses.tolist()}) == 4
+    assert rollout.inputs.groups == [0, 0, 0, 0]
+    with pytest.raises(
+        ValueError, match=r"`num_generations_per_prompt` \(3\) must divide .* = 4 rollouts per process"
+    ):
+        ppo_trainer(tiny_llava_dir, adapter, tmp_path, num_generations_per_prompt=3)
