@@ -28,6 +28,7 @@ from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub import check_there, not_found
 from trl_llava.models import HEAD
+from trl_llava.reward_settings import find_file
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def lora_config(
     if config is None:
         return None
     config.task_type = task
+    if model_args.model_revision != "main" and not Path(str(model_args.model_name_or_path)).exists():
+        config.revision = model_args.model_revision  # PEFT's name for the revision of the base
     config.target_modules = _lora_targets(model, model_args.lora_target_modules)
     frozen = [*TOWER_NAMES] * model_args.freeze_vision_tower + [*PROJECTOR_NAMES] * model_args.freeze_projector
     matched = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
@@ -111,6 +114,7 @@ def load_adapter(
             round, or a weight is missing or left over.
     """
     check_there("adapter", name, revision)
+    check_safe_adapter(name, revision)
     try:
         config = PeftConfig.from_pretrained(name, revision=revision)
         keys = load_peft_weights(name, device="cpu", revision=revision).keys()
@@ -136,6 +140,25 @@ def load_adapter(
     if trained_on and Path(trained_on).name != Path(base.name_or_path).name:
         logger.warning("Adapter '%s' was trained on '%s' and is put on '%s'.", name, trained_on, base.name_or_path)
     return model.train(was_training)
+
+
+def check_safe_adapter(name: str, revision: str | None = None) -> None:
+    """Refuse an adapter whose weights are a pickle.
+
+    Args:
+        name: Hub ID or folder.
+        revision: Branch, tag or commit.
+
+    Raises:
+        InputError: If it has an adapter_model.bin and no adapter_model.safetensors.
+    """
+    safe, pickled = (find_file(name, f"adapter_model.{suffix}", revision) for suffix in ("safetensors", "bin"))
+    if safe is None and pickled is not None:
+        at = f" --revision {revision}" if revision else ""
+        raise InputError(
+            f"adapter '{name}' has its weights as a pickle only (adapter_model.bin), which may run code when it is "
+            f"loaded. Convert it, which reads nothing but tensors: `trl-llava convert {name} DST --base BASE{at}`"
+        )
 
 
 def freeze_as_asked(

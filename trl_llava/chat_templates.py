@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, ProcessorMixin
 
 from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub_names import split_revision
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 
 VICUNA_V1 = "vicuna_v1"
@@ -40,8 +41,10 @@ def set_chat_template(processor: ProcessorMixin, source: str, *, trust_remote_co
 
 def _template_of_model(name: str, trust_remote_code: bool) -> str:
     expected = f"expected `{VICUNA_V1}`, a .jinja file, or a model's Hub ID or folder"
+    name, revision = split_revision("`chat_template_path`", name)
     try:
-        template = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code).chat_template
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        template = tokenizer.chat_template
     except (OSError, ValueError) as error:
         raise NotFoundError(f"`chat_template_path`: cannot load {name!r}; {expected}. The cause: {error}") from error
     if not isinstance(template, str):

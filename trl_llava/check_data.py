@@ -25,6 +25,7 @@ from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import OnlineArguments
 from trl_llava.data import row_maker
 from trl_llava.dpo_collator import DPOCollator
+from trl_llava.hub_names import split_revision
 from trl_llava.lengths import LengthMeter
 from trl_llava.models import load_processor
 from trl_llava.ppo_roles import load_policy_processor
@@ -177,9 +178,12 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
 def _load_processor(given: str | None, stage: str, args: Any, model_args: LlavaModelConfig) -> ProcessorMixin:
     if given is None and stage == "ppo":
         return load_policy_processor(args, model_args)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if given is not None:
+        name, revision = split_revision("--processor", given)
     return load_processor(
-        given or model_args.model_name_or_path,
-        revision=None if given else model_args.model_revision,
+        name,
+        revision=revision,
         trust_remote_code=model_args.trust_remote_code,
         pad_to_square=model_args.pad_to_square,
         chat_template_path=args.chat_template_path,

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub import not_found
+from trl_llava.hub_names import split_revision
 
 Kind = Literal["model", "policy adapter", "reward model", "ppo checkpoint"]
 
@@ -58,6 +59,7 @@ def find_source(source: str, revision: str | None = None) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    source, revision = split_revision("SRC", source, revision)
     parts = source.split("/")
     if source.startswith((".", "/", "~")) or len(parts) < 2:
         raise NotFoundError(f"SRC {source} does not exist. Expected a folder, or a Hub ID such as org/name/folder")

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
+from trl_llava.hub_names import split_fields
+
 # TRL's own use of names that transformers has renamed; nothing a user could change in a recipe silences it.
 warnings.filterwarnings(
     "ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated", category=FutureWarning
@@ -132,6 +134,10 @@ class LlavaModelConfig(ModelConfig):
         "None leaves the image processor as it was saved.",
     )
     trust_remote_code: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        split_fields(self, model_name_or_path="model_revision", adapter_name_or_path="adapter_revision")
+        super().__post_init__()
 
 
 @dataclass

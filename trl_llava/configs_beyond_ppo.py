@@ -6,6 +6,7 @@ from typing import Any
 from trl import DPOConfig
 
 from trl_llava.configs import OVERLONG_HELP, TEMPLATE_HELP, Overlong, option, refuse, require_positive
+from trl_llava.hub_names import split_fields
 
 
 @dataclass
@@ -58,6 +59,7 @@ class OnlineArguments:
     dataset_num_proc: int | None = option(None, "Processes that check the rows.")
 
     def __post_init__(self) -> None:
+        split_fields(self, reward_model_path="reward_model_revision")
         require_positive(self, "reward_batch_size", "max_prompt_length", "dataset_num_proc")
 
 

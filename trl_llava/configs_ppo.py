@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl_llava.configs import OVERLONG_HELP, ROWS_ARE_OURS, TEMPLATE_HELP, Overlong, option, refuse, require_positive
+from trl_llava.hub_names import split_fields
 
 with warnings.catch_warnings():
     # The only release line that has PPO keeps it under `experimental`; pyproject.toml bounds it: the notice is noise.
@@ -33,6 +34,7 @@ class LlavaPPOConfig(PPOConfig):
     )
     reward_model_revision: str | None = option(None, "Branch, tag or commit of `reward_model_path`.")
     value_model_path: str | None = option(None, "Checkpoint the value model starts from. None: as `value_init` says.")
+    value_model_revision: str | None = option(None, "Branch, tag or commit of `value_model_path`.")
     value_init: Literal["reward", "policy"] = option(
         "reward", "Backbone that the value model starts from; its head always starts at zero."
     )
@@ -98,6 +100,12 @@ class LlavaPPOConfig(PPOConfig):
     )
 
     def __post_init__(self) -> None:
+        split_fields(
+            self,
+            sft_model_path="sft_model_revision",
+            reward_model_path="reward_model_revision",
+            value_model_path="value_model_revision",
+        )
         computed = "the trainer computes it from the batch size per device, accumulation and the number of processes"
         sizes = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
         refuse(self, dict.fromkeys((*sizes, "local_mini_batch_size", "mini_batch_size"), (None, computed)))

@@ -45,9 +45,9 @@ def convert_adapter(
     _check_settings(folder, settings)
     tensors = {}
     for name, tensor in read_shard(adapter_shard(folder)):
-        if not name.startswith(_OLD) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise InputError(f"{folder} has the weight {name}; expected LoRA weights below {_OLD}")
-        tensors[_NEW + name.removeprefix(_OLD)] = tensor.contiguous()
+        if not name.startswith((_OLD, _NEW)) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise InputError(f"{folder} has the weight {name}; expected LoRA weights below {_OLD} or {_NEW}")
+        tensors[_NEW + name.removeprefix(_OLD).removeprefix(_NEW)] = tensor.contiguous()
     layers = sorted({name.split(".")[-3] for name in tensors})
     if head is not None:
         tensors.update(_head(head))

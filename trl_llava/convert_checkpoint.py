@@ -14,6 +14,7 @@ from trl_llava.checkpoint_layouts import Kind, detect, find_source
 from trl_llava.convert_adapter import check_no_other_weights, convert_adapter
 from trl_llava.convert_model import convert_model
 from trl_llava.errors import InputError
+from trl_llava.hub_names import split_revision
 from trl_llava.models import load_processor
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import RewardSettings, write_settings
@@ -57,6 +58,8 @@ def convert(
         ValueError: If the source cannot be converted, or an adapter comes without `base`.
     """
     layout = detect(find_source(source, revision))
+    if base is not None:
+        base, base_revision = split_revision("--base", base, base_revision)
     if layout.kind == "model":
         with whole_folder(target) as output:
             notes = convert_model(layout.folder, output, vision_tower=vision_tower)

@@ -19,6 +19,7 @@ from trl_llava.configs import LlavaModelConfig
 from trl_llava.encoding import encode
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub import check_there, not_found
+from trl_llava.hub_names import split_revision
 from trl_llava.images import ImageRef, load_image
 from trl_llava.models import HEAD, load_processor, load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
@@ -209,6 +210,7 @@ class FactualReward:
             OSError: If there is no such model.
         """
         model_args = model_args if model_args is not None else LlavaModelConfig()
+        name, revision = split_revision("reward model", name, revision)
         check_there("reward model", name, revision)
         expected = ("adapter_config.json", "config.json")
         files = {file: find_file(name, file, revision) for file in expected}
@@ -218,8 +220,9 @@ class FactualReward:
         settings = read_settings(name, judging_prompt, revision=revision)
         if files["adapter_config.json"]:
             config = PeftConfig.from_pretrained(name, revision=revision)
-            base = base_model or config.base_model_name_or_path
-            base_revision = None if base_model else settings.base_model_revision or config.revision
+            base, base_revision = config.base_model_name_or_path, settings.base_model_revision or config.revision
+            if base_model:
+                base, base_revision = split_revision("base_model", base_model)
             model = load_sequence_classifier(base, model_args, revision=base_revision)
             model = load_adapter(model, name, is_trainable=False, revision=revision)
         else:

@@ -1,13 +1,26 @@
-"""Whether a model is there: asked once and with a time limit, before anything waits for it.
+"""Whether a model or data set is there: asked once and with a time limit, before anything waits for it.
 
 The libraries ask five times more for each file, so that without network a run would end after minutes.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+import datasets
+from datasets import Dataset
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from trl_llava.errors import InputError, NotFoundError
+
+SECONDS = 10
+"""How long the Hub may take to say whether it has something."""
+
+UNREACHABLE: tuple[type[BaseException], ...] = (HfHubHTTPError.__mro__[1], ConnectionError, TimeoutError)
+"""What a request to a Hub out of reach raises; the first is the HTTP library's own class for all that can go wrong on
+the way, and which library that is depends on the version of huggingface_hub."""
 
 _FILES = ("config.json", "adapter_config.json")
 
@@ -57,3 +70,41 @@ def not_found(field: str, name: str, revision: str | None, error: Exception) -> 
         f"logged in for (`hf auth login`); without network, one that is in the cache (`hf download {name}` puts it "
         f"there). The cause: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
     )
+
+
+@contextmanager
+def asked_once(name: str, revision: str | None) -> Iterator[Callable[[Dataset], None]]:
+    """Load a data set inside, from the cache if one request does not reach the Hub.
+
+    `datasets` by itself asks again and again, for half a minute, before it looks into its cache; and there it takes
+    the newest revision, whichever was named.
+
+    Args:
+        name: Hub ID of a data set.
+        revision: Branch, tag or commit.
+
+    Yields:
+        A check that what was loaded is of that revision.
+
+    Raises:
+        NotFoundError: If the Hub has no such data set or revision.
+    """
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=SECONDS)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise NotFoundError(str(error).strip().splitlines()[0]) from error
+    except UNREACHABLE:
+        with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(datasets.config, "HF_HUB_OFFLINE", True):
+            yield lambda dataset: _check_cached(name, revision, dataset)
+        return
+    yield lambda dataset: None
+
+
+def _check_cached(name: str, revision: str | None, dataset: Dataset) -> None:
+    if revision is None:
+        return
+    repository = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    reference = repository / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    if not any(f"{name}@{commit}" in source for source in dataset.download_checksums or {}):
+        raise NotFoundError(f"the Hub is out of reach, and the cache has another revision than {revision!r}")

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import InputError
+from trl_llava.hub import UNREACHABLE
 from trl_llava.output_dir import RECIPE_FILE, differences
 from trl_llava.recipe import Recipe
 from trl_llava.recipe_values import RecipeLoader
@@ -20,9 +21,6 @@ from trl_llava.shareable import is_machine_path, shareable_recipe
 
 logger = logging.getLogger(__name__)
 
-# The first base is the HTTP library's own class for all that can go wrong on the way; which library it is depends on
-# the version of huggingface_hub.
-UNREACHABLE: tuple[Any, ...] = (HfHubHTTPError.__mro__[1], ConnectionError, TimeoutError)
 # How a run saves and logs says nothing about which run it is.
 _NOT_COMPARED = ("hub_", "push_to_hub", "save_", "logging_", "report_to", "disable_tqdm", "run_name", "log_level")
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN (tokens: https://huggingface.co/settings/tokens)"

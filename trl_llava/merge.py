@@ -22,6 +22,7 @@ from trl_llava.configs import LlavaModelConfig
 from trl_llava.encoding import encode
 from trl_llava.errors import InputError
 from trl_llava.hub import check_there
+from trl_llava.hub_names import split_revision
 from trl_llava.models import load_policy, load_processor, load_sequence_classifier
 from trl_llava.padding import text_tensors
 from trl_llava.prompts import Message
@@ -76,12 +77,12 @@ def merge(
     Raises:
         ValueError: If the base is quantised and `quantized` is false, or the merged model computes something else.
     """
+    adapter, revision = split_revision("the adapter", adapter, revision)
     check_there("the adapter", adapter, revision)
     config = PeftConfig.from_pretrained(adapter, revision=revision)
     if not (base or config.base_model_name_or_path):
         raise InputError(f"the adapter '{adapter}' does not name its base model. Name it with --base")
-    base_revision = None if base else config.revision
-    base = base or config.base_model_name_or_path
+    base, base_revision = split_revision("--base", base) if base else (config.base_model_name_or_path, config.revision)
     check_there("the base model", base, base_revision)
     stored = AutoConfig.from_pretrained(base, revision=base_revision)
     if getattr(stored, "quantization_config", None) and not quantized:

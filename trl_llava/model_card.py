@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from trl_llava.hub_names import split_revision
 from trl_llava.output_dir import RECIPE_FILE, VERSIONS_FILE, versions, write_atomically
 from trl_llava.recipe import Recipe
 
@@ -52,11 +53,12 @@ def write_model_card(
         return
     folder = Path(trainer.args.output_dir)
     names = [tags] if isinstance(tags, str) else list(tags or [])
-    data = dataset_name or recipe.values.get("dataset_name")
+    mixture = [source["path"] for source in recipe.values.get("datasets") or []]
+    data_sets = [dataset_name] if dataset_name else mixture or [recipe.values.get("dataset_name")]
     is_adapter = (folder / "adapter_config.json").is_file()
     card_data = ModelCardData(
         base_model=None if Path(base_model).is_dir() else base_model,
-        datasets=data if _is_hub_id(data) else None,
+        datasets=[split_revision("dataset_name", name)[0] for name in data_sets if _is_hub_id(name)] or None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=None if stage == "reward" else "image-text-to-text",
         tags=sorted({"trl", "trl-llava", stage, *names}),

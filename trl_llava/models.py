@@ -31,6 +31,7 @@ from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError, MissingPackageError, NotFoundError
 from trl_llava.hub import check_there, not_found
 from trl_llava.quantization import keep_differentiable, quantization_config
+from trl_llava.reward_settings import find_file
 from trl_llava.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
 
 HEAD = "score"
@@ -224,16 +225,34 @@ def _load_config(field: str, name: str | None, revision: str | None, trust_remot
             f"{field} '{name}' holds an adapter, not a model. Set {field} to its base ('{base}') and "
             f"adapter_name_or_path to '{name}'"
         )
+    _refuse_pickles(field, name, revision)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise NotFoundError(not_found(field, name, revision, error)) from error
 
 
+def _refuse_pickles(field: str, name: str, revision: str | None) -> None:
+    """Raise for a model whose weights are only there as pickles; transformers would load them."""
+
+    def has(*files: str) -> bool:
+        return any(find_file(name, file, revision) is not None for file in files)
+
+    if has("model.safetensors", "model.safetensors.index.json"):
+        return
+    if has("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        raise InputError(
+            f"{field} '{name}' has its weights as a pickle only (pytorch_model.bin), which may run code when it is "
+            f"loaded. Convert it: `trl-llava convert {name} DST` for LLaVA's own layout, which reads nothing but "
+            "tensors, or with `save_pretrained` in an environment that holds nothing of worth"
+        )
+
+
 def _loading_arguments(model_args: LlavaModelConfig) -> dict[str, Any]:
     """The keyword arguments of `from_pretrained` that the recipe decides."""
     dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
     arguments = {
+        "use_safetensors": True,
         "revision": model_args.model_revision,
         "dtype": dtype,
         "attn_implementation": model_args.attn_implementation,

@@ -16,7 +16,14 @@ from trl_llava.hub import check_there
 from trl_llava.models import check_same_tokenizer, load_policy, load_processor
 from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_settings import find_file
-from trl_llava.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
+from trl_llava.score_start import (
+    adapter_base,
+    agreed_base,
+    load_score_model,
+    revision_of_base,
+    with_base,
+    zero_head,
+)
 from trl_llava.scoring import RewardFunction
 
 
@@ -67,7 +74,7 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     if trained_on is None:
         return _full_policy(args, model_args, start, revision)
     base = agreed_base(model_args.model_name_or_path, start, trained_on)
-    base_revision = model_args.model_revision if base == model_args.model_name_or_path else None
+    base_revision = revision_of_base(base, start, revision, model_args)
     model = load_policy(with_base(model_args, base, base_revision))
     model = load_adapter(model, start, adapter_name="default", is_trainable=True, revision=revision)
     load_adapter(model, start, adapter_name="reference", is_trainable=False, revision=revision)
@@ -114,7 +121,7 @@ def load_value_model(
         RecipeError: If `value_init` is "reward" and there is no reward model.
         ValueError: If the value model reads the policy's token IDs as other tokens.
     """
-    name, revision, field = args.value_model_path, None, "value_model_path"
+    name, revision, field = args.value_model_path, args.value_model_revision, "value_model_path"
     if name is None and args.value_init == "policy":
         (name, revision), field = policy.start, "policy"
     elif name is None:
@@ -255,7 +262,7 @@ def _processor(
     """The processor saved with a stage's result, else its base's."""
     fields = {getattr(args, field): field for field in ("sft_model_path", "value_model_path", "reward_model_path")}
     if base is not None and not find_file(name, "tokenizer_config.json", revision):  # an adapter saved on its own
-        name, revision = base, model_args.model_revision if base == model_args.model_name_or_path else None
+        name, revision = base, revision_of_base(base, name, revision, model_args)
     return load_processor(
         name,
         revision=revision,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl_llava.adapters import freeze_as_asked, load_adapter
+from trl_llava.adapters import check_safe_adapter, freeze_as_asked, load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError
 from trl_llava.hub import check_there
@@ -58,13 +58,32 @@ def agreed_base(given: str | None, adapter: str, trained_on: str | None) -> str:
         raise RecipeError(f"adapter {adapter} names no base model: set `model_name_or_path`.")
     if not given or not trained_on:
         return given or str(trained_on)
-    gone = Path(trained_on).is_absolute() and not Path(trained_on).exists()
+    # A path that is not here, or the mere name of one: that is what is pushed.
+    gone = Path(trained_on).is_absolute() or trained_on == Path(given).name
+    gone = gone and not Path(trained_on).exists()
     if given == trained_on or gone or (Path(given).is_dir() and Path(given).resolve() == Path(trained_on).resolve()):
         return given
     raise RecipeError(
         f"`model_name_or_path` is {given}, but adapter {adapter} was trained on {trained_on}: leave "
         "`model_name_or_path` out, or choose an adapter of that base."
     )
+
+
+def revision_of_base(base: str, adapter: str, revision: str | None, model_args: LlavaModelConfig) -> str | None:
+    """Which revision of its base an adapter belongs on.
+
+    Args:
+        base: Hub ID or folder of the base.
+        adapter: Hub ID or folder of the adapter.
+        revision: Branch, tag or commit of the adapter.
+        model_args: `model_revision` counts if the recipe names the same base, and says more than "main".
+
+    Returns:
+        The recipe's revision, else the one that the adapter was trained on, if it is known.
+    """
+    if base == model_args.model_name_or_path and model_args.model_revision not in (None, "main"):
+        return model_args.model_revision
+    return PeftConfig.from_pretrained(adapter, revision=revision).revision
 
 
 def load_score_model(
@@ -92,8 +111,9 @@ def load_score_model(
     if trained_on is None:
         return load_sequence_classifier(name, model_args, revision=revision, seed=seed)
     base = agreed_base(base, name, trained_on)
-    base_revision = model_args.model_revision if base == model_args.model_name_or_path else None
+    base_revision = revision_of_base(base, name, revision, model_args)
     model = load_sequence_classifier(base, model_args, revision=base_revision, seed=seed)
+    check_safe_adapter(name, revision)
     weights = load_peft_weights(name, device="cpu", revision=revision)
     if any(HEAD in key.split(".") for key in weights):
         return freeze_as_asked(load_adapter(model, name, is_trainable=True, revision=revision), name, model_args)

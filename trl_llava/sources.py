@@ -10,6 +10,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, load_dataset, load_from_disk
 
 from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub import asked_once
+from trl_llava.hub_names import split_revision
 
 JSON_COLUMN = "json"
 """Column with one record as JSON text: records with different keys and types stand side by side."""
@@ -71,6 +73,7 @@ def read_source(
         name, split, columns = source.name, source.split, source.columns
         options.update(data_dir=source.data_dir, data_files=source.data_files)
         source = source.path
+    source, options["revision"] = split_revision("the data set", str(source), revision)
     path = Path(source).expanduser()
     if path.is_dir() and not any(options.values()):
         raw = _read_folder(path, name, split)
@@ -80,7 +83,9 @@ def read_source(
         raise NotFoundError(f"The data set {source} does not exist. Expected a Hub ID, a file or a folder.")
     else:
         try:
-            raw = RawRows(load_dataset(str(source), name, split=split, **options), str(source))
+            with asked_once(source, options["revision"]) as check_revision:
+                raw = RawRows(load_dataset(source, name, split=split, **options), source)
+                check_revision(raw.dataset)
         except (OSError, ValueError) as error:  # not there or no network; no such configuration or split
             raise NotFoundError(
                 f"The data set {source} cannot be loaded (configuration {name}, split {split}). Expected a Hub ID, a "
