@@ -27,7 +27,7 @@ def test_metadata(tmp_path: Path) -> None:
     metadata, _ = card(tmp_path, "ppo", tags="vision")
     assert metadata == {
         "base_model": "org/base",
-        "datasets": "org/rows",
+        "datasets": ["org/rows"],
         "library_name": "peft",
         "pipeline_tag": "image-text-to-text",
         "tags": ["ppo", "trl", "trl-llava", "vision"],
