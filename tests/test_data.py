@@ -395,6 +395,40 @@ def test_a_line_that_is_not_json_names_itself(folder):
         load_rows(folder / "a.jsonl", "sft")
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "\\ud83d"}', "it is not JSON .*surrogates not allowed"),
+        ('{"prompt": [], "\\udc00": 1}', "it is not JSON .*surrogates not allowed"),
+        ('{"prompt": [], "id": ' + "9" * 5000 + "}", "it is not JSON .*digits"),
+        ('{"prompt": [], "a\\u0000b": 1}', "it is not JSON .*a key holds NUL"),
+        ("[" * 100_000, "it is not JSON .*lists in lists"),
+        ('{"prompt": [{"role": "user", "content": "Hi"}], "length_bonus": 1' + "0" * 400 + "}", "a finite number"),
+        ('{"image": "' + "a" * 300 + '.png", "prompt": [{"role": "user", "content": "Hi"}]}', "does not exist"),
+        ('{"image": "a\\u0000.png", "prompt": [{"role": "user", "content": "Hi"}]}', "does not exist"),
+    ],
+)
+def test_what_json_can_write_and_no_row_can_hold(folder, line, problem):
+    good = {**PROMPT, "id": 2**70, "smile": "\U0001f600"}
+    (folder / "a.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(RowError, match=rf"^a\.jsonl\[1\]: .*{problem}"):
+        load_rows(folder / "a.jsonl", "prompt")
+    rows = load_rows(folder / "a.jsonl", "prompt", on_bad_row="skip")
+    assert rows["id"][:] == [str(2**70)] and rows["smile"][:] == ["\U0001f600"]
+
+
+def test_a_file_in_another_encoding_is_an_error(folder):
+    (folder / "a.jsonl").write_bytes(json.dumps(PROMPT).encode() + b'\n{"id": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"a\.jsonl is not UTF-8 .*Save it in that encoding"):
+        load_rows(folder / "a.jsonl", "prompt")
+
+
+def test_metadata_of_an_image_folder_that_is_no_object(folder):
+    (folder / "metadata.jsonl").write_text(json.dumps({"prompt": ASKED, "file_name": "a.png"}) + "\n[]")
+    with pytest.raises(RowError, match=r"metadata\.jsonl\[1\]: it is a JSON list, expected an object"):
+        load_rows(folder, "prompt")
+
+
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
 def test_an_empty_data_set_is_an_error(folder, name):
     with pytest.raises(RowError, match=rf"{name}: it is empty"):
@@ -408,6 +442,12 @@ def test_a_misspelt_column_is_an_error(wrong, right):
     record = {"prompt": ASKED, "chosen": [said("assistant", "a")], "rejected": [said("assistant", "b")], wrong: "x"}
     with pytest.raises(RowError, match=rf"unknown column '{wrong}'; did you mean '{right}'\?"):
         rows_from(Dataset.from_list([record]), "preference")
+
+
+@pytest.mark.parametrize("column", ["_reason", "completion_ids"])
+def test_a_column_with_a_name_that_is_used_here_is_an_error(column):
+    with pytest.raises(RowError, match=rf"it has a column '{column}', a name that is used here"):
+        rows_from(Dataset.from_list([{"prompt": ASKED, column: "x"}]), "prompt")
 
 
 def test_other_columns_are_left_behind_with_a_word(folder, caplog):

@@ -22,6 +22,9 @@ from trl_llava.sources import DatasetSource, RawRows, json_columns, read_source
 
 __all__ = ["RowError", "load_image", "load_rows", "rows_from"]
 
+RESERVED_COLUMNS = frozenset({*PROBLEM_COLUMNS, "prompts", "completions", "completion_ids"})
+"""Columns that a data set cannot have: those that rows are checked with, and what reward functions get beside it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -181,6 +184,10 @@ def _check_columns(columns: Iterable[str], name: str) -> None:
     for column in columns:
         if column in KNOWN_COLUMNS:
             continue
+        if column in RESERVED_COLUMNS:
+            raise RowError(
+                name, f"it has a column {column!r}, a name that is used here", "Rename or remove the column"
+            )
         close = get_close_matches(column.lower(), KNOWN_COLUMNS, n=1, cutoff=0.87)
         if close:
             raise RowError(

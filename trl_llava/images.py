@@ -162,7 +162,11 @@ def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
             "Correct the row",
             "image missing",
         )
-    if not Path(path).is_file():
+    try:
+        found = Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file could have
+        found = False
+    if not found:
         raise RowError(
             row_name, f"the image file {path} does not exist", "Check image_folder, or add the file", "image missing"
         )

@@ -1,6 +1,6 @@
 """Published formats to rows: TRL's conversational formats and LLaVA's JSON, one record at a time."""
 
-import math
+import sys
 from typing import Any
 
 from trl_llava.prompts import Message, message_text
@@ -221,9 +221,13 @@ def _answer_type(record: dict[str, Any], row_name: str) -> str:
 
 
 def _number(value: Any, column: str, row_name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # an integer may have any number of digits
         raise RowError(
-            row_name, f"{column} is {value!r}, expected a finite number", "Correct the row", f"{column} is no number"
+            row_name,
+            f"{column} is {abridged(value)}, expected a finite number",
+            "Correct the row",
+            f"{column} is no number",
         )
     return float(value)
 

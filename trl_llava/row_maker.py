@@ -1,6 +1,5 @@
 """One record of a data set to one row: its format turned, its images found and checked, its captions joined."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from trl_llava.captions import captions_of, read_captions
 from trl_llava.images import load_image, open_image, path_inside
 from trl_llava.row_formats import KNOWN_COLUMNS, to_row
 from trl_llava.rows import ANSWERS, RowError, Stage
-from trl_llava.sources import JSON_COLUMN, RawRows
+from trl_llava.sources import JSON_COLUMN, RawRows, json_record
 
 PROBLEM_COLUMNS = ("_reason", "_problem", "_fix")
 """What is wrong with a row, as in `RowError`; empty for a row that can be used."""
@@ -67,8 +66,8 @@ class RowMaker:
 
     def parsed(self, text: str, row_name: str) -> dict[str, Any]:
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
+            record = json_record(text)
+        except ValueError as error:
             raise RowError(row_name, f"it is not JSON ({error})", "Correct the line", "not JSON") from error
         if not isinstance(record, dict):
             raise RowError(row_name, f"it is a JSON {type(record).__name__}, expected an object", "Correct the row")

@@ -90,7 +90,7 @@ class Scorer:
             UnhealthyRunError: if a reward is not finite.
             ValueError: if a function returns another number of rewards than B.
         """
-        call = {"completions": completions, "completion_ids": completion_ids, **columns}
+        call = {**columns, "completions": completions, "completion_ids": completion_ids}
         terms = {}
         for name, weight, function in zip(self.names, self.weights, self.reward_funcs, strict=True):
             rewards = self._rewards(name, function, call, stopped.device)

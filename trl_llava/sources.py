@@ -98,6 +98,34 @@ def read_source(
     return raw
 
 
+def json_record(text: str) -> Any:
+    """Read one record.
+
+    Args:
+        text: A JSON text.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: If it is no JSON, has lists in lists beyond measure, or holds what JSON can write as an escape and
+            no data set can hold: half of a surrogate pair, or NUL in a key.
+    """
+    try:
+        record = json.loads(text, object_pairs_hook=_without_nul if "\\u0000" in text else None)
+    except RecursionError as error:
+        raise ValueError("lists in lists beyond measure") from error
+    if "\\ud" in text.lower():
+        json.dumps(record, ensure_ascii=False).encode()
+    return record
+
+
+def _without_nul(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if any("\0" in key for key, _ in pairs):
+        raise ValueError("a key holds NUL")
+    return dict(pairs)
+
+
 def json_columns(raw: RawRows, untyped: Container[str] = ()) -> Features:
     """Find the columns of JSON records, with types for those that every record could carry along.
 
@@ -111,8 +139,8 @@ def json_columns(raw: RawRows, untyped: Container[str] = ()) -> Features:
     values: dict[str, list[Any]] = {}
     for text in raw.dataset[JSON_COLUMN]:
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError:
+            record = json_record(text)
+        except ValueError:
             continue  # reported, with its row, when the rows are made
         for key, value in record.items() if isinstance(record, dict) else ():
             if raw.columns is None or key in raw.columns:
@@ -125,7 +153,7 @@ def json_columns(raw: RawRows, untyped: Container[str] = ()) -> Features:
 def _feature(values: list[Any]) -> Any:
     try:
         kind = pa.array(values).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return Value("string")
     return Features.from_arrow_schema(pa.schema({"value": kind}))["value"]
 
@@ -164,7 +192,10 @@ def _read_file(path: Path, split: str) -> RawRows:
 
 
 def _read_json(path: Path, split: str, splitname: str) -> RawRows:
-    texts = list(_json_texts(path))
+    try:
+        texts = list(_json_texts(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error}). Save it in that encoding.") from error
     if path.name == "metadata.jsonl":
         texts = [_named_as_image(text) for text in texts]
     dataset = Dataset.from_dict(
@@ -187,7 +218,7 @@ def _json_texts(path: Path) -> Iterator[str]:
             return
         try:
             records = json.load(file)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path} is not JSON ({error}). Expected a list of records, or one on each line."
             ) from error
@@ -197,9 +228,11 @@ def _json_texts(path: Path) -> Iterator[str]:
 def _named_as_image(text: str) -> str:
     """Rename the columns by which an image folder's metadata name their images."""
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError:
+        record = json_record(text)
+    except ValueError:
         return text  # reported, with its row, when the rows are made
+    if not isinstance(record, dict):
+        return text
     names = {"file_name": "image", "file_names": "images"}
     return json.dumps({names.get(key, key): value for key, value in record.items()})
 
