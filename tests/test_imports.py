@@ -42,6 +42,7 @@ LAYERS = (
             "ppo_report",
             "ppo_data",
             "ppo_checkpoint",
+            "ppo_resume",
             "scoring",
             "health",
             "finite_steps",
@@ -52,6 +53,8 @@ LAYERS = (
         *("data", "sources", "row_maker", "row_check", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),
+        *("safe_checkpoints", "checkpoint_folders", "manifest", "loop_state", "full_weights"),
+        *("stop_signals", "resume_command", "disk_full"),
     ),
     (
         *(

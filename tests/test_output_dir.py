@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from trl_llava import output_dir, train_sft
+from trl_llava.manifest import DamagedCheckpointError, write_manifest
 from trl_llava.output_dir import OutputDirError, claim, record
 
 
@@ -27,6 +28,7 @@ def finish(folder: Path) -> dict[str, bytes]:
     checkpoint = folder / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
+    write_manifest(checkpoint)
     return contents(folder)
 
 
@@ -74,19 +76,50 @@ def test_the_same_run_resumes_or_says_how(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
-def test_a_run_that_died_before_its_first_checkpoint_cannot_be_continued(tmp_path: Path) -> None:
+def test_a_run_that_died_before_its_first_checkpoint_starts_again_when_resumed(tmp_path: Path, capsys: Any) -> None:
     start(tmp_path / "run")
     (tmp_path / "run" / "completions").mkdir()
     (tmp_path / "run" / "completions" / "completions_00001.parquet").write_text("samples")
-    before = contents(tmp_path / "run")
+    leftover = tmp_path / "run" / "_checkpoint-2.unfinished" / "checkpoint-2"
+    leftover.mkdir(parents=True)
+    with pytest.raises(OutputDirError, match="or from the first step if there is none yet"):
+        claim(*parse(tmp_path / "run"))
+    assert leftover.is_dir()  # what is refused is not touched
+    assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint")) is None
+    assert "holds no checkpoint of this run yet: starting at the first step" in capsys.readouterr().err
+    assert not leftover.parent.exists() and (tmp_path / "run" / "completions").is_dir()
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_continued(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    (tmp_path / "run" / "trainer_state.json").write_text("{}")
     for words in ([], ["--resume_from_checkpoint", "true"]):
-        with pytest.raises(OutputDirError) as error:
+        with pytest.raises(OutputDirError, match="holds this run, finished, and no checkpoint-"):
             claim(*parse(tmp_path / "run", *words))
-        message = str(error.value)
-        assert "already holds this run but no checkpoint-*, so it cannot be continued" in message
-        assert "choose another `output_dir`, or remove this one yourself" in message
-        assert "resume_from_checkpoint: true" not in message and "leave the field out" not in message
-    assert contents(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_stops_or_the_one_before_is_used(tmp_path: Path, capsys: Any) -> None:
+    start(tmp_path / "run")
+    finish(tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoint-5"
+    damaged.mkdir()
+    (damaged / "trainer_state.json").write_text("{}")
+    write_manifest(damaged)
+    (damaged / "trainer_state.json").write_text("{}}")
+    resume = (tmp_path / "run", "--resume_from_checkpoint")
+    with pytest.raises(DamagedCheckpointError) as error:
+        claim(*parse(*resume))
+    assert f"{damaged} is damaged: trainer_state.json: expected 2 bytes, found 3." in str(error.value)
+    assert "set `on_damaged_checkpoint: previous`" in str(error.value) and "(checkpoint-3 comes next)" in str(
+        error.value
+    )
+    before = claim(*parse(*resume, "--on_damaged_checkpoint", "previous"))
+    assert before == str(tmp_path / "run" / "checkpoint-3")
+    assert "Going on from checkpoint-3" in capsys.readouterr().err
+    with pytest.raises(DamagedCheckpointError, match="expected 2 bytes, found 3"):
+        claim(
+            *parse(tmp_path / "run", "--resume_from_checkpoint", str(damaged), "--on_damaged_checkpoint", "previous")
+        )
 
 
 def test_a_checkpoint_from_elsewhere_may_start_a_run(tmp_path: Path) -> None:

@@ -447,5 +447,5 @@ def test_resuming_from_what_is_no_checkpoint_is_an_error(tiny_llava_dir, adapter
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         trainer.train(resume_from_checkpoint=True)
-    with pytest.raises(FileNotFoundError, match=r"has no ppo_state\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint \(it has no trainer_state\.json\)"):
         trainer.train(resume_from_checkpoint=str(adapter_dir))

@@ -97,6 +97,12 @@ class LlavaScriptArguments(ScriptArguments):
     on_bad_row: Literal["error", "skip"] = option(
         "error", "A row that cannot be used: 'error' names it and stops, 'skip' drops and counts it."
     )
+    on_damaged_checkpoint: Literal["error", "previous"] = option(
+        "error",
+        "When resuming from the last checkpoint and a file of it is missing, cut short or changed: 'error' names it "
+        "and stops, because a kill leaves no such checkpoint, so the disk needs a look; 'previous' says so and goes "
+        "on from the last undamaged one before it.",
+    )
 
     hub_onto_existing: bool = option(
         False,

@@ -5,23 +5,28 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 import trl_llava
+from trl_llava.checkpoint_folders import checkpoints, clear_leftovers, find_checkpoint, is_leftover
+from trl_llava.disk_full import explain_full_disk
 from trl_llava.errors import InputError
+from trl_llava.manifest import check_manifest
 from trl_llava.recipe import Recipe
 from trl_llava.recipe_values import RecipeLoader
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
+FINISHED_FILE = "trainer_state.json"  # written last
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 # Where a run is and how it goes on says nothing about which run it is.
-_NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "local_rank"}
+_NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank"}
 
 
 class OutputDirError(InputError):
@@ -38,16 +43,20 @@ def claim(args: TrainingArguments, recipe: Recipe) -> str | None:
         recipe: Its resolved recipe.
 
     Returns:
-        The checkpoint to resume from, or None.
+        The checkpoint to resume from, the same on every process, or None to start at the first step.
 
     Raises:
         OutputDirError: If the folder cannot be written, holds something else, or the checkpoint is missing.
+        DamagedCheckpointError: If the checkpoint is damaged, and `on_damaged_checkpoint` is not 'previous'.
     """
     folder = Path(args.output_dir)
+    found: list[str | None] = [None]
     if args.process_index == 0:  # another process may look when this one has already begun to write
         _check_owner(folder, recipe, resuming=_wants_resume(args))
         _check_writable(folder)
-    return _checkpoint(args)
+        clear_leftovers(folder)
+        found = [_checkpoint(args, recipe)]
+    return broadcast_object_list(found)[0]
 
 
 def record(args: TrainingArguments, recipe: Recipe) -> None:
@@ -70,12 +79,14 @@ def finish(trainer: Any, dataset_name: str | None) -> None:
         trainer: The trainer, after training.
         dataset_name: Hub ID of the data, for the model card.
     """
-    trainer.save_model(trainer.args.output_dir, _internal_call=True)
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=dataset_name)
+    folder = Path(trainer.args.output_dir)
+    with explain_full_disk(folder, "the finished model", last=next(reversed(checkpoints(folder)), None)):
+        trainer.save_model(str(folder), _internal_call=True)
+        trainer.create_model_card(dataset_name=dataset_name)
+        trainer.save_state()
     if trainer.is_world_process_zero():
         # A pickle, which nobody should load from elsewhere; recipe.yaml says the same to everybody.
-        (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -110,30 +121,37 @@ def write_atomically(path: Path, text: str) -> None:
         text: Its content.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _wants_resume(args: TrainingArguments) -> bool:
     return args.resume_from_checkpoint not in (None, False, "false", "False")
 
 
-def _checkpoint(args: TrainingArguments) -> str | None:
+def _checkpoint(args: TrainingArguments, recipe: Recipe) -> str | None:
     if not _wants_resume(args):
         return None
-    wanted = args.resume_from_checkpoint
-    if wanted in (True, "true", "True"):
-        wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if wanted is None:
-            folder = Path(args.output_dir)
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted not in (True, "true", "True"):
+        if not (Path(wanted) / "trainer_state.json").is_file():
             raise OutputDirError(
-                _nothing_to_resume(folder)
-                if _holds_more_than_a_recipe(folder)
-                else f"`resume_from_checkpoint`: {folder} holds no checkpoint-*; leave the field out to start."
+                f"`resume_from_checkpoint`: {wanted} is not a checkpoint (it has no trainer_state.json)."
             )
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise OutputDirError(f"`resume_from_checkpoint`: {wanted} is not a checkpoint (it has no trainer_state.json).")
-    return str(wanted)
+        check_manifest(wanted)
+        return str(wanted)
+    if checkpoints(folder):
+        on_damaged = recipe.values.get("on_damaged_checkpoint", "error")
+        return str(find_checkpoint(folder, on_damaged, say=lambda text: print(text, file=sys.stderr)))
+    if not (folder / RECIPE_FILE).is_file():
+        raise OutputDirError(
+            f"`resume_from_checkpoint`: {folder} holds no checkpoint-*; leave the field out to start."
+        )
+    print(f"{folder} holds no checkpoint of this run yet: starting at the first step", file=sys.stderr)
+    return None
 
 
 def _check_writable(folder: Path) -> None:
@@ -167,24 +185,22 @@ def _check_owner(folder: Path, recipe: Recipe, resuming: bool) -> None:
             f"{' (`resume_from_checkpoint` may name a checkpoint in the old one)' if resuming else ''}. "
             "Nothing in it was touched."
         )
+    if (folder / FINISHED_FILE).is_file() and not checkpoints(folder):
+        raise OutputDirError(
+            f"`output_dir` {folder} holds this run, finished, and no checkpoint-*: choose another `output_dir`, or "
+            "remove this one yourself. Nothing in it was touched."
+        )
     if not resuming and _holds_more_than_a_recipe(folder):
         raise OutputDirError(
-            _nothing_to_resume(folder)
-            if get_last_checkpoint(str(folder)) is None
-            else f"`output_dir` {folder} already holds this run: continue it with `resume_from_checkpoint: true`, or "
-            "choose another `output_dir`. Nothing in it was touched."
+            f"`output_dir` {folder} already holds this run: continue it with `resume_from_checkpoint: true` (from its "
+            "last checkpoint, or from the first step if there is none yet), or choose another `output_dir`. Nothing "
+            "in it was touched."
         )
 
 
 def _holds_more_than_a_recipe(folder: Path) -> bool:
-    return folder.is_dir() and bool({entry.name for entry in folder.iterdir()} - {RECIPE_FILE, VERSIONS_FILE})
-
-
-def _nothing_to_resume(folder: Path) -> str:
-    return (
-        f"`output_dir` {folder} already holds this run but no checkpoint-*, so it cannot be continued: choose another "
-        "`output_dir`, or remove this one yourself. Nothing in it was touched."
-    )
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    return any(name not in (RECIPE_FILE, VERSIONS_FILE) and not is_leftover(name) for name in names)
 
 
 def differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:

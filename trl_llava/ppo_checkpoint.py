@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel
 
 from trl_llava.errors import InputError, NotFoundError
+from trl_llava.full_weights import load_full_weights
 from trl_llava.scoring import Scorer
 
 STATE_FILE = "ppo_state.json"
@@ -56,7 +56,7 @@ def load_roles(model: nn.Module, folder: Path, adapter_name: str) -> None:
         if isinstance(part, PeftModel):
             _load_adapter_weights(part, folder / place, adapter_name)
         else:
-            _load_full_weights(part, folder / place)
+            load_full_weights(part, folder / place)
 
 
 def _load_adapter_weights(model: PeftModel, folder: Path, adapter_name: str) -> None:
@@ -70,11 +70,6 @@ def _load_adapter_weights(model: PeftModel, folder: Path, adapter_name: str) -> 
             f"checkpoint {folder} does not fit this run's adapter; first of {len(problems)} problems: {problems[0]}. "
             "Resume with the recipe that wrote it"
         )
-
-
-def _load_full_weights(model: PreTrainedModel, folder: Path) -> None:
-    saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
 
 
 def save_state(scorer: Scorer, folder: Path) -> None:

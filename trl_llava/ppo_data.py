@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -74,5 +75,6 @@ def rollout_loader(
         batch_sampler=batches,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(args.seed),  # else each new loader draws from the global one
         pin_memory=args.dataloader_pin_memory and accelerator.device.type == "cuda",
     )

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,11 +23,9 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo import ppo_trainer as upstream
-from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 from trl_llava import ppo_math
@@ -37,22 +34,15 @@ from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.data import rows_from
-from trl_llava.errors import InputError, NotFoundError
+from trl_llava.errors import InputError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.lengths import drop_overlong
 from trl_llava.micro_batches import micro_batches
 from trl_llava.passes import PolicyAndValue, check_plain_head, encode_images, response_logprobs, response_values
-from trl_llava.ppo_checkpoint import (
-    load_optimizer,
-    load_roles,
-    load_scheduler,
-    load_state,
-    save_roles,
-    save_state,
-)
 from trl_llava.ppo_data import PolicyAndValueCollator, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
+from trl_llava.ppo_resume import PPOCheckpoints
 from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches, warm_up_above_zero
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, lengths_of
@@ -76,7 +66,7 @@ def _no_reward_model_to_shard() -> Iterator[None]:
         upstream.prepare_deepspeed = prepare_deepspeed
 
 
-class LlavaPPOTrainer(PPOTrainer):
+class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
     """TRL's `PPOTrainer` with images: `train()` is rollout -> score -> advantages -> update -> log, masked everywhere.
 
     Differs from TRL's in this: prompts are rows with images; the reward is a sum of callables with TRL's
@@ -203,23 +193,26 @@ class LlavaPPOTrainer(PPOTrainer):
         Raises:
             UnhealthyRunError: if KL or ratio are off at the first step, or a number is not finite.
             FileNotFoundError: if there is no such checkpoint.
+            DamagedCheckpointError: if it is damaged.
+            Stopped: after SIGTERM or Ctrl-C, once all is saved.
         """
-        self._begin(resume_from_checkpoint)
-        first = self.state.global_step
-        for step, batch in enumerate(self._batches_from(first), start=first + 1):
-            self.state.episode += self.args.batch_size
-            rollout = self.rollout(batch, step)
-            batch.clear()  # the loader's iterator would keep the pixels until the next step
-            self.score(rollout, step)
-            self.compute_advantages(rollout, step)
-            update_metrics = self.update(rollout, step)
-            self.log_step(rollout, update_metrics)
-            del rollout  # before the next one is made
-            self._end_step(step)
-            if self.control.should_training_stop:
-                break
-            self.clock.start()
-        self._end()
+        with self.resumable(resume_from_checkpoint) as checkpoint:
+            self._begin(checkpoint)
+            first = self.state.global_step
+            for step, batch in enumerate(self._batches_from(first), start=first + 1):
+                self.state.episode += self.args.batch_size
+                rollout = self.rollout(batch, step)
+                batch.clear()  # the loader's iterator would keep the pixels until the next step
+                self.score(rollout, step)
+                self.compute_advantages(rollout, step)
+                update_metrics = self.update(rollout, step)
+                self.log_step(rollout, update_metrics)
+                del rollout  # before the next one is made
+                self._end_step(step)
+                if self.control.should_training_stop:
+                    break
+                self.clock.start()
+            self._end()
 
     def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
         """Answer a batch of prompts, and ask policy, reference and value about every token of the answers.
@@ -411,12 +404,12 @@ class LlavaPPOTrainer(PPOTrainer):
 
     # --- around the loop ----------------------------------------------------------------------------------------
 
-    def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
+    def _begin(self, checkpoint: str | None) -> None:
         args = self.args
         self.state.global_step = 0
         self.state.episode = 0
-        if resume_from_checkpoint:
-            self._restore(resume_from_checkpoint)
+        if checkpoint is not None:
+            self.restore(checkpoint)
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = args.total_episodes / self.answers_per_epoch
         self.state.compute_steps(args, self.state.max_steps)
@@ -431,22 +424,6 @@ class LlavaPPOTrainer(PPOTrainer):
 
     def _batches_from(self, step: int) -> DataLoader:
         return rollout_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, step)
-
-    def _restore(self, checkpoint: str | bool) -> None:
-        found = get_last_checkpoint(self.args.output_dir) if checkpoint is True else str(checkpoint)
-        if found is None:
-            raise NotFoundError(f"{self.args.output_dir} holds no checkpoint-* to resume from")
-        folder = Path(found)
-        load_state(self.scorer, folder)
-        saved = OnlineTrainerState.load_from_json(str(folder / "trainer_state.json"))
-        for name in ("global_step", "episode", "epoch", "log_history", "best_metric", "best_model_checkpoint"):
-            setattr(self.state, name, getattr(saved, name))
-        if self.is_deepspeed_enabled:
-            deepspeed_load_checkpoint(self.model, str(folder), load_module_strict=False)
-        else:
-            load_roles(self.accelerator.unwrap_model(self.model), folder, "default")
-            load_optimizer(self.optimizer, folder)
-        load_scheduler(self.lr_scheduler, folder)
 
     def log_step(self, rollout: Rollout, update_metrics: dict[str, float]) -> None:
         """Log the step's metrics and where its time went.
@@ -470,11 +447,11 @@ class LlavaPPOTrainer(PPOTrainer):
     def _end_step(self, step: int) -> None:
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        if self.args.num_sample_generations > 0 and (step - 1) % self.sample_generations_freq == 0:
+            self.generate_completions(sampling=True)  # before the save, or a kill between them would lose the table
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        if self.args.num_sample_generations > 0 and (step - 1) % self.sample_generations_freq == 0:
-            self.generate_completions(sampling=True)
 
     def _end(self) -> None:
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -519,19 +496,3 @@ class LlavaPPOTrainer(PPOTrainer):
         rollout = Rollout(inputs, inputs, batch["columns"], responses, mask, stopped, nothing, nothing, nothing)
         self.score(rollout, self.state.global_step)
         return rollout
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy (its adapter alone, if it has one) and, in `value_model/`, the value model with its head.
-
-        Args:
-            output_dir: folder; `args.output_dir` by default.
-            _internal_call: `True` keeps `push_to_hub` from pushing.
-        """
-        folder = Path(output_dir or self.args.output_dir)
-        state = self.accelerator.get_state_dict(self.model)  # gathers what is sharded, so every process calls it
-        if self.args.should_save:
-            save_roles(self.accelerator.unwrap_model(self.model), state, folder, "default")
-            self.processing_class.save_pretrained(folder)
-            save_state(self.scorer, folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

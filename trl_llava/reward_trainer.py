@@ -16,6 +16,7 @@ from trl_llava.finite_steps import FiniteSteps
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
+from trl_llava.safe_checkpoints import SafeCheckpoints
 from trl_llava.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.shared_prefix import why_not
 
@@ -25,7 +26,7 @@ EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 PAPER_CENTERING = 1e-3
 
 
-class LlavaRewardTrainer(FiniteSteps, RewardTrainer):
+class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, RewardTrainer):
     """TRL's `RewardTrainer` on pairs of answers to a question about an image.
 
     Differs from TRL's in its collator, which renders the judging turn and runs image and question once per pair, and

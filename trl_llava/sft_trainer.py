@@ -12,11 +12,12 @@ from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
 from trl_llava.lengths import drop_overlong
+from trl_llava.safe_checkpoints import SafeCheckpoints
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
-class LlavaSFTTrainer(FiniteSteps, SFTTrainer):
+class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, SFTTrainer):
     """TRL's `SFTTrainer` with answer-only labels over all turns of conversations with images.
 
     Differs from TRL's in its collator and in what it does to the data sets: rows are checked and named, image tokens

@@ -1,0 +1,237 @@
+"""Checkpoints that survive a kill at any moment, and a training that stops when asked and goes on exactly."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from trl_llava.checkpoint_folders import (
+    checkpoints,
+    clear_leftovers,
+    discard_checkpoint,
+    find_checkpoint,
+    finish_checkpoint,
+    remove_oldest,
+    start_checkpoint,
+    unfinished,
+)
+from trl_llava.disk_full import explain_full_disk, size_of
+from trl_llava.errors import NotFoundError
+from trl_llava.full_weights import load_full_weights
+from trl_llava.loop_state import load_loop_state, save_loop_state
+from trl_llava.manifest import check_manifest
+from trl_llava.resume_command import resume_command
+from trl_llava.stop_signals import Stopped, StopSignals
+
+
+class _AtStepEnds(TrainerCallback):
+    """Restores the loop's sums before the first step, and ends the run after a step if it was asked to stop."""
+
+    def __init__(self, trainer: "SafeCheckpoints", stop: StopSignals, checkpoint: str | None) -> None:
+        self.trainer, self.stop, self.checkpoint = trainer, stop, checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.loop_started = time.time()
+        if self.checkpoint is not None and hasattr(self.trainer, "_tr_loss"):
+            load_loop_state(self.trainer, Path(self.checkpoint))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.stop.agree():
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.stop.agreed:  # the epoch has not ended: what is due at its end would be logged at the wrong step
+            control.should_save = control.should_evaluate = control.should_log = False
+        return control
+
+
+class SafeCheckpoints(Trainer):
+    """Mixed into a trainer, before it: its checkpoints are whole or not there, and a resumed run is the uninterrupted.
+
+    A checkpoint is written beside its place, with the hash of every file, and moved there once all processes have
+    written and all is on the disk; only then may older ones go. SIGTERM and Ctrl-C end the run after the step, saved.
+    """
+
+    loop_started = 0.0
+    _stop: StopSignals | None = None
+    _written_beside: Path | None = None
+    _push_due = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's training, from a checkpoint that has been checked.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or `True` for the last one in `args.output_dir`.
+            *args: passed on.
+            **kwargs: passed on.
+
+        Returns:
+            What upstream returns.
+
+        Raises:
+            NotFoundError: if there is no such checkpoint.
+            DamagedCheckpointError: if it is damaged.
+            Stopped: after SIGTERM or Ctrl-C, once all is saved.
+        """
+        with self.resumable(resume_from_checkpoint) as checkpoint:
+            return super().train(checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def resumable(self, wanted: str | bool | None) -> Iterator[str | None]:
+        """What holds around a training: it starts from a whole checkpoint, and a signal ends it after a step.
+
+        Args:
+            wanted: a checkpoint folder, `True` for the last one in `args.output_dir`, or `None`.
+
+        Yields:
+            The checkpoint to go on from, if any.
+
+        Raises:
+            NotFoundError: if there is no such checkpoint.
+            DamagedCheckpointError: if it is damaged.
+            Stopped: after SIGTERM or Ctrl-C, once all is saved.
+        """
+        run_dir = Path(self.args.output_dir)
+        if self.args.should_save:
+            clear_leftovers(run_dir)
+        self.accelerator.wait_for_everyone()
+        checkpoint = self._whole_checkpoint(run_dir, wanted)
+        stop = self._stop = StopSignals(self.accelerator)
+        at_step_ends = _AtStepEnds(self, stop, checkpoint)
+        self.add_callback(at_step_ends)
+        try:
+            with stop.watched():
+                yield checkpoint
+        finally:
+            self.remove_callback(at_step_ends)
+        if stop.agreed:
+            raise self._stopped(run_dir, stop.agreed)
+
+    def _whole_checkpoint(self, run_dir: Path, wanted: str | bool | None) -> str | None:
+        if not wanted:
+            return None
+        found = checkpoints(run_dir) if wanted is True else [Path(str(wanted))]
+        if not found or not (found[-1] / "trainer_state.json").is_file():
+            missing = f"{found[-1]} is not a checkpoint (it has no trainer_state.json)" if found else None
+            raise NotFoundError(missing or f"{run_dir} holds no checkpoint-* to resume from")
+        if self.accelerator.is_main_process:  # one process reads it all; where it stops, the launcher stops the others
+            find_checkpoint(run_dir) if wanted is True else check_manifest(found[-1])
+            _check_optimizer(found[-1])
+        self.accelerator.wait_for_everyone()
+        return str(found[-1])
+
+    def _stopped(self, run_dir: Path, signum: int) -> Stopped:
+        message = (
+            f"stopped by signal {signum} after step {self.state.global_step} of {self.state.max_steps}; all is saved "
+            f"in {checkpoints(run_dir)[-1]}. Go on with:\n    {resume_command()}"
+        )
+        if self.accelerator.is_main_process:
+            print(message, flush=True)
+        return Stopped(signum, message)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Upstream's loader, its order a function of the seed.
+
+        Returns:
+            The loader.
+        """
+        config = self.accelerator.dataloader_config
+        if config.data_seed is None:  # else it is what the global generator was last seeded with, by whomever
+            config.data_seed = self.args.seed
+        return super().get_train_dataloader()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled:
+            load_full_weights(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._written_beside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        before = checkpoints(run_dir)
+        needed = size_of(before[-1]) if before else None
+        what = f"checkpoint-{step}"
+        with explain_full_disk(Path(self.args.output_dir), what, needed, before[-1] if before else None):
+            try:
+                self._write_checkpoint(model, trial, run_dir)
+            finally:
+                self._written_beside = None
+                if self.args.should_save:
+                    discard_checkpoint(run_dir, step)
+        self._push_if_due(run_dir / what)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run_dir: Path) -> None:
+        """Every process writes its share beside the checkpoint's place; then one moves it there."""
+        args, state = self.args, self.state
+        if args.should_save:
+            start_checkpoint(run_dir, state.global_step)
+        self.accelerator.wait_for_everyone()
+        self._written_beside = unfinished(run_dir, state.global_step)
+        only_model, asked_to_stop = args.save_only_model, self._stop is not None and self._stop.agreed > 0
+        try:
+            args.save_only_model = only_model and not asked_to_stop  # a run that stops is one that shall go on
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_only_model = only_model
+        if state.best_model_checkpoint and Path(state.best_model_checkpoint).parent == self._written_beside:
+            state.best_model_checkpoint = str(run_dir / Path(state.best_model_checkpoint).name)
+            if args.should_save:
+                state.save_to_json(str(self._written_beside / f"checkpoint-{state.global_step}" / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            checkpoint = finish_checkpoint(run_dir, state.global_step)
+            best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
+            remove_oldest(run_dir, args.save_total_limit, keep=[checkpoint, *best])
+        self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if hasattr(self, "_tr_loss"):  # PPO has a loop of its own, which sums nothing over steps
+            save_loop_state(self, Path(output_dir))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Upstream pushes before the checkpoint has its place: afterwards, the name and the manifest are right.
+        self._push_due = True
+
+    def _push_if_due(self, checkpoint: Path) -> None:
+        due, self._push_due = self._push_due, False
+        if due:
+            super()._push_from_checkpoint(str(checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # else a run resumed at its end takes one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        # Steps and seconds of the run's earlier parts count too, as the sum of the losses does.
+        return super()._finalize_training(trial, num_train_samples, min(start_time, self.loop_started))
+
+
+def _check_optimizer(checkpoint: Path) -> None:
+    """Refuse a checkpoint that a run cannot go on from; upstream would start with a fresh optimizer, silently."""
+    if not any(
+        any(checkpoint.glob(name)) for name in ("optimizer.pt", "optimizer.bin", "global_step*", "optimizer_*")
+    ):
+        raise NotFoundError(
+            f"{checkpoint} has no optimizer.pt (was it written with `save_only_model: true`?), so a run cannot go on "
+            "from it. Start a new run with its adapter or model"
+        )
