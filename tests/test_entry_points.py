@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from trl_llava import train_ppo, train_reward, train_sft
 from trl_llava.console import run_as_program
 from trl_llava.factual_reward import FactualReward
-from trl_llava.ppo_roles import find_function
 from trl_llava.recipe_values import RecipeError
+from trl_llava.reward_loading import find_function
 from trl_llava.rows import RowError
 
 SAVED = {

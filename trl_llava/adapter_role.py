@@ -177,6 +177,19 @@ def computing(model: nn.Module) -> Iterator[nn.Module]:
         yield model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep LoRA weights and score heads in a dtype.
+
+    Args:
+        model: A role, a PEFT model or one with a head; in the base nothing changes.
+        dtype: float32 or bfloat16.
+    """
+    models = [model, model.host] if isinstance(model, AdapterRole) else [model]
+    for name, parameter in (named for part in models for named in part.named_parameters()):
+        if "lora_" in name or HEAD in name.split("."):
+            parameter.data = parameter.data.to(dtype)
+
+
 @contextmanager
 def in_eval_mode(model: PreTrainedModel | PeftModel | AdapterRole) -> Iterator[None]:
     """Keep a model, or the host of a role, in eval mode; afterwards every module is in the mode it was in.

@@ -283,15 +283,27 @@ class _AsItWas(AbstractContextManager[None]):
 def _check_head(name: str, base: nn.Module, adapter_has_head: bool) -> None:
     """Raise if exactly one of adapter and model has a score head; PEFT would go on with a random or without one."""
     if hasattr(base, HEAD) and not adapter_has_head:
-        raise InputError(
-            f"adapter '{name}' has no score head ({HEAD}.weight is not in its weights), so its scores would be "
-            "random. Use a trained reward model's adapter; a policy's adapter has none"
-        )
+        raise no_head(name)
     if adapter_has_head and not hasattr(base, HEAD):
         raise InputError(
             f"adapter '{name}' is a reward model's (it has a score head), but '{base.name_or_path}' is loaded as a "
             f"{type(base).__name__}. Use it as the reward model, and an adapter from SFT or PPO here"
         )
+
+
+def no_head(name: str) -> InputError:
+    """The error for an adapter that lacks a score head.
+
+    Args:
+        name: Hub ID or folder of the adapter.
+
+    Returns:
+        The error.
+    """
+    return InputError(
+        f"adapter '{name}' has no score head ({HEAD}.weight is not in its weights), so its scores would be random. "
+        "Use a trained reward model's adapter; a policy's adapter has none"
+    )
 
 
 def _lora_targets(model: nn.Module, wanted: str | list[str] | None) -> str:

@@ -35,8 +35,18 @@ class LlavaPPOConfig(PPOConfig):
     reward_model_revision: str | None = option(None, "Branch, tag or commit of `reward_model_path`.")
     value_model_path: str | None = option(None, "Checkpoint the value model starts from. None: as `value_init` says.")
     value_model_revision: str | None = option(None, "Branch, tag or commit of `value_model_path`.")
-    value_init: Literal["reward", "policy"] = option(
-        "reward", "Backbone that the value model starts from; its head always starts at zero."
+    value_init: Literal["reward", "policy"] = option("reward", "Backbone that the value model starts from.")
+    value_head: Literal["zero", "reward"] = option(
+        "zero",
+        "Head that the value model starts with: 'zero' (the paper), or that of the 'reward' model it starts from.",
+    )
+    share_base: bool = option(
+        True,
+        "Load a base model once: policy, reference, value and reward are then adapters on it, where they were trained "
+        "on the same base. False: each of policy, value and reward has a copy.",
+    )
+    adapter_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "What LoRA weights and score heads are kept in. None: LoRA in float32, heads as the base model."
     )
     # Prompts
     chat_template_path: str | None = option(None, f"{TEMPLATE_HELP} The reward model keeps its own.")
@@ -131,6 +141,11 @@ class LlavaPPOConfig(PPOConfig):
         require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size")
         require_positive(self, "num_generations_per_prompt")
         require_positive(self, "missing_eos_penalty", "reward_scale")
+        if self.value_head == "reward" and self.value_init != "reward" and self.value_model_path is None:
+            raise ValueError(
+                f"`value_head: reward` needs a value model that starts with a head, but `value_init` is "
+                f"{self.value_init!r}: set it to 'reward', or `value_head` to 'zero'."
+            )
         self._check_batches()
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("`stop_token` and `stop_token_id` exclude each other: leave one of them out.")

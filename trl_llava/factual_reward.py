@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_llava.adapter_role import AdapterRole, in_eval_mode
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.encoding import encode
@@ -25,6 +26,7 @@ from trl_llava.models import HEAD, load_processor, load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.reward_settings import find_file, read_settings, save_settings
 from trl_llava.rows import RowError, normalise_messages, place_images
+from trl_llava.shared_base import SharedBase, add_role, find_shared_base
 
 Conversation = str | list[Message]
 """A prompt or a completion as TRL hands it over: text, or messages whose content is text or a list of parts."""
@@ -34,7 +36,8 @@ class FactualReward:
     """Scores answers about images with a reward model; a callable with TRL's reward-function signature.
 
     Args:
-        model: A `...ForSequenceClassification` with one label, with or without PEFT around it.
+        model: A `...ForSequenceClassification` with one label, with or without PEFT around it, or an adapter on
+            another model's base.
         processing_class: The reward model's own processor; prompts come as messages, so policy and reward model may
             differ in family, size and image processor.
         judging_prompt: What the model is asked after the answer, as in its training; None scores the conversation
@@ -56,7 +59,7 @@ class FactualReward:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | AdapterRole,
         processing_class: ProcessorMixin | PreTrainedTokenizerBase,
         judging_prompt: JudgingPrompt | None,
         *,
@@ -67,7 +70,9 @@ class FactualReward:
         _check_fit(model, processing_class)
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, found {batch_size}")
-        if device is not None and not getattr(model, "is_quantized", False):  # a quantised model is placed on loading
+        if isinstance(model, AdapterRole) and device is not None:
+            model.place(device)
+        elif device is not None and not getattr(model, "is_quantized", False):  # a quantised one is placed on loading
             model = model.to(device)
         self.model = model
         self.processing_class = processing_class
@@ -110,15 +115,11 @@ class FactualReward:
                 strict=True,
             )
         )
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            scores: list[float] = []
+        scores: list[float] = []
+        with in_eval_mode(self.model):
             for start in range(0, len(rows), self.batch_size):
                 scores += self._score([self._judged(*row) for row in rows[start : start + self.batch_size]])
-            return scores
-        finally:
-            self.model.train(was_training)
+        return scores
 
     def _judged(
         self, prompt: Conversation, completion: Conversation, pictures: Any, captions: Sequence[str] | None, name: str
@@ -188,6 +189,7 @@ class FactualReward:
         model_args: LlavaModelConfig | None = None,
         batch_size: int = 16,
         device: torch.device | str | None = None,
+        shared: Sequence[SharedBase] = (),
     ) -> "FactualReward":
         """Load a reward model together with the prompt, caption format and image processor it was trained with.
 
@@ -202,6 +204,7 @@ class FactualReward:
             model_args: dtype, attention implementation, quantisation and `trust_remote_code`; by default fp32.
             batch_size: As for the class.
             device: As for the class.
+            shared: Loaded models, one of whose bases an adapter may use instead of a copy.
 
         Returns:
             The reward.
@@ -223,22 +226,30 @@ class FactualReward:
             base, base_revision = config.base_model_name_or_path, settings.base_model_revision or config.revision
             if base_model:
                 base, base_revision = split_revision("base_model", base_model)
-            model = load_sequence_classifier(base, model_args, revision=base_revision)
-            model = load_adapter(model, name, is_trainable=False, revision=revision)
+            loaded = find_shared_base(shared, "reward model", name, base, base_revision, revision)
+            if loaded is not None:
+                model = add_role(loaded, name, "reward_role", is_trainable=False, revision=revision, new_head=False)
+            else:
+                model = load_sequence_classifier(base, model_args, revision=base_revision)
+                model = load_adapter(model, name, is_trainable=False, revision=revision)
         else:
             model = load_sequence_classifier(name, model_args, revision=revision, new_head=False)
         remote = model_args.trust_remote_code
         processor = load_processor(name, revision=revision, trust_remote_code=remote, field="reward model")
-        model.requires_grad_(False)
+        if not isinstance(model, AdapterRole):
+            model.requires_grad_(False)
         return cls(model, processor, settings.judging_prompt, batch_size=batch_size, device=device)
 
 
-def _check_fit(model: PreTrainedModel | PeftModel, processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+def _check_fit(
+    model: PreTrainedModel | PeftModel | AdapterRole, processing_class: ProcessorMixin | PreTrainedTokenizerBase
+) -> None:
     """Raise for a model that gives no scores, or that reads the processor's tokens as others."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not hasattr(base, HEAD) or base.config.num_labels != 1:
+    labels = base.num_labels if isinstance(base, AdapterRole) else base.config.num_labels
+    if not hasattr(base, HEAD) or labels != 1:
         raise InputError(
-            f"{type(base).__name__} gives no single score (num_labels={base.config.num_labels}, expected a head "
+            f"{type(base).__name__} gives no single score (num_labels={labels}, expected a head "
             f"`{HEAD}` with 1). Load it with load_sequence_classifier, or FactualReward.from_pretrained"
         )
     tokenizer = getattr(processing_class, "tokenizer", processing_class)

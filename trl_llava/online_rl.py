@@ -20,9 +20,9 @@ from trl_llava.hub_repository import claim_repository
 from trl_llava.lengths import drop_overlong
 from trl_llava.model_card import write_model_card
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
-from trl_llava.ppo_roles import load_reward_functions
 from trl_llava.recipe import RecipeParser
 from trl_llava.recipe_values import RecipeError
+from trl_llava.reward_loading import load_reward_functions
 from trl_llava.reward_terms import length_term
 from trl_llava.rollout import COUNTS
 from trl_llava.scoring import RewardFunction

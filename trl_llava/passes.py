@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
 
-from trl_llava.adapter_role import computing
+from trl_llava.adapter_role import AdapterRole, computing
 from trl_llava.adapters import SwitchedLayer, checkpoint_contexts
 from trl_llava.chunked_head import Sampling, token_statistics
 from trl_llava.errors import InputError
@@ -149,7 +149,7 @@ def response_values(
     """
     with computing(value_model) as base:
         states = _states(base, inputs, responses, mask, share_prefix)
-        return _at_tokens(base.score(states).squeeze(-1).float(), mask)
+        return _at_tokens(base.score(states.to(base.score.weight.dtype)).squeeze(-1).float(), mask)
 
 
 def _states(
@@ -225,7 +225,9 @@ class PolicyAndValue(nn.Module):
     image tokens.
     """
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, value_model: PreTrainedModel | PeftModel) -> None:
+    def __init__(
+        self, policy: PreTrainedModel | PeftModel, value_model: PreTrainedModel | PeftModel | AdapterRole
+    ) -> None:
         """Wrap both; nothing is copied.
 
         Args:

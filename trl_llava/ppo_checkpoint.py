@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
+from trl_llava.adapter_role import AdapterRole
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.full_weights import load_full_weights
 from trl_llava.scoring import Scorer
@@ -36,6 +37,8 @@ def save_roles(model: nn.Module, state: dict[str, torch.Tensor], folder: Path, a
         part = getattr(model, role)
         prefix = f"{role}."
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if isinstance(part, AdapterRole):  # its adapter is among the policy's weights
+            own |= {key.removeprefix("policy."): value for key, value in state.items() if key.startswith("policy.")}
         adapters = {"selected_adapters": [adapter_name]} if isinstance(part, PeftModel) else {}
         part.save_pretrained(folder / place, state_dict=own, **adapters)
 
@@ -53,7 +56,9 @@ def load_roles(model: nn.Module, folder: Path, adapter_name: str) -> None:
     """
     for role, place in ROLES.items():
         part = getattr(model, role)
-        if isinstance(part, PeftModel):
+        if isinstance(part, AdapterRole):
+            _check_all_placed(part.load_weights(load_peft_weights(str(folder / place), device="cpu")), folder / place)
+        elif isinstance(part, PeftModel):
             _load_adapter_weights(part, folder / place, adapter_name)
         else:
             load_full_weights(part, folder / place)
@@ -65,6 +70,10 @@ def _load_adapter_weights(model: PeftModel, folder: Path, adapter_name: str) -> 
     result = set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     missing = sorted(own & set(result.missing_keys))
     problems = [f"missing {key}" for key in missing] + [f"unexpected {key}" for key in result.unexpected_keys]
+    _check_all_placed(problems, folder)
+
+
+def _check_all_placed(problems: list[str], folder: Path) -> None:
     if problems:
         raise InputError(
             f"checkpoint {folder} does not fit this run's adapter; first of {len(problems)} problems: {problems[0]}. "
@@ -107,6 +116,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: if the checkpoint was saved without it.
+        ValueError: if it was saved for other parameters.
     """
     if not (folder / "optimizer.pt").is_file():
         raise NotFoundError(
@@ -114,6 +124,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
             "it. Start a new run with its adapter as `sft_model_path`"
         )
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        average = optimizer.state[parameter].get("exp_avg", parameter)
+        if average.shape != parameter.shape:  # with another `share_base` the parameters come in another order
+            raise InputError(
+                f"{folder}/optimizer.pt is of other parameters, or of the same in another order: it "
+                f"has {tuple(average.shape)} for a parameter of {tuple(parameter.shape)}. Resume with the recipe that "
+                "wrote it"
+            )
 
 
 def load_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, folder: Path) -> None:

@@ -1,17 +1,15 @@
-"""Who takes part in a PPO run: policy, reference, value model and rewards, as the recipe names them."""
+"""Who is trained in a PPO run, and against whom: policy, reference and value model, as the recipe names them."""
 
-import importlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, ProcessorMixin
 
+from trl_llava.adapter_role import AdapterRole
 from trl_llava.adapters import freeze_as_asked, load_adapter, lora_config
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.factual_reward import FactualReward
 from trl_llava.hub import check_there
 from trl_llava.models import check_same_tokenizer, load_policy, load_processor
 from trl_llava.recipe_values import RecipeError
@@ -24,7 +22,7 @@ from trl_llava.score_start import (
     with_base,
     zero_head,
 )
-from trl_llava.scoring import RewardFunction
+from trl_llava.shared_base import SharedBase, add_role, find_shared_base
 
 
 class Policy(NamedTuple):
@@ -33,18 +31,32 @@ class Policy(NamedTuple):
     Attributes:
         model: The policy; with an adapter, the frozen copy "reference" of it is there too.
         reference: A model of its own, or None if the policy's base and adapters serve as one.
-        peft_config: A fresh adapter that the trainer shall put on the policy, or None.
         processor: Its processor.
         base: Hub ID or folder of the base model.
         start: Hub ID or folder of the weights it starts from, with their revision.
+        shared: The policy as a base for other roles; empty if they shall have bases of their own.
     """
 
     model: PreTrainedModel | PeftModel
     reference: PreTrainedModel | None
-    peft_config: LoraConfig | None
     processor: ProcessorMixin
     base: str
     start: tuple[str, str | None]
+    shared: list[SharedBase]
+
+
+class Value(NamedTuple):
+    """The value model.
+
+    Attributes:
+        model: An adapter on the policy's base, or a model of its own.
+        processor: Its processor, if that differs from the policy's.
+        shared: The value model as a base for the reward model; empty if it is none.
+    """
+
+    model: PreTrainedModel | PeftModel | AdapterRole
+    processor: ProcessorMixin | None
+    shared: list[SharedBase]
 
 
 def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Policy:
@@ -81,7 +93,8 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     freeze_as_asked(model, start, model_args)
     args.model_adapter_name, args.ref_adapter_name = "default", "reference"
     processor = _processor(start, args, model_args, revision, base)
-    return Policy(model, None, None, processor, base, (start, revision))
+    shared = _as_base(args, model, base, base_revision)
+    return Policy(model, None, processor, base, (start, revision), shared)
 
 
 def load_policy_processor(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> ProcessorMixin:
@@ -104,22 +117,21 @@ def load_policy_processor(args: LlavaPPOConfig, model_args: LlavaModelConfig) ->
     return _processor(start, args, model_args, revision, base)
 
 
-def load_value_model(
-    args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy
-) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin | None]:
-    """Loads the value model, with its head at zero.
+def load_value_model(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy) -> Value:
+    """Loads the value model; on the policy's base where it may share it.
 
     Args:
-        args: `value_model_path`, else `value_init` says where the backbone comes from.
+        args: `value_model_path`, else `value_init` says where the backbone comes from; `value_head`.
         model_args: dtype, quantisation, what is frozen.
         policy: The policy, whose tokens the value model reads.
 
     Returns:
-        The model, and its processor if that differs from the policy's.
+        The value model.
 
     Raises:
         RecipeError: If `value_init` is "reward" and there is no reward model.
-        ValueError: If the value model reads the policy's token IDs as other tokens.
+        ValueError: If the value model reads the policy's token IDs as other tokens, or its start lacks the head that
+            it shall keep.
     """
     name, revision, field = args.value_model_path, args.value_model_revision, "value_model_path"
     if name is None and args.value_init == "policy":
@@ -132,106 +144,15 @@ def load_value_model(
         )
     check_there(field, name, revision)
     given = model_args.model_name_or_path if field == "policy" else None
-    model = load_score_model(name, model_args, base=given, revision=revision, seed=args.seed)
-    zero_head(model)
+    model, shared = _value_model(args, model_args, policy, name, given, revision)
+    if args.value_head == "zero":
+        zero_head(model)
     base = policy.base if field == "policy" else (adapter_base(name, revision) or name)
     processor = policy.processor if field == "policy" else _processor(name, args, model_args, revision, base)
     check_same_tokenizer(policy.processor, processor, f"value model ({field})")
     same = processor.chat_template == policy.processor.chat_template
     same = same and processor.to_dict() == policy.processor.to_dict()  # image processor, patches, image tokens, ...
-    return model, None if same else processor
-
-
-def load_rewards(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> list[RewardFunction]:
-    """Loads the rewards of a PPO run.
-
-    Args:
-        args: `reward_model_path` and `reward_funcs`.
-        model_args: dtype, quantisation and attention of the reward model.
-
-    Returns:
-        Reward functions, the reward model first.
-
-    Raises:
-        RecipeError: If there is none, or a function cannot be found.
-        ValueError: If the checkpoint has no judging prompt or no head.
-    """
-    rewards = load_reward_functions(
-        args.reward_model_path,
-        args.reward_model_revision,
-        args.reward_funcs,
-        model_args,
-        batch_size=args.local_rollout_forward_batch_size,
-        device=PartialState().device,
-    )
-    if not rewards and args.correctness_coef is None and args.length_coef is None:
-        raise RecipeError(
-            "nothing to learn from: set `reward_model_path`, `reward_funcs`, `correctness_coef` or `length_coef`."
-        )
-    return rewards
-
-
-def load_reward_functions(
-    reward_model: str | None,
-    revision: str | None,
-    functions: list[str] | None,
-    model_args: LlavaModelConfig,
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> list[RewardFunction]:
-    """Loads the factual reward, if one is named, and the recipe's own functions.
-
-    Args:
-        reward_model: FactualReward checkpoint.
-        revision: Branch, tag or commit of it.
-        functions: Paths "package.module:function".
-        model_args: dtype, quantisation and attention of the reward model.
-        batch_size: How many answers are scored in one pass.
-        device: Where the reward model goes.
-
-    Returns:
-        Reward functions, the reward model first.
-
-    Raises:
-        RecipeError: If a function cannot be found.
-        ValueError: If the checkpoint has no judging prompt or no head.
-    """
-    rewards: list[RewardFunction] = []
-    if reward_model is not None:
-        check_there("reward_model_path", reward_model, revision)
-        rewards.append(
-            FactualReward.from_pretrained(
-                reward_model, revision=revision, model_args=model_args, batch_size=batch_size, device=device
-            )
-        )
-    return rewards + [find_function(path) for path in functions or []]
-
-
-def find_function(path: str) -> RewardFunction:
-    """Imports a reward function.
-
-    Args:
-        path: "package.module:function".
-
-    Returns:
-        The function.
-
-    Raises:
-        RecipeError: If there is no such module or function.
-    """
-    module_name, _, name = path.partition(":")
-    if not name:
-        raise RecipeError(f"`reward_funcs`: {path!r} must be 'package.module:function'.")
-    try:
-        function: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"`reward_funcs`: cannot import {module_name!r} of {path!r}: {error}.") from error
-    for part in name.split("."):
-        function = getattr(function, part, None)
-    if not callable(function):
-        raise RecipeError(f"`reward_funcs`: module {module_name!r} has no function {name!r}.")
-    return function
+    return Value(model, None if same else processor, shared)
 
 
 def _policy_start(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[str, str | None]:
@@ -250,10 +171,40 @@ def _full_policy(args: LlavaPPOConfig, model_args: LlavaModelConfig, start: str,
     model = load_policy(with_base(model_args, start, revision))
     processor = _processor(start, args, model_args, revision)
     peft_config = lora_config(model_args, model, task="CAUSAL_LM")
-    reference = None
     if peft_config is None:
         reference = load_policy(with_base(model_args, start, revision)).requires_grad_(False).eval()
-    return Policy(model, reference, peft_config, processor, start, (start, revision))
+        return Policy(model, reference, processor, start, (start, revision), [])
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        model = get_peft_model(model, peft_config)
+    return Policy(model, None, processor, start, (start, revision), _as_base(args, model, start, revision))
+
+
+def _as_base(args: LlavaPPOConfig, model: PeftModel, name: str, revision: str | None) -> list[SharedBase]:
+    """A PEFT model as a base for other roles, if there shall be any."""
+    return [SharedBase(model, name, revision)] if args.share_base else []
+
+
+def _value_model(
+    args: LlavaPPOConfig,
+    model_args: LlavaModelConfig,
+    policy: Policy,
+    name: str,
+    given: str | None,
+    revision: str | None,
+) -> tuple[PreTrainedModel | PeftModel | AdapterRole, list[SharedBase]]:
+    """The value model, and itself as a base if it is a PEFT model of its own; `given` is the recipe's base."""
+    new_head, trained_on = args.value_head == "zero", adapter_base(name, revision)
+    if trained_on is not None:
+        base = agreed_base(given, name, trained_on)
+        base_revision = revision_of_base(base, name, revision, model_args)
+        loaded = find_shared_base(policy.shared, "value model", name, base, base_revision, revision)
+        if loaded is not None:
+            role = add_role(loaded, name, "value_role", is_trainable=True, revision=revision, new_head=new_head)
+            freeze_as_asked(loaded.model, name, model_args, role.adapter_name)
+            return role, []
+    model = load_score_model(name, model_args, base=given, revision=revision, seed=args.seed, new_head=new_head)
+    return model, _as_base(args, model, base, base_revision) if trained_on is not None else []
 
 
 def _processor(

@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator, PartialState
+from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from trl_llava.adapter_role import AdapterRole
+from trl_llava.adapters import checkpoint_contexts
 from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.errors import ExplainedError
+from trl_llava.errors import ExplainedError, InputError
 
 ZERO3_IS_WRONG = "two processes gave other gradients than one when it was tried, so it would train wrongly"
 
@@ -59,19 +63,42 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
 
     Raises:
         UnsupportedLaunchError: if DeepSpeed shall share out the weights.
+        InputError: if the value model is an adapter on another model, or checkpointing would mix the roles up.
     """
+    policy = models[0]
     for model in models:
+        if isinstance(model, AdapterRole):
+            if model.host is not policy:
+                raise InputError(
+                    "the value model is an adapter on another model than the policy, so its weights would not be "
+                    "trained. Put it on the policy, or pass a PEFT model of its own"
+                )
+            continue
         # TRL's `disable_dropout_in_model` only finds modules; attention keeps its rate in an attribute.
         for module in model.modules():
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            shared = any(isinstance(other, AdapterRole) for other in models)
+            model.gradient_checkpointing_enable(_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
     if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
         if plugin.zero_stage == 3:  # named in a DeepSpeed file, which `refuse_launches` does not read
             raise _unsupported("ZeRO-3", ZERO3_IS_WRONG)
         # DeepSpeed clips by itself; left at "auto" it would clip at 1.
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+
+
+def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool) -> dict[str, Any]:
+    """The keyword arguments of checkpointing, under which each role's pass is repeated as that role."""
+    kwargs = {"use_reentrant": False, **(given or {})}
+    if shared and kwargs["use_reentrant"]:
+        raise InputError(
+            "`gradient_checkpointing_kwargs: {use_reentrant: true}` would repeat the value model's passes as the "
+            "policy where they share a base: leave it out, or set `share_base: false`"
+        )
+    if isinstance(model, PeftModel) and not kwargs["use_reentrant"]:
+        kwargs.setdefault("context_fn", checkpoint_contexts(model))
+    return kwargs
 
 
 def warm_up_above_zero(scheduler: LRScheduler, warmup_steps: int) -> None:

@@ -87,7 +87,13 @@ def revision_of_base(base: str, adapter: str, revision: str | None, model_args: 
 
 
 def load_score_model(
-    name: str, model_args: LlavaModelConfig, *, base: str | None = None, revision: str | None = None, seed: int = 0
+    name: str,
+    model_args: LlavaModelConfig,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    new_head: bool = True,
 ) -> PreTrainedModel | PeftModel:
     """Loads a model with a score head, trainable, from whatever `name` holds.
 
@@ -98,6 +104,7 @@ def load_score_model(
         base: Base model of an adapter, if the recipe names one.
         revision: Branch, tag or commit of `name`.
         seed: Seed of a new head.
+        new_head: Whether a start without a head gets a new one; False makes it an error.
 
     Returns:
         The model; a PEFT model if `name` is an adapter.
@@ -105,17 +112,17 @@ def load_score_model(
     Raises:
         OSError: If there is no such model.
         ValueError: If the family has no score-head model, or the adapter is for another base, or a part shall be
-            trained that it does not hold.
+            trained that it does not hold, or a head is missing.
     """
     trained_on = adapter_base(name, revision)
     if trained_on is None:
-        return load_sequence_classifier(name, model_args, revision=revision, seed=seed)
+        return load_sequence_classifier(name, model_args, revision=revision, new_head=new_head, seed=seed)
     base = agreed_base(base, name, trained_on)
     base_revision = revision_of_base(base, name, revision, model_args)
     model = load_sequence_classifier(base, model_args, revision=base_revision, seed=seed)
     check_safe_adapter(name, revision)
     weights = load_peft_weights(name, device="cpu", revision=revision)
-    if any(HEAD in key.split(".") for key in weights):
+    if not new_head or any(HEAD in key.split(".") for key in weights):
         return freeze_as_asked(load_adapter(model, name, is_trainable=True, revision=revision), name, model_args)
     weights |= {f"base_model.model.{HEAD}.{key}": value for key, value in model.score.state_dict().items()}
     config = PeftConfig.from_pretrained(name, revision=revision)

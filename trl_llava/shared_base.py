@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from trl_llava.adapter_role import HEAD_KEY, AdapterRole
+from trl_llava.adapters import check_safe_adapter, no_head
 from trl_llava.errors import InputError
 from trl_llava.models import HEAD
 from trl_llava.sequence_classification import ImageTextForSequenceClassification
@@ -100,7 +101,13 @@ def _keeps_to_itself(config: PeftConfig) -> str | None:
 
 
 def add_role(
-    loaded: SharedBase, name: str, adapter_name: str, *, is_trainable: bool, revision: str | None = None
+    loaded: SharedBase,
+    name: str,
+    adapter_name: str,
+    *,
+    is_trainable: bool,
+    revision: str | None = None,
+    new_head: bool = True,
 ) -> AdapterRole:
     """Put a score-head adapter on a model that is loaded already.
 
@@ -112,17 +119,21 @@ def add_role(
         adapter_name: The name it gets in the model.
         is_trainable: Whether adapter and head get gradients.
         revision: Branch, tag or commit of `name`.
+        new_head: Whether an adapter without a head gets one at zero; False makes it an error.
 
     Returns:
         The role.
 
     Raises:
-        ValueError: If the adapter does not fit.
+        ValueError: If the adapter does not fit, or has no head.
     """
     host, base = loaded.model, loaded.model.get_base_model()
+    check_safe_adapter(name, revision)
     weights = load_peft_weights(name, device="cpu", revision=revision)
     saved = PeftConfig.from_pretrained(name, revision=revision)
     has_head = any(key.startswith(HEAD_KEY) for key in weights)
+    if not (has_head or new_head):
+        raise no_head(name)
     saved.task_type, saved.inference_mode = "SEQ_CLS", not is_trainable
     saved.modules_to_save = [*dict.fromkeys([*(saved.modules_to_save or []), *HEADS])]
     before = {parameter: parameter.requires_grad for parameter in host.parameters()}

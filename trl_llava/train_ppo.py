@@ -12,18 +12,25 @@ import functools
 import sys
 from collections.abc import Sequence
 
+import torch
+from accelerate import PartialState
 from trl import DatasetMixtureConfig
 
 from trl_llava import output_dir
+from trl_llava.adapter_role import cast_adapters
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.factual_reward import FactualReward
 from trl_llava.hub_push import push_saves
 from trl_llava.hub_repository import claim_repository
+from trl_llava.loaded_models import describe_models
 from trl_llava.model_card import write_model_card
-from trl_llava.ppo_roles import load_policy_roles, load_rewards, load_value_model
+from trl_llava.ppo_roles import Policy, Value, load_policy_roles, load_value_model
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.recipe import RecipeParser
+from trl_llava.reward_loading import check_rewards, load_rewards
+from trl_llava.scoring import RewardFunction
 from trl_llava.splits import load_splits
 
 
@@ -63,9 +70,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     train_rows, eval_rows = load_splits(
         script_args, mixture, training_args, "prompt", dataset_num_proc=training_args.dataset_num_proc
     )
-    policy = load_policy_roles(training_args, model_args)
-    rewards = load_rewards(training_args, model_args)
-    value_model, value_processor = load_value_model(training_args, model_args, policy)
+    policy, value, rewards = load_all(training_args, model_args)
     trainer = LlavaPPOTrainer(
         args=training_args,
         processing_class=policy.processor,
@@ -74,9 +79,8 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
         reward_funcs=rewards,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        value_model=value_model,
-        value_processing_class=value_processor,
-        peft_config=policy.peft_config,
+        value_model=value.model,
+        value_processing_class=value.processor,
     )
     trainer.create_model_card = functools.partial(write_model_card, trainer, "ppo", policy.base, recipe)
     push = push_saves(trainer, repository)
@@ -86,6 +90,30 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     if push is not None:
         push.end()
     return trainer
+
+
+def load_all(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[Policy, Value, list[RewardFunction]]:
+    """Loads all roles, and prints what they take in memory.
+
+    Args:
+        args: Which models.
+        model_args: dtype, quantisation, what is frozen.
+
+    Returns:
+        Policy with reference, value model and rewards.
+    """
+    policy = load_policy_roles(args, model_args)
+    check_rewards(args)
+    value = load_value_model(args, model_args, policy)
+    rewards = load_rewards(args, model_args, [*policy.shared, *value.shared])
+    models = {"policy": policy.model, "reference": policy.reference or policy.model, "value": value.model}
+    if rewards and isinstance(rewards[0], FactualReward):
+        models["reward"] = rewards[0].model
+    if args.adapter_dtype is not None:
+        for model in models.values():
+            cast_adapters(model, getattr(torch, args.adapter_dtype))
+    PartialState().print(describe_models(models))
+    return policy, value, rewards
 
 
 if __name__ == "__main__":
