@@ -1,0 +1,150 @@
+"""A PPO run whose roles share a base: the same numbers and files as with separate copies, in less memory."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_entry_points
+import torch
+from safetensors.torch import load_file
+from test_entry_points import Work, copy_after_one_step
+
+from trl_llava.adapter_role import AdapterRole
+from trl_llava.configs_ppo import LlavaPPOConfig
+
+CHECKPOINTS = ["--save_strategy", "steps", "--save_steps", "1"]
+work, policy, reward_model = test_entry_points.work, test_entry_points.policy, test_entry_points.reward_model
+
+
+def start(policy: Path, reward_model: Path) -> list[str]:
+    return ["--sft_model_path", str(policy), "--reward_model_path", str(reward_model), "--num_ppo_epochs", "2"]
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    timed = ("time/", "tokens_per_second", "eps")
+    return [{k: v for k, v in entry.items() if not k.startswith(timed)} for entry in trainer.state.log_history]
+
+
+@pytest.mark.parametrize("value", ["reward", "policy"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_shared_base_gives_the_numbers_and_files_of_copies(
+    work: Work, policy: Path, reward_model: Path, value: str, checkpointing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {}
+    for share in ("true", "false"):
+        name = f"share_{share}_{value}_{checkpointing}"
+        words = ["--value_init", value, "--share_base", share, "--gradient_checkpointing", str(checkpointing).lower()]
+        runs[share] = work.ppo(name, *start(policy, reward_model), *words), work.folder / name
+        printed = capsys.readouterr().out
+        assert ("1 base model loaded" if share == "true" else "3 base models loaded") in printed
+    (shared, folder), (separate, other) = runs["true"], runs["false"]
+    assert isinstance(shared.value_model, AdapterRole) and not isinstance(separate.value_model, AdapterRole)
+    assert len(logged(shared)) == len(logged(separate)) == 2
+    for ours, theirs in zip(logged(shared), logged(separate), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    files = [{str(path.relative_to(place)) for path in place.rglob("*")} for place in (folder, other)]
+    assert files[0] == files[1]
+    for part in ("adapter_model.safetensors", "value_model/adapter_model.safetensors"):
+        ours, theirs = load_file(folder / part), load_file(other / part)
+        assert ours.keys() == theirs.keys()
+        for key, value_of in theirs.items():
+            torch.testing.assert_close(ours[key], value_of, rtol=1e-5, atol=1e-6)
+    config = json.loads((folder / "value_model" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == (str(work.base), "SEQ_CLS")
+    assert "score" in config["modules_to_save"]
+
+
+def test_a_shared_run_resumes_exactly(work: Work, policy: Path, reward_model: Path) -> None:
+    words = [*start(policy, reward_model), *CHECKPOINTS]
+    work.ppo("shared_whole", *words)
+    copy_after_one_step(work.folder / "shared_whole", work.folder / "shared_resumed")
+    work.ppo("shared_resumed", *words, "--resume_from_checkpoint", "true")
+    for part in ("adapter_model.safetensors", "value_model/adapter_model.safetensors"):
+        whole, resumed = (load_file(work.folder / f"shared_{run}" / part) for run in ("whole", "resumed"))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_checkpoint_of_copies_cannot_be_resumed_with_a_shared_base(
+    work: Work, policy: Path, reward_model: Path
+) -> None:
+    trainer = work.ppo("copies", *start(policy, reward_model), *CHECKPOINTS, "--share_base", "false")
+    shared = work.ppo("shares", *start(policy, reward_model))
+    with pytest.raises(ValueError, match=r"optimizer.pt is of other parameters, or of the same in another order"):
+        shared.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
+
+
+def test_the_value_model_may_start_with_the_reward_models_head(
+    work: Work, policy: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    words = [*start(policy, reward_model), "--learning_rate", "0", "--whiten_rewards", "false"]
+    saved = load_file(reward_model / "adapter_model.safetensors")["base_model.model.score.weight"]
+    for share in ("true", "false"):
+        trainer = work.ppo(f"head_{share}", *words, "--value_head", "reward", "--share_base", share)
+        name = Path(trainer.args.output_dir) / "value_model" / "adapter_model.safetensors"
+        assert torch.equal(load_file(name)["base_model.model.score.weight"], saved) and saved.any()
+    with pytest.raises(ValueError, match=r"adapter '.*policy' has no score head"):
+        work.ppo("none", *words, "--value_head", "reward", "--value_model_path", str(policy))
+    with pytest.raises(ValueError, match=r"`value_head: reward` needs a value model that starts with a head"):
+        LlavaPPOConfig(value_head="reward", value_init="policy", output_dir=str(tmp_path), bf16=False)
+
+
+def test_value_and_reward_share_a_second_base(
+    work: Work, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Work(tmp_path, test_entry_points.tiny_models.tiny_llava(tmp_path / "other", seed=7))
+    other.reward("reward", "--use_peft", "--lora_r", "2")
+    capsys.readouterr()
+    logs = []
+    for share in ("true", "false"):
+        with caplog.at_level(logging.WARNING):
+            trainer = work.ppo(f"second_{share}", *start(policy, tmp_path / "reward"), "--share_base", share)
+        logs.append(logged(trainer))
+        printed = capsys.readouterr().out
+        assert f"{2 if share == 'true' else 3} base models loaded" in printed
+        if share == "true":
+            assert ": policy, reference\n" in printed and ": value, reward" in printed
+            assert f"The value model gets a base of its own ({other.base}): {work.base} is loaded" in caplog.text
+    assert len(logs[0]) == 2
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_a_fresh_adapter_shares_its_base_and_the_reference_is_the_bare_base(
+    work: Work, reward_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_name_or_path", str(work.base), "--use_peft", "--lora_r", "2"]
+    words += ["--reward_model_path", str(reward_model)]
+    logs = []
+    for share in ("true", "false"):
+        logs.append(logged(work.ppo(f"fresh_{share}", *words, "--share_base", share)))
+        assert f"{1 if share == 'true' else 3} base model" in capsys.readouterr().out
+    assert logs[0][0]["objective/kl"] == 0.0
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_and_heads_are_kept_in_the_dtype_that_is_asked_for(
+    work: Work, policy: Path, reward_model: Path, dtype: str
+) -> None:
+    trainer = work.ppo(
+        f"dtype_{dtype}",
+        *start(policy, reward_model),
+        "--adapter_dtype",
+        dtype,
+        "--dtype",
+        "bfloat16",
+        "--bf16",
+        "true",
+    )
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        beside = "lora_" in name or "score" in name
+        assert parameter.dtype == (getattr(torch, dtype) if beside else torch.bfloat16), name
+
+
+def test_checkpointing_that_would_mix_the_roles_up_is_refused(work: Work, policy: Path, reward_model: Path) -> None:
+    words = ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}']
+    with pytest.raises(ValueError, match="would repeat the value model's passes as the policy"):
+        work.ppo("none", *start(policy, reward_model), *words)
