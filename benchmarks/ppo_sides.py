@@ -1,0 +1,306 @@
+"""The sides of `ppo_step`: a PPO step of our trainer, of variants of it, and of TRL's trainer on text."""
+
+import functools
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import ppo_trainer as upstream
+
+from benchmarks.harness import Gate
+from benchmarks.rows import command_line, make_rows
+from benchmarks.workload import (
+    FULL,
+    SPECIAL,
+    STOP,
+    Size,
+    lora,
+    make_adapter,
+    make_base,
+    make_reward,
+    make_text_model,
+)
+from trl_llava import train_ppo
+from trl_llava.collators import PromptCollator
+from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.models import load_processor
+from trl_llava.ppo_roles import Policy
+from trl_llava.ppo_trainer import LlavaPPOTrainer
+from trl_llava.rows import normalise_messages, place_images
+
+APART = {"share_base": False} if hasattr(LlavaPPOConfig, "share_base") else {}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step does, the same on all sides.
+
+    Attributes:
+        size: The models and prompts.
+        lengths: Tokens of each answer of the batch, the stop token included.
+        response_length: The limit.
+        micro_batch: Rows of a micro-batch of the update.
+        epochs: Passes of the update over the answers; the paper's recipe has 2.
+        steps: How many steps are run.
+        processes: How many processes run such a step together.
+        low_memory: Whether passes are run again in the backward pass instead of being kept.
+    """
+
+    size: Size = FULL
+    lengths: tuple[int, ...] = (12, 20, 28, 36, 48, 64, 96, 128)
+    response_length: int = 128
+    micro_batch: int = 2
+    epochs: int = 2
+    steps: int = 1
+    processes: int = 1
+    low_memory: bool = False
+
+    def values(self) -> dict[str, Any]:
+        """Config fields that TRL's and our trainer have in common."""
+        return {
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": len(self.lengths) // self.micro_batch,
+            "local_rollout_forward_batch_size": len(self.lengths),
+            "response_length": self.response_length,
+            "total_episodes": len(self.lengths) * self.steps * self.processes,
+            "num_ppo_epochs": self.epochs,
+            "num_mini_batches": 1,
+            "stop_token": "eos",
+            "learning_rate": 1e-5,
+            "temperature": 1.0,
+            "num_sample_generations": 0,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "bf16": False,
+            "gradient_checkpointing": self.low_memory,
+        }
+
+
+class StopSchedule(LogitsProcessor):
+    """Gives each answer of a batch the length that it shall have."""
+
+    def __init__(self, lengths: Sequence[int], prompt_length: int, stop_token: int) -> None:
+        """Keep the lengths.
+
+        Args:
+            lengths: Tokens of each of the B answers, the stop token included.
+            prompt_length: Columns before the first generated token.
+            stop_token: Its id.
+        """
+        self.lengths = torch.tensor(lengths)
+        self.prompt_length = prompt_length
+        self.stop_token = stop_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Ban the stop token, or all others.
+
+        Args:
+            input_ids: (B, length so far).
+            scores: (B, V).
+
+        Returns:
+            (B, V).
+        """
+        due = self.lengths.to(scores.device) == input_ids.shape[1] - self.prompt_length + 1
+        stop, others = scores[:, self.stop_token].clone(), scores.masked_fill(due.unsqueeze(1), -torch.inf)
+        others[:, self.stop_token] = torch.where(due, stop.clamp(min=0.0), -torch.inf)
+        return others
+
+
+def force_lengths(lengths: Sequence[int]) -> None:
+    """Make every `generate` of this process give answers of these lengths.
+
+    Args:
+        lengths: Tokens of each answer of a batch, the stop token included.
+    """
+    generate = GenerationMixin.generate
+
+    @functools.wraps(generate)
+    def scheduled(self: Any, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+        ids = kwargs["input_ids"]
+        if len(ids) != len(lengths):
+            raise ValueError(f"{len(ids)} prompts are answered at once, but the schedule is for {len(lengths)}")
+        schedule = StopSchedule(lengths, ids.shape[1], SPECIAL.index(STOP))
+        processors = LogitsProcessorList([*(logits_processor or []), schedule])
+        return generate(self, *args, logits_processor=processors, **kwargs)
+
+    GenerationMixin.generate = scheduled
+
+
+def prepare(folder: Path, step: Step) -> None:
+    """Write what all sides load.
+
+    Args:
+        folder: Where.
+        step: The sizes.
+    """
+    base = make_base(step.size, folder / "base")
+    make_text_model(step.size, folder / "text")
+    make_adapter(base, step.size, folder / "sft")
+    make_reward(base, step.size, folder / "reward")
+    make_reward(base, step.size, folder / "whole_reward", whole=True)
+    make_rows(step.size, folder / "rows", len(step.lengths), {})
+
+
+def our_side(
+    gate: Gate, folder: Path, step: Step, trainer_class: type[LlavaPPOTrainer] = LlavaPPOTrainer, **fields: Any
+) -> None:
+    """Run `trl-llava ppo` as a user does, with a gate between its steps.
+
+    Args:
+        gate: The gate.
+        folder: What `prepare` has written.
+        step: What a step does.
+        trainer_class: Our trainer, or one that differs from it.
+        **fields: Further keys of the recipe.
+    """
+    force_lengths(step.lengths)
+
+    class Gated(trainer_class):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, callbacks=[gate], **kwargs)
+            phase = self.clock.phase
+
+            def both(name: str) -> Any:
+                return _Both(gate.phase(name), phase(name))
+
+            self.clock.phase = both
+
+    train_ppo.LlavaPPOTrainer = Gated
+    with tempfile.TemporaryDirectory() as output:
+        values = {
+            "sft_model_path": folder / "sft",
+            "reward_model_path": folder / "reward",
+            "dataset_name": folder / "rows" / "rows.jsonl",
+            "image_folder": folder / "rows",
+            "output_dir": output,
+            **step.values(),
+            **fields,
+        }
+        train_ppo.main(command_line(values))
+
+
+def copies_side(gate: Gate, folder: Path, step: Step) -> None:
+    """Run our trainer with a base for each role, that of the reference included.
+
+    Args:
+        gate: The gate.
+        folder: What `prepare` has written.
+        step: What a step does.
+    """
+    load = train_ppo.load_policy_roles
+
+    def with_a_reference_of_its_own(*args: Any) -> Policy:
+        return load(*args)._replace(reference=load(*args).model.requires_grad_(False).eval())
+
+    train_ppo.load_policy_roles = with_a_reference_of_its_own
+    our_side(gate, folder, step, **APART)
+
+
+def whole_side(gate: Gate, folder: Path, step: Step) -> None:
+    """Run our trainer without adapters: four whole models, two of them trained.
+
+    Args:
+        gate: The gate.
+        folder: What `prepare` has written.
+        step: What a step does.
+    """
+    our_side(gate, folder, step, sft_model_path=folder / "base", reward_model_path=folder / "whole_reward")
+
+
+class _Both:
+    """Two context managers as one."""
+
+    def __init__(self, *managers: Any) -> None:
+        self.managers = managers
+
+    def __enter__(self) -> None:
+        for manager in self.managers:
+            manager.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for manager in reversed(self.managers):
+            manager.__exit__(*error)
+
+
+def trl_side(gate: Gate, folder: Path, step: Step) -> None:
+    """Run TRL's `PPOTrainer` on text that is as long as our prompts with their image tokens.
+
+    Args:
+        gate: The gate.
+        folder: What `prepare` has written.
+        step: What a step does.
+    """
+    force_lengths(step.lengths)
+    upstream.batch_generation = gate.timed("generation", upstream.batch_generation)
+    forward, get_reward = upstream.forward, upstream.get_reward
+
+    def timed_forward(model: Any, *args: Any) -> Any:
+        with gate.phase("update" if torch.is_grad_enabled() else "forward"):
+            return forward(model, *args)
+
+    def timed_reward(model: Any, *args: Any) -> Any:
+        with gate.phase("score" if model is reward else "forward"):
+            return get_reward(model, *args)
+
+    upstream.forward, upstream.get_reward = timed_forward, timed_reward
+    text, size = folder / "text", step.size
+    policy = AutoModelForCausalLM.from_pretrained(text)
+    value, reward = (
+        get_peft_model(AutoModelForSequenceClassification.from_pretrained(text, num_labels=1), lora(size, head=True))
+        for _ in range(2)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = PPOTrainer(
+            args=PPOConfig(output_dir=output, **step.values()),
+            processing_class=tokenizer,
+            model=policy,
+            ref_model=None,
+            reward_model=reward.requires_grad_(False),
+            value_model=value,
+            train_dataset=Dataset.from_dict({"input_ids": text_prompts(folder)}),
+            peft_config=lora(size),
+            callbacks=[gate],
+        )
+        trainer.accelerator.backward = gate.timed("update", trainer.accelerator.backward)
+        trainer.optimizer.step = gate.timed("update", trainer.optimizer.step)
+        trainer.train()
+
+
+def text_prompts(folder: Path) -> list[list[int]]:
+    """Our prompts for a model that cannot see: where the image tokens were, there are words.
+
+    Args:
+        folder: What `prepare` has written.
+
+    Returns:
+        The ids of each prompt.
+    """
+    collator = PromptCollator(load_processor(str(folder / "base")))
+    rows = [json.loads(line) for line in (folder / "rows" / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        messages = normalise_messages(row["prompt"], "row")
+        row["prompt"] = place_images(messages, len(row["images"]), "row")
+        row["images"] = [str(folder / "rows" / name) for name in row["images"]]
+        row["row_name"] = "row"
+    batch = collator(rows)
+    image = SPECIAL.index("<image>")
+    replaced = batch["input_ids"].masked_fill(batch["input_ids"] == image, len(SPECIAL))
+    return [ids[mask.bool()].tolist() for ids, mask in zip(replaced, batch["attention_mask"], strict=True)]

@@ -1,0 +1,85 @@
+"""One PPO step beside what people would otherwise run.
+
+    python -m benchmarks.ppo_step [--json FILE] [--runs 5]
+
+Time, against (a) TRL's own `PPOTrainer` on text of the same token counts: it cannot see images; (b) the paper's
+schedule in our trainer: image features recomputed in every pass, answers padded to `response_length`, logits of all
+positions, a backward pass for the policy and one for the value model. Peak memory, with gradient checkpointing and
+micro-batches of one row as where memory is short, against (c) four copies of the base, one for each role, with the
+same adapters; and four whole models, of which policy and value model are trained whole.
+
+Same language model, adapters, batch and micro-batch on all sides that are compared. The lengths of the answers are
+forced, to be equal on all sides: a logits processor that runs last bans the stop token until an answer has its length,
+and then allows nothing else.
+"""
+
+import functools
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import alternate, quiet, say, steps_needed
+from benchmarks.paper_schedule import PaperSchedule
+from benchmarks.ppo_sides import APART, Step, copies_side, our_side, prepare, trl_side, whole_side
+from benchmarks.tables import Ratio, arguments, report
+from benchmarks.workload import Size, describe
+
+OURS, TRL, PAPER = "ours", "TRL on text", "the paper's schedule"
+LOW, COPIES, WHOLE = "ours, low memory", "four copies, low memory", "four whole models, low memory"
+RATIOS = {
+    "time_vs_trl_on_text": Ratio(OURS, TRL, "seconds", 0.7),
+    "time_vs_paper_schedule": Ratio(OURS, PAPER, "seconds", 0.4),
+    "peak_memory_vs_four_copies": Ratio(LOW, COPIES, "peak_mib", 0.35),
+    "peak_memory_vs_four_whole_models": Ratio(LOW, WHOLE, "peak_mib", 0.35),
+}
+
+
+def measure(step: Step, runs: int) -> list[dict[str, Any]]:
+    """Run all sides.
+
+    Args:
+        step: What a step does.
+        runs: How many steps of each side count.
+
+    Returns:
+        What `alternate` returns.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, step)
+        say(describe(step.size, folder / "base"))
+        say(f"{step}")
+        low = replace(step, micro_batch=1, epochs=1, low_memory=True)
+        sides = {
+            OURS: functools.partial(our_side, step=step),
+            TRL: functools.partial(trl_side, step=step),
+            PAPER: functools.partial(our_side, step=step, trainer_class=PaperSchedule, **APART),
+            LOW: functools.partial(our_side, step=low),
+            COPIES: functools.partial(copies_side, step=low),
+            WHOLE: functools.partial(whole_side, step=low),
+        }
+        return alternate({k: functools.partial(v, folder=folder) for k, v in sides.items()}, runs, count=(OURS, TRL))
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure, and print the tables.
+
+    Args:
+        words: The command line without the program's name.
+    """
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--vocabulary", type=int, default=Size.vocabulary, help="tokens of the language model")
+    parser.add_argument("--hidden", type=int, default=Size.hidden, help="width of the language model")
+    parser.add_argument("--layers", type=int, default=Size.layers, help="layers of the language model")
+    parser.add_argument("--image-tokens", type=int, default=Size.image_tokens, help="a square number")
+    options = parser.parse_args(words)
+    quiet()
+    size = Size(options.vocabulary, options.hidden, options.layers, image_tokens=options.image_tokens)
+    report(measure(Step(size, steps=steps_needed(options.runs)), options.runs), RATIOS, options.json)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

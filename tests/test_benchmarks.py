@@ -1,0 +1,244 @@
+"""The benchmarks: their arithmetic on literal numbers, the sides at toy size, and what they print and write."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationMixin
+
+from benchmarks import gpu, gpu_work, ppo_sides, ppo_step, reward_step, scaling, sft_step, tables, workload
+from benchmarks.harness import Gate
+from benchmarks.paper_schedule import PaperSchedule
+from benchmarks.tables import Ratio
+from benchmarks.workload import TOY
+from trl_llava import train_ppo
+from trl_llava.collators import SFTCollator
+from trl_llava.models import load_processor
+from trl_llava.ppo_trainer import LlavaPPOTrainer
+
+STEP = ppo_sides.Step(TOY, lengths=(2, 5, 8, 3), response_length=8, micro_batch=2, epochs=2, steps=2)
+SIDES = {"ppo_step": ppo_step, "reward_step": reward_step, "sft_step": sft_step}
+
+
+class OpenGate(Gate):
+    """A gate in this process: it never waits, and keeps what is reported."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        super().__init__(SimpleNamespace(send=self.steps.append, recv=lambda: "go"))
+
+
+def entry(run: int | str, side: str, seconds: float, **more: Any) -> dict[str, Any]:
+    return {
+        "run": run,
+        "side": side,
+        "seconds": seconds,
+        "peak_mib": 10 * seconds,
+        "phases": {"rest": seconds},
+        **more,
+    }
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_is_the_median_of_the_runs_ratios() -> None:
+    runs = [entry(1, "a", 1.0), entry(1, "b", 2.0), entry(2, "a", 3.0), entry(2, "b", 4.0), entry(3, "a", 2.0)]
+    runs += [entry(3, "b", 20.0), entry("counted", "a", 1000.0)]
+    assert tables.ratio_of(runs, Ratio("a", "b", "seconds")) == 0.5  # of 0.5, 0.75 and 0.1
+    assert tables.ratio_of(runs, Ratio("a", "b", "seconds", more_is_better=True)) == 2.0
+    assert tables.ratio_of(runs, Ratio("a", "b", "peak_mib")) == 0.5
+    assert tables.median_of(runs, "a", "phases", "rest") == 2.0
+    assert tables.median_of(runs, "a", "phases", "images") == 0.0
+
+
+def test_tables_can_be_pasted() -> None:
+    rows = [{"side": "a", "s": 0.12345, "MiB": 12345.6}, {"side": "b", "s": None, "MiB": 0}]
+    assert tables.markdown(rows) == "| side | s | MiB |\n| --- | --- | --- |\n| a | 0.123 | 12346 |\n| b |  | 0 |"
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_json_holds_medians_and_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = SIDES[name]
+    sides = dict.fromkeys(side for ratio in module.RATIOS.values() for side in (ratio.side, ratio.against))
+    runs = [entry(run, side, 1.0 + run * place) for run in (1, 2, 3) for place, side in enumerate(sides)]
+    steps = []
+    monkeypatch.setattr(module, "measure", lambda step, count: steps.append((step.steps, count)) or runs)
+    module.main(["--runs", "3", "--json", str(tmp_path / "found.json")])
+    assert steps == [(6, 3)]  # warming up, three that count, one that is counted in, one that never begins
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == {"ratios": found["ratios"], "runs": runs}
+    assert found["ratios"] == {key: tables.ratio_of(runs, ratio) for key, ratio in module.RATIOS.items()}
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | " in printed for name in module.RATIOS)
+
+
+def test_growth_is_the_slope_of_the_logarithms() -> None:
+    assert scaling.order_of_growth((144, 2.0), (576, 32.0)) == 2.0
+    runs = [{**entry(1, f"batch {n}", float(n)), "growing": "batch", "value": n} for n in (4, 8, 16)]
+    assert scaling.growth(runs) == {"seconds by batch": 1.0, "peak_mib by batch": 1.0}
+    steps = scaling.points("response length", (32, 128), replace(STEP, lengths=(0,) * 4))
+    assert steps[128].lengths == (32, 64, 96, 128) and steps[32].response_length == 32
+
+
+def test_work_of_a_pass_by_hand() -> None:
+    size = workload.Size(vocabulary=10, hidden=4, layers=1, tower_hidden=2, tower_layers=1, image_tokens=1)
+    assert size.intermediate == 16 and gpu_work.layer_weights(size) == 4 * 16 + 3 * 64
+    # 256 weights x 2 x 5 tokens, attention 2 x 4 x (9 + 4), head 2 x 40 x 1
+    assert gpu_work.pass_flops(size, [3, 2], 1, 0) == 2560 + 104 + 80
+    assert gpu_work.pass_flops(size, [], 0, 1) == 2 * 48 * 2 + 4 * 2 * 4
+    assert gpu_work.training_flops(size, [3, 2], 1, 1) == 2 * 2744 + 224
+    # two tokens read 256 + 40 weights of two bytes; a cache of 3 prompt tokens twice, and one token on average twice
+    assert gpu_work.decoding_bytes(size, "bf16", [3], [2]) == 2 * (512 + 80) + 2 * 4 * 2 * (6 + 2)
+
+
+def test_seven_billion_weights() -> None:
+    size = gpu.SEVEN_B
+    assert (size.intermediate, size.image_size) == (11008, 336)
+    assert gpu_work.layer_weights(size) == 6_476_005_376  # Llama-2-7B's linear layers without embedding and head
+
+
+def test_largest_batch_is_one_that_was_measured() -> None:
+    def run(batch: int, gb: float) -> dict[str, Any]:
+        return {"stage": "sft", "base": "nf4", "batch": batch, "gpu_mib": gb * 1e9 / 2**20, "peak_mib": 1.0}
+
+    entries = [run(1, 9.0), run(2, 15.0), run(2, 16.0), run(4, 30.0)]
+    row = {"stage": "sft", "base": "nf4", "24 GB": 2, "48 GB": 4, "80 GB": None, "140 GB": None}
+    assert gpu.largest_batches(entries, total_gb=50.0) == [row]
+    assert gpu.largest_batches([run(1, 47.9)], total_gb=50.0)[0]["48 GB"] == 0
+
+
+def test_cards_are_known_or_described() -> None:
+    assert gpu_work.find_card("NVIDIA H100 PCIe", None, None).gbs == 2000
+    assert gpu_work.find_card("NVIDIA L40S", None, None).tflops == 362
+    assert gpu_work.find_card("Fancy 1", 10.0, 20.0) == (10.0, 20.0)
+    with pytest.raises(SystemExit, match="--peak-tflops"):
+        gpu_work.find_card("Fancy 1", None, 20.0)
+
+
+def test_gpu_benchmark_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.main([])
+
+
+def test_answers_get_the_lengths_they_shall_have() -> None:
+    schedule = ppo_sides.StopSchedule([1, 2], prompt_length=3, stop_token=0)
+    first = schedule(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[-1.0, 5.0], [9.0, 5.0]]))
+    assert first.argmax(1).tolist() == [0, 1] and first.softmax(1).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    second = schedule(torch.zeros(2, 4, dtype=torch.long), torch.tensor([[9.0, 5.0], [-1.0, 5.0]]))
+    assert second.argmax(1).tolist() == [1, 0]
+
+
+# --- sides -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark")
+    ppo_sides.prepare(folder, STEP)
+    return folder
+
+
+@pytest.fixture
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a side changes in its process."""
+    monkeypatch.setattr(GenerationMixin, "generate", GenerationMixin.generate)
+    monkeypatch.setattr(train_ppo, "LlavaPPOTrainer", LlavaPPOTrainer)
+
+
+def test_text_prompts_are_as_long_as_those_with_pictures(prepared: Path) -> None:
+    prompts = ppo_sides.text_prompts(prepared)
+    texts = 16 + 1 + 6 + 24  # picture, its line break's neighbour, question, template
+    assert {len(prompt) for prompt in prompts} == {len(prompts[0])} and abs(len(prompts[0]) - texts) < 8
+    assert all(workload.SPECIAL.index("<image>") not in prompt for prompt in prompts)
+
+
+def test_the_papers_schedule_computes_what_ours_does(prepared: Path, unpatched: None) -> None:
+    logs: list[Any] = []
+
+    def keep(trainer_class: type[LlavaPPOTrainer]) -> type[LlavaPPOTrainer]:
+        class Kept(trainer_class):  # type: ignore[misc,valid-type]
+            def train(self, *args: Any, **kwargs: Any) -> None:
+                super().train(*args, **kwargs)
+                logs.append(self.state.log_history)
+
+        return Kept
+
+    gates = [OpenGate(), OpenGate()]
+    for gate, trainer_class, fields in zip(
+        gates, (LlavaPPOTrainer, PaperSchedule), ({}, ppo_sides.APART), strict=True
+    ):
+        ppo_sides.our_side(gate, prepared, STEP, keep(trainer_class), **fields)
+        GenerationMixin.generate = GenerationMixin.generate.__wrapped__
+    ours, papers = logs
+    for mine, other in zip(ours[:2], papers[:2], strict=True):
+        assert mine["completions/mean_length"] == other["completions/mean_length"] == 4.5
+        for name in ("objective/kl", "objective/scores"):
+            assert mine[name] == pytest.approx(other[name], abs=2e-5), name
+        # Ours gives the image token no probability: 1 / 300 of it at each of 4.5 tokens.
+        assert mine["objective/entropy"] == pytest.approx(other["objective/entropy"] - 0.015, abs=2e-3)
+    assert ours[1]["objective/kl"] > 0  # so the second step saw what the first had learned, on both sides
+    for gate in gates:
+        bare, *steps = gate.steps
+        assert set(bare) == {"bare_mib"} and len(steps) == 2
+        for step in steps:
+            assert step["phases"].keys() >= {"generation", "forward", "score", "update", "rest"}
+            assert sum(step["phases"].values()) == pytest.approx(step["seconds"])
+
+
+def test_both_sft_sides_learn_the_same_tokens(tmp_path: Path) -> None:
+    step = sft_step.Step(TOY, rows=3, answer=(2, 6))
+    sft_step.prepare(tmp_path, step)
+    processor = load_processor(str(tmp_path / "base"))
+    theirs = importlib.import_module("trl.trainer.sft_trainer").DataCollatorForVisionLanguageModeling(
+        processor, completion_only_loss=True
+    )(list(sft_step.trl_rows(tmp_path)))
+    rows = importlib.import_module("trl_llava.data").rows_from(sft_step.trl_rows(tmp_path), "sft", name="rows")
+    ours = SFTCollator(processor)(list(rows))
+    for row in range(3):
+        assert ours["labels"][row][ours["labels"][row] != -100].tolist() == [
+            token for token in theirs["labels"][row].tolist() if token != -100
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIDES)
+def test_sides_run_in_turn_in_processes_of_their_own(name: str, tmp_path: Path) -> None:
+    module = SIDES[name]
+    small = {"rows": 2} if name == "sft_step" else {"pairs": 2} if name == "reward_step" else {}
+    step = replace(STEP, steps=4) if name == "ppo_step" else module.Step(TOY, answer=(2, 6), steps=4, **small)
+    runs = module.measure(step, 1)
+    sides = {side for ratio in module.RATIOS.values() for side in (ratio.side, ratio.against)}
+    assert {run["side"] for run in runs if run["run"] == 1} == sides
+    assert len([run for run in runs if run["run"] == 1]) == len(sides)
+    counted = [run for run in runs if run["run"] == "counted"]
+    assert counted and all(sum(run["flops"].values()) > 0 for run in counted)
+    tables.report(runs, module.RATIOS, tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text())["ratios"].keys() == module.RATIOS.keys()
+
+
+@pytest.mark.slow
+def test_processes_share_a_batch(tmp_path: Path) -> None:
+    start = replace(STEP, steps=4, lengths=(0,) * 4)
+    runs = scaling.measure("processes", scaling.points("processes", (1, 2), start), 1)
+    assert [run["value"] for run in runs] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_gpu_sweep_at_toy_size_on_the_cpu(base: str, tmp_path: Path) -> None:
+    size = replace(TOY, hidden=64)
+    gpu.prepare(size, tmp_path, "cpu")
+    entries = []
+    for stage in gpu.STAGES:
+        entries += gpu.sweep([gpu.Case(stage, base, batch) for batch in (1, 2)], size, tmp_path, 1, 8)
+    table = gpu.tables(entries, size, gpu_work.Card(1, 100), 50.0, 8)
+    assert table.count(f"| {base} | 1 |") == 3 and "Largest batch" in table
