@@ -73,7 +73,9 @@ def walk(trainer: Any, batch_size: int) -> tuple[list[int], list[tuple[int, int]
     Returns:
         The rows' numbers, and after each batch the MiB of memory and the number of live tensors.
     """
-    processor, pair = trainer.processing_class, 1 + (type(trainer) is LlavaRewardTrainer)
+    processor = trainer.processing_class
+    # The two answers of a pair follow their common question in one row, or each has it in a row of its own.
+    pair = 2 if type(trainer) is LlavaRewardTrainer and not trainer.data_collator.share_prefix else 1
     numbers, held = [], []
     for i, batch in enumerate(DataLoader(trainer.train_dataset, batch_size, collate_fn=trainer.data_collator)):
         texts = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
