@@ -3,6 +3,7 @@
 The libraries ask five times more for each file, so that without network a run would end after minutes.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from unittest.mock import patch
 
 import datasets
 from datasets import Dataset
+from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -94,17 +96,24 @@ def asked_once(name: str, revision: str | None) -> Iterator[Callable[[Dataset], 
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise NotFoundError(str(error).strip().splitlines()[0]) from error
     except UNREACHABLE:
+        commit = None if revision is None else _cached_commit(name, revision)
         with patch.object(constants, "HF_HUB_OFFLINE", True), patch.object(datasets.config, "HF_HUB_OFFLINE", True):
-            yield lambda dataset: _check_cached(name, revision, dataset)
+            yield lambda dataset: _check_commit(revision, commit, dataset)
         return
     yield lambda dataset: None
 
 
-def _check_cached(name: str, revision: str | None, dataset: Dataset) -> None:
-    if revision is None:
-        return
-    repository = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
-    reference = repository / "refs" / revision
+def _cached_commit(name: str, revision: str) -> str:
+    """The commit that a revision was when it was last seen; its data become those that `datasets` looks at first."""
+    reference = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs", revision)
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    if not any(f"{name}@{commit}" in source for source in dataset.download_checksums or {}):
-        raise NotFoundError(f"the Hub is out of reach, and the cache has another revision than {revision!r}")
+    folder = "___".join([*name.split("/")[:-1], camelcase_to_snakecase(name.split("/")[-1])])
+    for cached in Path(datasets.config.HF_DATASETS_CACHE, folder).glob(f"*/*/{commit}*"):
+        os.utime(cached)
+    return commit
+
+
+def _check_commit(revision: str | None, commit: str | None, dataset: Dataset) -> None:
+    folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    if commit is not None and not all(folder.startswith(commit) for folder in folders):
+        raise NotFoundError(f"the Hub is out of reach, and the cache has no revision {revision!r}, only another one")

@@ -87,8 +87,10 @@ def read_source(
                 raw = RawRows(load_dataset(source, name, split=split, **options), source)
                 check_revision(raw.dataset)
         except (OSError, ValueError) as error:  # not there or no network; no such configuration or split
+            what = f"configuration {name}, split {split}"
+            what += f", revision {options['revision']}" if options["revision"] else ""
             raise NotFoundError(
-                f"The data set {source} cannot be loaded (configuration {name}, split {split}). Expected a Hub ID, a "
+                f"The data set {source} cannot be loaded ({what}). Expected a Hub ID, a "
                 f"file or a folder; without network, one that is in the cache. The cause: {error}"
             ) from error
     if columns is not None and raw.is_json:
