@@ -63,6 +63,10 @@ def test_three_stages_by_hub_id(
     short = ["--total_episodes", "4", "--response_length", "4", "--stop_token", "eos", "--num_ppo_epochs", "1"]
     ppo = finished("ppo", *start, *short, "--num_sample_generations", "0")
     assert {"value_model/adapter_model.safetensors", "adapter_model.safetensors", "ppo_state.json"} <= set(ppo)
+    for stage in ("sft", "reward", "ppo"):
+        files = hub.files(f"tester/tiny-{stage}")
+        assert {"curves.png", "samples/1.jpg", "samples/4.jpg", "samples/samples.json", "README.md"} <= set(files)
+        assert "![picture](samples/4.jpg)" in files["README.md"].decode()
     for (_, name), repo in hub.repos.items():
         for files in repo.commits.values() if name != "org/base" else ():
             text = b"".join(content for path, content in files.items() if not path.endswith(".safetensors"))

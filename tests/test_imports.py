@@ -14,6 +14,8 @@ LAYERS = (
     # what the entry points share
     (
         "check_report",
+        "card_plots",
+        "card_samples",
         "console",
         "hub_push",
         "hub_repository",

@@ -110,6 +110,12 @@ class LlavaScriptArguments(ScriptArguments):
         "default such a repository is refused before training.",
     )
 
+    card_samples: int = option(
+        4,
+        "With `push_to_hub`: how many held-out (else training) rows the model card shows, with their pictures. 0 "
+        "shows none of the data.",
+    )
+
     def __post_init__(self) -> None:
         refuse(
             self,

@@ -14,6 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from trl_llava.card_samples import write_samples
 from trl_llava.errors import ExplainedError
 from trl_llava.hub_repository import Repository, cause
 from trl_llava.output_dir import RECIPE_FILE, VERSIONS_FILE
@@ -213,10 +214,21 @@ class PushAtSaves(TrainerCallback):
     Args:
         trainer: The trainer, whose model card goes with each checkpoint.
         push: The run's pushes.
+        samples: How many rows of the data the card of the finished run shows.
     """
 
-    def __init__(self, trainer: Any, push: HubPush) -> None:
-        self.trainer, self.push = trainer, push
+    def __init__(self, trainer: Any, push: HubPush, samples: int) -> None:
+        self.trainer, self.push, self.samples = trainer, push, samples
+
+    def end(self) -> None:
+        """Pushes the finished run, with samples in its card; everything else is in `output_dir` already.
+
+        Raises:
+            PushError: If the Hub does not take it.
+        """
+        write_samples(self.trainer, self.samples)
+        self.trainer.create_model_card()
+        logger.info("Pushed to %s", self.push.end())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called behind `_save_checkpoint`, when the checkpoint has its final name.
@@ -233,15 +245,16 @@ class PushAtSaves(TrainerCallback):
             self.push.checkpoint(folder, state.global_step)
 
 
-def push_saves(trainer: Any, repository: Repository | None) -> HubPush | None:
+def push_saves(trainer: Any, repository: Repository | None, samples: int) -> PushAtSaves | None:
     """Let a trainer's checkpoints be pushed as they are made.
 
     Args:
         trainer: The trainer.
         repository: Where to, or None.
+        samples: How many rows of the data the card of the finished run shows.
 
     Returns:
-        The pushes, for `output_dir.finish`; None if nothing is pushed from this process.
+        What pushes the finished run; None if nothing is pushed from this process.
     """
     if repository is None:
         return None
@@ -252,8 +265,9 @@ def push_saves(trainer: Any, repository: Repository | None) -> HubPush | None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     trainer.hub_model_id = repository.name
     push = HubPush(repository, Path(args.output_dir), HubStrategy(args.hub_strategy), args.hub_always_push)
-    trainer.add_callback(PushAtSaves(trainer, push))
-    return push
+    callback = PushAtSaves(trainer, push, samples)
+    trainer.add_callback(callback)
+    return callback
 
 
 def _tag(api: HfApi, name: str, tag: str, commit: str) -> None:

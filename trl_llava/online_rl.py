@@ -109,7 +109,7 @@ def run_online(
     trainer.create_model_card = functools.partial(
         write_model_card, trainer, stage, model_args.model_name_or_path, recipe
     )
-    push = push_saves(trainer, repository)
+    push = push_saves(trainer, repository, script_args.card_samples)
     output_dir.record(args, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)

@@ -117,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
         peft_config=None if adapter else lora_config(model_args, model, task="SEQ_CLS"),
     )
     trainer.create_model_card = functools.partial(write_model_card, trainer, "reward", base, recipe)
-    push = push_saves(trainer, repository)
+    push = push_saves(trainer, repository, script_args.card_samples)
     output_dir.record(training_args, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
     output_dir.finish(trainer, script_args.dataset_name)

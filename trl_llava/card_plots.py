@@ -1,0 +1,75 @@
+"""The curves of a run as one PNG for its model card."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+CURVES: dict[str, dict[str, tuple[str, ...]]] = {
+    "sft": {"Loss": ("loss", "eval_loss"), "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy")},
+    "reward": {
+        "Loss": ("loss", "eval_loss"),
+        "Accuracy": ("accuracy", "eval_accuracy"),
+        "Margin": ("margin", "eval_margin"),
+    },
+    "ppo": {
+        "Score": ("objective/scores",),
+        "KL to the reference": ("objective/kl",),
+        "Length of answers (tokens)": ("completions/mean_length",),
+    },
+    "dpo": {
+        "Loss": ("loss", "eval_loss"),
+        "Accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
+        "Margin": ("rewards/margins", "eval_rewards/margins"),
+    },
+}
+CURVES["grpo"] = CURVES["rloo"] = {
+    "Reward": ("reward", "eval_reward"),
+    "KL to the reference": ("kl",),
+    "Length of answers (tokens)": ("completions/mean_length",),
+}
+"""Stage -> panel -> what the log calls it: in training, and on held-out rows."""
+
+# Okabe and Ito's palette: colour-blind readers tell the two apart.
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "linestyle": "-", "label": "training"},
+    {"color": "#D55E00", "linestyle": "--", "marker": "o", "label": "held out"},
+)
+
+
+def plot_curves(stage: str, log_history: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw the curves of a stage.
+
+    Args:
+        stage: "sft", "reward", "ppo", "dpo", "grpo" or "rloo".
+        log_history: The entries of trainer_state.json.
+        path: The PNG file.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    panels = []
+    for title, names in CURVES[stage].items():
+        curves = [_points(log_history, name) for name in names]
+        if any(curves):
+            panels.append((title, curves))
+    if not panels:
+        return False
+    figure = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
+    for place, (title, curves) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for points, style in zip(curves, _STYLES, strict=False):
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, **{"marker": "o" if len(points) == 1 else None, **style})
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        if sum(map(bool, curves)) > 1:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    return True
+
+
+def _points(log_history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in log_history if name in entry]
