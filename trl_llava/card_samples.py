@@ -50,7 +50,7 @@ def _rows_with_picture(trainer: Any, count: int) -> list[dict[str, Any]]:
     rows = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     if isinstance(rows, dict):
         rows = next(iter(rows.values()))
-    found = []
+    found: list[dict[str, Any]] = []
     for row in rows if count else ():
         if row.get("images"):
             found.append({"row_name": f"row {len(found)}", **row})
@@ -87,7 +87,7 @@ def _answered(trainer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _scored(trainer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     reward = FactualReward(model, trainer.processing_class, trainer.judging_prompt, batch_size=len(rows))
-    columns = {name: [row.get(name) for row in rows] for name in ("prompt", "images", "captions")}
+    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in ("prompt", "images", "captions")}
     told: list[dict[str, Any]] = [{"captions": row.get("captions") or []} for row in rows]
     for side in ("chosen", "rejected"):
         answers = [row[side] for row in rows]
