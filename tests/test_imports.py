@@ -66,7 +66,7 @@ LAYERS = (
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),
         *("safe_checkpoints", "checkpoint_folders", "manifest", "loop_state", "full_weights"),
-        *("stop_signals", "resume_command", "disk_full"),
+        *("stop_signals", "pass_on_signals", "resume_command", "disk_full"),
     ),
     (
         *(

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,8 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
         words: Recipe, overrides and launch options.
 
     Returns:
-        0, or 1 if one of several processes failed. A single one that fails ends this process, with 1 too.
+        0; 1 if one of several processes failed (a single one that fails ends this process, with 1 too); 128 + signal
+            after SIGTERM or Ctrl-C, once the processes have saved.
 
     Raises:
         RecipeError: If the recipe or an option cannot be used.
@@ -74,22 +76,33 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
         print(LAUNCH_HELP.format(names=names))
         return 0
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from trl_llava.pass_on_signals import LEFT_TO_TORCHRUN, signals_passed_on
+    from trl_llava.resume_command import COMMAND_VARIABLE
+
+    own_words = ["trl-llava", stage, *words]
     launch_parser = launch_command_parser()
     launch, training = split_arguments(words, parser.field_names, launch_parser)
     parser.check(training)
     # --quiet: the stage has already said what is wrong, the launcher's own traceback would only hide it.
     command = [*_complete(launch), "--quiet", "-m", f"trl_llava.train_{stage}", *training]
-    try:
-        launch_command(launch_parser.parse_args(command))
-    except ChildFailedError as error:  # of several processes; the one that failed has said why
-        rank, failure = error.get_first_failure()
-        print(
-            f"error: {stage} ended, because its process {rank} did (exit status {failure.exitcode})", file=sys.stderr
-        )
-        return 1
-    return 0
+    options = launch_parser.parse_args(command)
+    options.signals_to_handle = LEFT_TO_TORCHRUN
+    with signals_passed_on() as received, patch_environment(**{COMMAND_VARIABLE: json.dumps(own_words)}):
+        try:
+            launch_command(options)
+        except SystemExit:  # the one process failed, and has said why
+            if not received:
+                raise
+        except ChildFailedError as error:  # of several processes; the one that failed has said why
+            rank, failure = error.get_first_failure()
+            if not received:
+                status = f"exit status {failure.exitcode}"
+                print(f"error: {stage} ended, because its process {rank} did ({status})", file=sys.stderr)
+                return 1
+    return 128 + received[0] if received else 0
 
 
 def split_arguments(

@@ -1,5 +1,6 @@
 """What a person at the terminal sees of an entry point, besides the training itself."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,13 @@ def run_as_program(main: Callable[[], Any]) -> None:
 
     Args:
         main: The entry point. An error that explains itself is printed without a traceback, and gives the exit status;
-            any other is a fault, whose traceback is needed.
+            any other is a fault, whose traceback is needed. Ctrl-C before the training, or twice in it, needs none.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint, if there is one, is whole", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except ExplainedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

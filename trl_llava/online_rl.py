@@ -25,6 +25,7 @@ from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_loading import load_reward_functions
 from trl_llava.reward_terms import length_term
 from trl_llava.rollout import COUNTS
+from trl_llava.safe_checkpoints import SafeCheckpoints
 from trl_llava.scoring import RewardFunction
 from trl_llava.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
 from trl_llava.splits import load_splits
@@ -97,7 +98,7 @@ def run_online(
     args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": [processor.image_token_id]}
     set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
     model, peft_config = load_policy_start(model_args)
-    trainer = trainer_class(
+    trainer = type(trainer_class.__name__, (SafeCheckpoints, trainer_class), {})(
         model=model,
         reward_funcs=rewards,
         args=args,

@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill at any moment, and a training that stops when asked and goes on exactly."""
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from trl_llava.checkpoint_folders import (
     unfinished,
 )
 from trl_llava.disk_full import explain_full_disk, size_of
-from trl_llava.errors import NotFoundError
+from trl_llava.errors import InputError, NotFoundError
 from trl_llava.full_weights import load_full_weights
 from trl_llava.loop_state import load_loop_state, save_loop_state
 from trl_llava.manifest import check_manifest
@@ -100,10 +101,15 @@ class SafeCheckpoints(Trainer):
             The checkpoint to go on from, if any.
 
         Raises:
+            InputError: if transformers' own answer to SIGTERM is switched on.
             NotFoundError: if there is no such checkpoint.
             DamagedCheckpointError: if it is damaged.
             Stopped: after SIGTERM or Ctrl-C, once all is saved.
         """
+        if self.args.enable_jit_checkpoint:
+            raise InputError(
+                "`enable_jit_checkpoint` must stay False: SIGTERM and Ctrl-C always save a checkpoint here"
+            )
         run_dir = Path(self.args.output_dir)
         if self.args.should_save:
             clear_leftovers(run_dir)
@@ -134,9 +140,10 @@ class SafeCheckpoints(Trainer):
         return str(found[-1])
 
     def _stopped(self, run_dir: Path, signum: int) -> Stopped:
+        name, state = signal.Signals(signum).name, self.state
         message = (
-            f"stopped by signal {signum} after step {self.state.global_step} of {self.state.max_steps}; all is saved "
-            f"in {checkpoints(run_dir)[-1]}. Go on with:\n    {resume_command()}"
+            f"stopped by {name} after step {state.global_step} of {state.max_steps}; all is saved in "
+            f"{checkpoints(run_dir)[-1]}. Go on with:\n    {resume_command()}"
         )
         if self.accelerator.is_main_process:
             print(message, flush=True)

@@ -24,7 +24,12 @@ from trl_llava.lengths import drop_overlong
 from trl_llava.model_card import write_model_card
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.recipe import RecipeParser
+from trl_llava.safe_checkpoints import SafeCheckpoints
 from trl_llava.splits import load_splits
+
+
+class LlavaDPOTrainer(SafeCheckpoints, DPOTrainer):
+    """TRL's `DPOTrainer` with checkpoints that survive a kill, and that a run goes on from."""
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
@@ -70,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> DPOTrainer:
     training_args.remove_unused_columns = False  # the collator names rows in its errors
     set_seed(training_args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
     model, peft_config = load_policy_start(model_args)
-    trainer = DPOTrainer(
+    trainer = LlavaDPOTrainer(
         model=model,
         args=training_args,
         data_collator=collator,
