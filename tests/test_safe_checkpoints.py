@@ -173,7 +173,7 @@ def test_the_other_writers_errors_are_known(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_kept_under_its_final_name(tiny_llava_dir: Path, tmp_path: Path) -> None:
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_strategy": "steps"}
-    saving = {"eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "learning_rate": 10.0}
+    saving = {"eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "learning_rate": 10.0}
     rows = test_sft_trainer.rows(3)
     trainer = build("sft", tiny_llava_dir, tmp_path, eval_dataset=rows, **best, **saving)
     trainer.train()
