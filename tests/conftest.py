@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,28 +81,32 @@ def served_hub() -> Iterator[hub_server.Hub]:
         yield hub
 
 
-@pytest.fixture
-def hub(
-    served_hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[hub_server.Hub]:
-    """An empty Hub that this process is logged in to, with an empty cache; the client's waits take no time."""
+@contextmanager
+def hub_client(hub: hub_server.Hub, cache: Path) -> Iterator[hub_server.Hub]:
+    """Let this process talk to an empty Hub, logged in, with an empty cache; the client's waits take no time."""
     import datasets
     from huggingface_hub import constants
     from huggingface_hub.utils import _http, are_progress_bars_disabled, enable_progress_bars
 
-    cache = tmp_path_factory.mktemp("hub_cache")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", hub_server.WRITE_TOKEN)
-    client = served_hub.clear()
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=client.waits.append))
     bars, level = are_progress_bars_disabled(), logging.getLogger("huggingface_hub").level
-    yield client
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_TOKEN", hub_server.WRITE_TOKEN)
+        patch.setattr(_http, "time", SimpleNamespace(sleep=hub.clear().waits.append))
+        yield hub
     logging.getLogger("huggingface_hub").setLevel(level)
     if not bars:
         enable_progress_bars()
     for thread in threading.enumerate():
         if thread.name == "hub-push":
             thread.join(5)
+
+
+@pytest.fixture
+def hub(served_hub: hub_server.Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[hub_server.Hub]:
+    """An empty Hub that this process is logged in to."""
+    with hub_client(served_hub, tmp_path_factory.mktemp("hub_cache")) as hub:
+        yield hub

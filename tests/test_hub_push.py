@@ -17,6 +17,7 @@ from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import InputError
 from trl_llava.hub_push import HubPush, PushError
 from trl_llava.hub_repository import HubError, Repository, claim_repository
+from trl_llava.manifest import check_manifest
 from trl_llava.recipe import Recipe
 from trl_llava.shareable import stage_run, without_paths
 
@@ -85,7 +86,14 @@ def claim(tmp_path: Path, *, resuming: bool = False, onto: bool = False, **chang
 # --- what is pushed when -------------------------------------------------------------------------------------------
 
 ROOT = {"adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "trainer_state.json"}
-WHOLE = {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"}
+WHOLE = {
+    "manifest.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "trainer_state.json",
+    "optimizer.pt",
+    "rng_state.pth",
+}
 
 
 @pytest.mark.parametrize(
@@ -342,3 +350,24 @@ def test_what_was_pushed_can_be_downloaded(hub: hub_server.Hub, tmp_path: Path) 
     push.end()
     there = Path(snapshot_download("tester/run", revision="checkpoint-1"))
     assert (there / "last-checkpoint" / "optimizer.pt").read_bytes() == b"optimizer.pt 1"
+
+
+def test_a_pushed_checkpoint_is_one_to_go_on_from(hub: hub_server.Hub, tmp_path: Path) -> None:
+    push = pushed(tmp_path / "run", "checkpoint")
+    push.settle(10)
+    check_manifest(Path(snapshot_download("tester/run")) / "last-checkpoint")
+    finished(tmp_path / "run")
+    push.end()
+
+
+def test_a_stopped_run_gives_its_last_push_some_time(hub: hub_server.Hub, tmp_path: Path) -> None:
+    push = pushed(tmp_path / "run")
+    push.settle(10)
+    assert set(hub.repos["models", "tester/run"].tags) == {"checkpoint-1", "checkpoint-2"}
+    hub.fail("POST", "/commit/", status=503, times=100)
+    push.checkpoint(checkpoint(tmp_path / "run", 3), 3)
+    push.settle(60)  # not for long: the Hub is away
+    assert push.failure is not None
+    hub.faults.clear()
+    finished(tmp_path / "run")
+    push.end()

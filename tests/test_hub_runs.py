@@ -1,25 +1,42 @@
 """Whole runs to the Hub and back: push, delete, load by ID, equal numbers."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import conftest
 import hub_server
+import hub_visitor
 import pytest
 import tiny_models
+import yaml
+from safetensors.torch import load_file
 
-from trl_llava import train_ppo, train_reward, train_sft
+from trl_llava import cli, train_grpo, train_ppo, train_reward, train_sft
 
+STAGES = ("sft", "reward", "ppo")
 QUICK = [
-    *("--use_cpu", "--disable_tqdm", "--bf16", "false", "--report_to", "none", "--save_strategy", "steps"),
-    *("--save_steps", "1", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--learning_rate", "0.01"),
-    *("--push_to_hub", "--hub_always_push", "--hub_token", hub_server.WRITE_TOKEN),
+    *("--use_cpu", "--disable_tqdm", "--bf16", "false", "--report_to", "none", "--per_device_train_batch_size", "2"),
+    *("--logging_steps", "1", "--learning_rate", "0.01"),
+]
+PUSH = [
+    *("--save_strategy", "steps", "--save_steps", "1", "--push_to_hub", "--hub_always_push"),
+    *("--hub_token", hub_server.WRITE_TOKEN),
 ]
 QUESTION = [{"role": "user", "content": "what is it?"}]
 
 
-def answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+class Trained(NamedTuple):
+    """All three stages pushed, with rows and pictures; their folders are gone."""
+
+    hub: hub_server.Hub
+    folder: Path
+    before: dict[str, list[float]]
 
 
 def write_rows(folder: Path) -> Path:
@@ -27,48 +44,117 @@ def write_rows(folder: Path) -> Path:
     for color in set(colors):
         tiny_models.image(color).save(folder / f"{color}.png")
     rows = [{"images": [f"{color}.png"], "prompt": QUESTION, "captions": [f"a {color} square"]} for color in colors]
-    answers = {"completion": answer("a square"), "chosen": answer("a square"), "rejected": answer("a dog")}
+    answers = {"completion": "a square", "chosen": "a square", "rejected": "a dog"}
     for name, columns in (("sft", ["completion"]), ("reward", ["chosen", "rejected"]), ("ppo", [])):
-        written = [{**row, **{column: answers[column] for column in columns}} for row in rows]
-        (folder / f"{name}.json").write_text(json.dumps(written))
+        told = {column: [{"role": "assistant", "content": answers[column]}] for column in columns}
+        (folder / f"{name}.json").write_text(json.dumps([{**row, **told} for row in rows]))
     return folder
 
 
-def test_three_stages_by_hub_id(
-    hub: hub_server.Hub, tiny_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = hub.add("org/base", tiny_llava_dir)
-    base.tags["v1"] = base.branches["main"]
-    base.commit({}, title="weights gone")  # whoever asks for another revision gets nothing
-    rows = write_rows(tmp_path)
-    monkeypatch.delenv("HF_TOKEN")
+@pytest.fixture(scope="module")
+def trained(
+    served_hub: hub_server.Hub, tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trained]:
+    folder = write_rows(tmp_path_factory.mktemp("runs"))
+    with conftest.hub_client(served_hub, tmp_path_factory.mktemp("cache")) as hub:
+        base = hub.add("org/base", tiny_llava_dir)
+        base.tags["v1"] = base.branches["main"]
+        base.commit({}, title="weights gone")  # whoever asks for another revision gets nothing
+        os.environ.pop("HF_TOKEN")
 
-    def words(stage: str, *more: str) -> list[str]:
-        places = ["--dataset_name", f"{rows}/{stage}.json", "--output_dir", f"{tmp_path}/{stage}"]
-        return [*QUICK, *places, "--hub_model_id", f"tiny-{stage}", *more]
+        def run(stage: str, main: Any, *more: str) -> None:
+            places = ["--dataset_name", f"{folder}/{stage}.json", "--output_dir", f"{folder}/{stage}"]
+            main([*QUICK, *PUSH, *places, "--hub_model_id", f"tiny-{stage}", *more])
 
-    def finished(stage: str, *more: str) -> dict[str, bytes]:
-        main = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}[stage].main
-        main(words(stage, *more))
-        shutil.rmtree(tmp_path / stage)
-        repo = hub.repos["models", f"tester/tiny-{stage}"]
+        lora = ["--model_name_or_path", "org/base@v1", "--use_peft", "--lora_r", "2", "--max_steps", "2"]
+        run("sft", train_sft.main, *lora)
+        run("reward", train_reward.main, *lora, "--test_split_size", "2", "--eval_strategy", "steps")
+        start = ["--sft_model_path", "tester/tiny-sft@checkpoint-2", "--reward_model_path", "tester/tiny-reward"]
+        short = ["--total_episodes", "4", "--response_length", "4", "--stop_token", "eos", "--num_ppo_epochs", "1"]
+        run("ppo", train_ppo.main, *start, *short, "--num_sample_generations", "0")
+        before = {
+            "logits": hub_visitor.logits(card(hub, "sft").replace("tester/tiny-sft", str(folder / "sft")), folder),
+            "scores": hub_visitor.scores(str(folder / "reward"), folder),
+        }
+        for stage in STAGES:
+            shutil.rmtree(folder / stage)
+        yield Trained(hub, folder, before)
+
+
+def card(hub: hub_server.Hub, stage: str) -> str:
+    return hub.files(f"tester/tiny-{stage}")["README.md"].decode()
+
+
+def test_what_is_there(trained: Trained) -> None:
+    always = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "processor_config.json"}
+    always |= {"recipe.yaml", "versions.json", "trainer_state.json", "README.md", "curves.png", "chat_template.jinja"}
+    always |= {"samples/1.jpg", "samples/2.jpg", "samples/samples.json"}
+    own = {
+        "sft": set(),
+        "reward": {"factual_reward.json"},
+        "ppo": {"ppo_state.json", "value_model/adapter_model.safetensors", "value_model/adapter_config.json"},
+    }
+    for stage in STAGES:
+        repo = trained.hub.repos["models", f"tester/tiny-{stage}"]
         assert sorted(repo.tags) == ["checkpoint-1", "checkpoint-2"]
-        return hub.files(f"tester/tiny-{stage}")
+        assert always | own[stage] <= set(repo.at("main")[1])
+        for tag in repo.tags:
+            needed = {name for name in always | own[stage] if not name.startswith("samples/")}
+            assert needed <= set(repo.at(tag)[1]), tag
 
-    lora = ["--model_name_or_path", "org/base@v1", "--use_peft", "--lora_r", "2", "--max_steps", "2"]
-    finished("sft", *lora)
-    reward = finished("reward", *lora)
-    assert "factual_reward.json" in reward
-    start = ["--sft_model_path", "tester/tiny-sft@checkpoint-2", "--reward_model_path", "tester/tiny-reward"]
-    short = ["--total_episodes", "4", "--response_length", "4", "--stop_token", "eos", "--num_ppo_epochs", "1"]
-    ppo = finished("ppo", *start, *short, "--num_sample_generations", "0")
-    assert {"value_model/adapter_model.safetensors", "adapter_model.safetensors", "ppo_state.json"} <= set(ppo)
-    for stage in ("sft", "reward", "ppo"):
-        files = hub.files(f"tester/tiny-{stage}")
-        assert {"curves.png", "samples/1.jpg", "samples/4.jpg", "samples/samples.json", "README.md"} <= set(files)
-        assert "![picture](samples/4.jpg)" in files["README.md"].decode()
-    for (_, name), repo in hub.repos.items():
-        for files in repo.commits.values() if name != "org/base" else ():
+
+def test_nothing_private_is_there(trained: Trained) -> None:
+    for stage in STAGES:
+        for files in trained.hub.repos["models", f"tester/tiny-{stage}"].commits.values():
             text = b"".join(content for path, content in files.items() if not path.endswith(".safetensors"))
-            assert str(tmp_path).encode() not in text and hub_server.WRITE_TOKEN.encode() not in text
+            assert str(trained.folder).encode() not in text and hub_server.WRITE_TOKEN.encode() not in text
             assert not any(path.endswith((".bin", ".pt", ".pth")) for path in files)
+
+
+def test_the_cards(trained: Trained) -> None:
+    for stage in STAGES:
+        text = card(trained.hub, stage)
+        metadata = yaml.safe_load(text.split("---\n")[1])
+        assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/base", "adapter")
+        assert "![picture](samples/2.jpg)" in text and "![curves](curves.png)" in text
+    assert "of 2 held-out pairs (95 % interval" in card(trained.hub, "reward")
+    assert 'from_pretrained("org/base", revision="v1"), "tester/tiny-ppo")' in card(trained.hub, "ppo")
+
+
+def test_a_fresh_process_computes_the_same(trained: Trained, tmp_path: Path) -> None:
+    """By the lines of the card; then again without the Hub, from the cache."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, hub_visitor.__file__, str(trained.folder)]
+    (trained.folder / "card.md").write_text(card(trained.hub, "sft"))
+    for offline in ("0", "1"):
+        asked = len(trained.hub.requests)
+        result = subprocess.run(
+            command, env={**environment, "HF_HUB_OFFLINE": offline}, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1]) == trained.before  # bit for bit: JSON keeps every digit
+        assert (len(trained.hub.requests) > asked) is (offline == "0")
+
+
+def test_score_by_hub_id(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--image", str(trained.folder / "red.png"), "--question", "what is it?", "--answer", "a square"]
+    words += ["--caption", "a red square"]
+    assert cli.main(["score", "--reward_model", "tester/tiny-reward@checkpoint-2", *words]) == 0
+    assert capsys.readouterr().out == f"{trained.before['scores'][0]:.4f}\n"
+    assert cli.main(["score", "--reward_model", "tester/tiny-reward@nowhere", *words]) == 1
+    assert "cannot load 'tester/tiny-reward' (revision nowhere)" in capsys.readouterr().err
+
+
+def test_merge_by_hub_id(trained: Trained, tmp_path: Path) -> None:
+    assert cli.main(["merge", "tester/tiny-sft@checkpoint-2", str(tmp_path / "merged")]) == 0
+    assert load_file(tmp_path / "merged" / "model.safetensors")
+
+
+def test_grpo_by_hub_id(trained: Trained, tmp_path: Path) -> None:
+    words = ["--dataset_name", f"{trained.folder}/ppo.json", "--output_dir", str(tmp_path / "run")]
+    words += ["--model_name_or_path", "org/base@v1", "--adapter_name_or_path", "tester/tiny-sft@checkpoint-1"]
+    words += ["--reward_model_path", "tester/tiny-reward", "--max_steps", "1", "--save_strategy", "no"]
+    words += ["--num_generations", "2", "--max_completion_length", "4"]
+    trainer = train_grpo.main([*QUICK, *words])
+    assert trainer.state.global_step == 1

@@ -28,6 +28,9 @@ STAGING = ".hub"
 FIRST_WAIT, LONGEST_WAIT = 30.0, 600.0
 """Seconds between two attempts while training goes on; each attempt has huggingface_hub's own retries inside."""
 
+SETTLING = 60.0
+"""Seconds that a training that was asked to stop gives the push of its last checkpoint."""
+
 WAITS_AT_THE_END = (5.0, 15.0, 45.0)
 
 
@@ -125,6 +128,15 @@ class HubPush:
         shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)
         return str(self.url)
 
+    def settle(self, seconds: float) -> None:
+        """Give what is under way some time, where the process may end before the run does.
+
+        Args:
+            seconds: The longest to wait.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting or self.failure is not None, timeout=seconds)
+
     def _stage(self, source: Path, name: str) -> Path:
         staged = self.output_dir / STAGING / name
         shutil.rmtree(staged, ignore_errors=True)
@@ -164,6 +176,7 @@ class HubPush:
                 wait = next(last_waits, None) if self._ending and not done else None
                 if done or (self._ending and wait is None and len(self._waiting) > 1):  # the last one gets its try too
                     self._waiting.popleft()
+                    self._changed.notify_all()
                     shutil.rmtree(job.folder, ignore_errors=True)
                 elif self._ending:
                     if wait is None:
@@ -184,7 +197,9 @@ class HubPush:
         return True
 
     def _failed(self, error: Exception) -> None:
-        told, self.failure = self.failure, cause(error.__cause__ or error)
+        with self._changed:
+            told, self.failure = self.failure, cause(error.__cause__ or error)
+            self._changed.notify_all()
         if told is None:
             logger.warning(
                 "Pushing to %s failed (%s). Training goes on; the push is tried again until it succeeds.",
@@ -243,6 +258,19 @@ class PushAtSaves(TrainerCallback):
         if self.push.strategy is not HubStrategy.END and folder.is_dir():
             self.trainer.create_model_card()
             self.push.checkpoint(folder, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called when the training ends, also when it was asked to: the last checkpoint shall still get away.
+
+        Args:
+            args: Unused.
+            state: Unused.
+            control: Unused.
+            **kwargs: Unused.
+        """
+        self.push.settle(SETTLING)
 
 
 def push_saves(trainer: Any, repository: Repository | None, samples: int) -> PushAtSaves | None:

@@ -8,12 +8,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from trl_llava.errors import InputError
+from trl_llava.manifest import MANIFEST, write_manifest
 from trl_llava.recipe import Recipe
 
 SUFFIXES = (".safetensors", ".json", ".yaml", ".jinja", ".model", ".txt", ".md", ".png", ".jpg")
 """Files that are pushed; all else that a folder holds stays, pickles above all."""
 
-STAYS = ("checkpoint-*", "completions", "runs", "manifest.json")
+STAYS = ("checkpoint-*", "completions", "runs", MANIFEST)
 ARGUMENTS = "training_args.bin"
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 # Vocabularies may hold anything, also what looks like a path.
@@ -53,8 +54,10 @@ def stage_whole(source: Path, target: Path) -> None:
         InputError: If a file has a token in it.
     """
     for path in sorted(source.rglob("*")):
-        if path.is_file() and path.name not in (ARGUMENTS, "README.md") and not path.name.startswith("."):
+        stays = path.name in (ARGUMENTS, "README.md", MANIFEST) or path.name.startswith(".")
+        if path.is_file() and not stays:
             _put(path, target / path.relative_to(source))
+    write_manifest(target)
 
 
 def without_paths(value: Any) -> Any:
