@@ -74,13 +74,13 @@ def walk(trainer: Any, batch_size: int) -> tuple[list[int], list[tuple[int, int]
         The rows' numbers, and after each batch the MiB of memory and the number of live tensors.
     """
     processor = trainer.processing_class
-    # The two answers of a pair follow their common question in one row, or each has it in a row of its own.
-    pair = 2 if type(trainer) is LlavaRewardTrainer and not trainer.data_collator.share_prefix else 1
     numbers, held = [], []
     for i, batch in enumerate(DataLoader(trainer.train_dataset, batch_size, collate_fn=trainer.data_collator)):
         texts = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
         shown = (batch["input_ids"] == processor.image_token_id).any(1).tolist()
         named = [bad_rows.number_of(text) for text in texts]
+        # The two answers of a pair follow their common question in one row, or each has it in a row of its own.
+        pair = 2 if isinstance(trainer, LlavaRewardTrainer) and "segments" not in batch else 1
         rows = len(texts) // pair
         assert named == named[:rows] * pair
         bad_rows.check_marks(texts[:rows], shown[:rows], batch.get("pixel_values"), processor)

@@ -151,7 +151,9 @@ def test_prompts_need_captions_if_the_reward_model_shows_them(
     (tmp_path / "factual_reward.json").write_text(json.dumps(settings))
     path = files.recipe("ppo", captions_file=None, reward_model_path=str(tmp_path))
     assert run(path) == 1
-    assert "100 rows of" in capsys.readouterr().out
+    assert "100 of 100 rows of" in capsys.readouterr().out
+    assert run(path, "--on_bad_row", "skip") == 1
+    assert "none of the 100 rows of" in capsys.readouterr().out
     settings["judging_prompt"]["with_captions"] = False  # type: ignore[index]
     (tmp_path / "factual_reward.json").write_text(json.dumps(settings))
     assert run(path) == 0

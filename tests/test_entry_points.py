@@ -234,6 +234,25 @@ def test_rows_are_named_once(work: Work) -> None:
         work.sft("none", "--test_split_size", "6")
 
 
+def test_ppo_looks_for_captions_before_it_loads_a_model(
+    work: Work, reward_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_ppo, "load_policy_roles", None)
+    work.write("bare", [{"images": ["red.png"], "prompt": QUESTION, "captions": facts} for facts in (["a"], [])])
+    words = [
+        "--model_name_or_path",
+        str(work.base),
+        "--reward_model_path",
+        str(reward_model),
+        "--value_init",
+        "policy",
+    ]
+    with pytest.raises(RowError, match=r"bare.json\[1\]: it has no captions"):
+        work.ppo("none", *words, rows="bare")
+    with pytest.raises(TypeError, match="NoneType"):  # the rows were fine, and a model is next
+        work.ppo("none", *words, "--on_bad_row", "skip", rows="bare")
+
+
 def test_missing_captions_are_named(work: Work) -> None:
     with pytest.raises(RowError, match=r"plain.json\[0\].*caption"):
         work.reward("none", rows="plain")

@@ -15,9 +15,10 @@ from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prom
 from transformers import AutoProcessor, LlavaConfig, TrainerCallback
 
 from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.errors import ExplainedError
+from trl_llava.errors import ExplainedError, InputError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.ppo_trainer import LlavaPPOTrainer
+from trl_llava.rows import RowError
 from trl_llava.sequence_classification import LlavaForSequenceClassification
 
 
@@ -449,3 +450,31 @@ def test_resuming_from_what_is_no_checkpoint_is_an_error(tiny_llava_dir, adapter
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(FileNotFoundError, match=r"is not a checkpoint \(it has no trainer_state\.json\)"):
         trainer.train(resume_from_checkpoint=str(adapter_dir))
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_captions_that_a_reward_needs_are_looked_for_before_the_first_step(
+    tiny_llava_dir, adapter_dir, tmp_path, name
+):
+    def needy(completions, captions, **columns):
+        return [float(len(facts)) for facts in captions]
+
+    needy.needs_captions = True
+    rows = prompt_rows(8)
+    bare = rows.remove_columns("captions").add_column("captions", [["a"], [], ["a"], []] * 2)
+    assert ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **{name: rows}, reward_funcs=needy).scorer.names == [
+        "needy"
+    ]
+    message = rf"{name}\[1\]: it has no captions, but a reward function needs them \(4 of 8 rows have none\)"
+    with pytest.raises(RowError, match=message):
+        ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **{name: bare}, reward_funcs=needy)
+    needy.needs_captions = False
+    ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **{name: bare}, reward_funcs=needy)
+
+
+def test_an_asynchronous_reward_is_refused_in_words(tiny_llava_dir, adapter_dir, tmp_path):
+    async def slow(completions, **columns):
+        return [0.0] * len(completions)
+
+    with pytest.raises(InputError, match="reward function slow is asynchronous, which PPO does not support"):
+        ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=slow)

@@ -253,6 +253,22 @@ def split(pixels: torch.Tensor, drawn: list[dict[str, Any]]) -> list[torch.Tenso
     return list(pixels[: sum(counts)].split(counts))
 
 
+@examples(15)
+@given(kinds, st.lists(rows("preference"), min_size=1, max_size=3), st.booleans())
+def test_a_packed_pair_is_the_pair(kind: str, drawn: list[dict[str, Any]], judged: bool) -> None:
+    """What both answers have in common, then either's own part, are the ids of that answer's conversation."""
+    prompt = JudgingPrompt() if judged else None
+    apart = PreferenceCollator(processor(kind), judging_prompt=prompt)(drawn)
+    packed = PreferenceCollator(processor(kind), judging_prompt=prompt, share_prefix=True)(drawn)
+    for i in range(len(drawn)):
+        ids, segments = real(packed, i), real(packed, i, "segments")
+        for answer, row in ((1, i), (2, len(drawn) + i)):
+            own = [token for token, segment in zip(ids, segments, strict=True) if segment in (0, answer)]
+            assert own == real(apart, row)
+    assert ("pixel_values" in apart) == ("pixel_values" in packed)
+    assert "pixel_values" not in apart or torch.equal(apart["pixel_values"], packed["pixel_values"])
+
+
 @examples(30)
 @given(
     st.lists(st.lists(st.integers(-100, 999), max_size=9), min_size=1, max_size=5), st.integers(1, 8), st.booleans()

@@ -80,6 +80,11 @@ class FactualReward:
         self.batch_size = batch_size
         self.__name__ = name
 
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a row without captions cannot be scored."""
+        return self.judging_prompt is not None and self.judging_prompt.with_captions
+
     def __call__(
         self,
         prompts: Sequence[Conversation],
@@ -136,7 +141,7 @@ class FactualReward:
         conversation += normalise_messages(answer, name, "completion")
         if self.judging_prompt is None:
             return conversation, decoded, name
-        if self.judging_prompt.with_captions and not captions:
+        if self.needs_captions and not captions:
             raise RowError(
                 name,
                 "it has no captions, but the reward model's judging prompt shows them",

@@ -14,7 +14,6 @@ from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import OnlineArguments, refuse_vllm
 from trl_llava.console import quiet_libraries
-from trl_llava.factual_reward import FactualReward
 from trl_llava.hub_push import push_saves
 from trl_llava.hub_repository import claim_repository
 from trl_llava.lengths import drop_overlong
@@ -26,7 +25,7 @@ from trl_llava.reward_loading import load_reward_functions
 from trl_llava.reward_terms import length_term
 from trl_llava.rollout import COUNTS
 from trl_llava.safe_checkpoints import SafeCheckpoints
-from trl_llava.scoring import RewardFunction
+from trl_llava.scoring import RewardFunction, needs_captions
 from trl_llava.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
 from trl_llava.splits import load_splits
 from trl_llava.trl_rows import as_trl_reads
@@ -82,7 +81,7 @@ def run_online(
         mixture,
         args,
         "prompt",
-        require_captions=any(_shows_captions(reward) for reward in rewards),
+        require_captions=needs_captions(rewards),
         dataset_num_proc=online_args.dataset_num_proc,
     )
     if single_images:
@@ -153,8 +152,3 @@ def _load_rewards(
     if not rewards:
         raise RecipeError("nothing to learn from: set `reward_model_path`, `reward_funcs` or `length_coef`.")
     return rewards
-
-
-def _shows_captions(reward: Any) -> bool:
-    prompt = reward.judging_prompt if isinstance(reward, FactualReward) else None
-    return prompt is not None and prompt.with_captions

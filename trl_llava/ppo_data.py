@@ -11,7 +11,10 @@ from torch.utils.data import DataLoader
 
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.data import rows_from
+from trl_llava.lengths import drop_overlong
 from trl_llava.randomness import RolloutBatches
+from trl_llava.rows import RowError
 
 
 @dataclass
@@ -36,6 +39,36 @@ class PolicyAndValueCollator:
             The policy's batch, and the value model's under "value".
         """
         return {**self.policy(rows), "value": self.value(rows)}
+
+
+def prompt_rows(
+    dataset: Dataset, name: str, collator: PromptCollator, args: LlavaPPOConfig, *, require_captions: bool
+) -> Dataset:
+    """The rows that a run can ask, checked before its first step.
+
+    Args:
+        dataset: rows in the project's or in TRL's format.
+        name: what errors call the data set.
+        collator: knows how long a prompt may be.
+        args: what happens to longer ones.
+        require_captions: whether the reward cannot be computed without.
+
+    Returns:
+        The rows.
+
+    Raises:
+        RowError: if a row cannot be used, or has no captions where they are needed.
+    """
+    rows = rows_from(dataset, "prompt", name=name)
+    bare = [i for i, captions in enumerate(rows["captions"]) if not captions] if require_captions else []
+    if bare:
+        raise RowError(
+            rows[bare[0]]["row_name"],
+            f"it has no captions, but a reward function needs them ({len(bare)} of {len(rows)} rows have none)",
+            "Give a `captions` column or captions_file, or use a reward model trained with with_captions: false",
+            "no captions",
+        )
+    return drop_overlong(rows, collator, args.overlong)
 
 
 def rollout_loader(

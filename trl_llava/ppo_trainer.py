@@ -33,20 +33,18 @@ from trl_llava.adapters import active_adapter
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.data import rows_from
 from trl_llava.errors import InputError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
-from trl_llava.lengths import drop_overlong
 from trl_llava.micro_batches import micro_batches
 from trl_llava.passes import PolicyAndValue, check_plain_head, encode_images, response_logprobs, response_values
-from trl_llava.ppo_data import PolicyAndValueCollator, rollout_loader
+from trl_llava.ppo_data import PolicyAndValueCollator, prompt_rows, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
 from trl_llava.ppo_resume import PPOCheckpoints
 from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches, warm_up_above_zero
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, lengths_of
-from trl_llava.scoring import RewardFunction, Scorer
+from trl_llava.scoring import RewardFunction, Scorer, needs_captions
 from trl_llava.shared_prefix import why_not
 
 logger = logging.getLogger(__name__)
@@ -119,13 +117,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
         self.scorer = Scorer(args, [reward_funcs] if callable(reward_funcs) else reward_funcs)
-        train_dataset = drop_overlong(
-            rows_from(train_dataset, "prompt", name="train_dataset"), collator, args.overlong
-        )
+        captions = needs_captions(self.scorer.reward_funcs)
+        train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, require_captions=captions)
         if eval_dataset is not None:
-            eval_dataset = drop_overlong(
-                rows_from(eval_dataset, "prompt", name="eval_dataset"), collator, args.overlong
-            )
+            eval_dataset = prompt_rows(eval_dataset, "eval_dataset", collator, args, require_captions=captions)
         self.answers_per_epoch = len(train_dataset) * args.num_generations_per_prompt
         if args.total_episodes is None:  # an epoch asks every prompt once, whatever the number of answers
             args.total_episodes = int(args.num_train_epochs * self.answers_per_epoch)

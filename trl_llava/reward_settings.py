@@ -100,6 +100,24 @@ def read_settings(name: str, given: JudgingPrompt | None = None, *, revision: st
     return RewardSettings(prompt, settings.get("base_model_revision"))
 
 
+def shows_captions(name: str | None, revision: str | None) -> bool | None:
+    """Find out, without loading a reward model, whether it reads captions.
+
+    Args:
+        name: Hub ID or folder; None for no reward model.
+        revision: Branch, tag or commit.
+
+    Returns:
+        Whether its judging prompt shows captions; None if the model is not there, or does not say.
+    """
+    if name is None:
+        return False
+    if find_file(name, SETTINGS_FILE, revision) is None:
+        return None
+    prompt = read_settings(name, revision=revision).judging_prompt
+    return prompt is not None and prompt.with_captions
+
+
 def find_file(name: str, file: str, revision: str | None) -> str | None:
     """Look a file up in a folder, a Hub repository or the cache.
 

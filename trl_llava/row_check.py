@@ -57,6 +57,8 @@ class RowCheck:
         usable = [i for i, row in enumerate(rows) if not row.get("_reason")]
         problems: list[RowError | None] = [None] * len(rows)
         lengths = [(0, 0)] * len(rows)
+        if not usable:
+            return problems, lengths
         try:
             for i, length in zip(usable, self.meter.measure([rows[i] for i in usable]), strict=True):
                 lengths[i] = length

@@ -116,6 +116,6 @@ class RowMaker:
             raise RowError(
                 row["row_name"],
                 "it has no captions, but the judging prompt shows them",
-                "Give a `captions` column or captions_file, or set with_captions to false",
+                "Give a `captions` column or captions_file, or set with_captions to false for the reward model",
                 "no captions",
             )

@@ -28,6 +28,18 @@ def function_name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def needs_captions(reward_funcs: Sequence[RewardFunction]) -> bool:
+    """Tell whether a row without captions cannot be scored.
+
+    Args:
+        reward_funcs: reward functions; one that needs captions says so with an attribute `needs_captions`.
+
+    Returns:
+        Whether one of them does.
+    """
+    return any(getattr(function, "needs_captions", False) for function in reward_funcs)
+
+
 class Scorer:
     """Scores responses as a config says, and remembers what it normalises with.
 
@@ -44,8 +56,8 @@ class Scorer:
             reward_funcs: reward functions with TRL's signature.
 
         Raises:
-            ValueError: if the number of weights differs from that of the functions, or two functions share a name.
-            TypeError: if a function is asynchronous.
+            ValueError: if the number of weights differs from that of the functions, two functions share a name, or one
+                is asynchronous.
         """
         self.args = args
         self.reward_funcs = list(reward_funcs)
@@ -61,7 +73,7 @@ class Scorer:
             raise InputError(f"two reward functions share a name: {self.names}. Give each its own `__name__`")
         for name, function in zip(self.names, self.reward_funcs, strict=True):
             if inspect.iscoroutinefunction(function):
-                raise TypeError(f"reward function {name} is asynchronous, which PPO does not support: make it a def")
+                raise InputError(f"reward function {name} is asynchronous, which PPO does not support: make it a def")
 
     def __call__(
         self,

@@ -30,6 +30,7 @@ from trl_llava.ppo_roles import Policy, Value, load_policy_roles, load_value_mod
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.recipe import RecipeParser
 from trl_llava.reward_loading import check_rewards, load_rewards
+from trl_llava.reward_settings import shows_captions
 from trl_llava.scoring import RewardFunction
 from trl_llava.splits import load_splits
 
@@ -68,7 +69,12 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     checkpoint = output_dir.claim(training_args, recipe)
     repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
     train_rows, eval_rows = load_splits(
-        script_args, mixture, training_args, "prompt", dataset_num_proc=training_args.dataset_num_proc
+        script_args,
+        mixture,
+        training_args,
+        "prompt",
+        require_captions=bool(shows_captions(training_args.reward_model_path, training_args.reward_model_revision)),
+        dataset_num_proc=training_args.dataset_num_proc,
     )
     policy, value, rewards = load_all(training_args, model_args)
     trainer = LlavaPPOTrainer(
