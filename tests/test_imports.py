@@ -49,6 +49,8 @@ LAYERS = (
             "scoring",
             "health",
             "finite_steps",
+            "blank_picture",
+            "shared_weights",
             "reward_settings",
         ),
         *("collators", "dpo_collator", "encoding", "lengths", "trl_rows", "single_images"),

@@ -363,15 +363,9 @@ def test_an_option_the_loop_cannot_honour_is_refused(tmp_path, field, value):
         LlavaPPOConfig(output_dir=str(tmp_path), **{field: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "launch"),
-    [("ACCELERATE_USE_FSDP", "true", "FSDP"), ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3", "ZeRO-3")],
-)
-def test_a_launch_that_would_train_wrongly_is_refused(
-    tiny_llava_dir, adapter_dir, tmp_path, monkeypatch, name, value, launch
-):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ExplainedError, match=f"does not run under {launch}"):
+def test_a_launch_that_would_train_wrongly_is_refused(tiny_llava_dir, adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ExplainedError, match="does not run under FSDP"):
         ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
 
 

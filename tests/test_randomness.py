@@ -1,5 +1,6 @@
 """The noise is what it says: uniform, Gumbel, and a function of seed, step, row and position alone."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,9 +73,20 @@ def test_fewer_rows_than_a_batch_is_an_error() -> None:
 
 def test_mini_batch_order_is_a_permutation_of_its_own_for_each_pass() -> None:
     orders = {
-        tuple(mini_batch_order(8, 0, process, step, epoch))
+        tuple(mini_batch_order(8, 1, 0, process, step, epoch))
         for process in (0, 1)
         for step in (1, 2)
         for epoch in (0, 1)
     }
     assert len(orders) == 8 and all(sorted(order) == list(range(8)) for order in orders)
+
+
+def test_mini_batches_hold_the_same_rows_on_any_number_of_processes() -> None:
+    def sets(processes: int) -> list[set[int]]:
+        share = 12 // processes
+        orders = [mini_batch_order(share, 3, 7, process, 2, 1) + process * share for process in range(processes)]
+        return [set().union(*(np.split(order, 3)[part].tolist() for order in orders)) for part in range(3)]
+
+    assert sets(1) == sets(2) == sets(4)
+    assert [len(part) for part in sets(1)] == [4, 4, 4] and set().union(*sets(1)) == set(range(12))
+    assert sets(1) != [{i for i in range(12) if i % 3 == part} for part in range(3)]

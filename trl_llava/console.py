@@ -1,15 +1,22 @@
 """What a person at the terminal sees of an entry point, besides the training itself."""
 
+import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import datasets
+import torch
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from trl_llava.errors import ExplainedError
+
+SECONDS_FOR_THE_LAUNCHER = 2.0
+"""How long a process that has lost another waits to be ended, so that the launcher sees the other's failure first."""
 
 
 def quiet_libraries(args: TrainingArguments) -> None:
@@ -26,6 +33,9 @@ def quiet_libraries(args: TrainingArguments) -> None:
 def run_as_program(main: Callable[[], Any]) -> None:
     """Runs an entry point and ends the process.
 
+    Where several processes run together, one that fails says why and is gone at once: it waits for no other, which may
+    be waiting for it, and the launcher then ends those.
+
     Args:
         main: The entry point. An error that explains itself is printed without a traceback, and gives the exit status;
             any other is a fault, whose traceback is needed. Ctrl-C before the training, or twice in it, needs none.
@@ -36,5 +46,37 @@ def run_as_program(main: Callable[[], Any]) -> None:
         print("stopped at once; the last checkpoint, if there is one, is whole", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except ExplainedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        print(f"error{_which_process()}: {error}", file=sys.stderr)
+        _end(error.exit_status)
+    except Exception as error:
+        if not _several():
+            raise
+        if _lost_another(error):
+            print(f"this process{_which_process()} stops: another one has ended and says why", file=sys.stderr)
+            time.sleep(SECONDS_FOR_THE_LAUNCHER)
+        else:
+            print(f"fault{_which_process()}:\n{traceback.format_exc()}", file=sys.stderr)
+        _end(1)
+    if torch.distributed.is_initialized():  # its threads would abort a process that just ends
+        torch.distributed.destroy_process_group()
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _which_process() -> str:
+    return f" (process {os.environ.get('RANK', '0')} of {os.environ['WORLD_SIZE']})" if _several() else ""
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether this is what a collective raises when another process is gone; gloo raises a plain RuntimeError."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _end(status: int) -> None:
+    if _several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # the usual way runs destructors, and those of a process group wait for the others
+    sys.exit(status)

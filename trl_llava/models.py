@@ -32,6 +32,7 @@ from trl_llava.errors import InputError, MissingPackageError, NotFoundError
 from trl_llava.hub import check_there, not_found
 from trl_llava.quantization import keep_differentiable, quantization_config
 from trl_llava.reward_settings import find_file
+from trl_llava.shared_weights import whole
 from trl_llava.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
 
 HEAD = "score"
@@ -293,8 +294,8 @@ def _check_all_loaded(name: str, info: dict[str, Any]) -> None:
 
 def _init_head(head: nn.Linear, std: float, seed: int) -> None:
     """Draw the weight from its own generator, on the CPU so that it is the same everywhere; bias 0."""
-    weight = torch.empty(head.weight.shape).normal_(std=std, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
+    with torch.no_grad(), whole(head.parameters()):
+        weight = torch.empty(head.weight.shape).normal_(std=std, generator=torch.Generator().manual_seed(seed))
         head.weight.copy_(weight)
         if head.bias is not None:  # transformers' own heads, of text-only models, have none
             head.bias.zero_()

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from trl_llava.adapter_role import AdapterRole, computing
 from trl_llava.adapters import SwitchedLayer, checkpoint_contexts
+from trl_llava.blank_picture import sees_with_trained_parts, takes_encoded_images
 from trl_llava.chunked_head import Sampling, token_statistics
 from trl_llava.errors import InputError
 from trl_llava.rollout import ModelInputs, Rollout
 from trl_llava.shared_prefix import attention_mask_for, pack, predictors
-from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
 
 def encode_images(model: nn.Module, inputs: ModelInputs, batch_size: int) -> ModelInputs:
@@ -39,7 +39,7 @@ def encode_images(model: nn.Module, inputs: ModelInputs, batch_size: int) -> Mod
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone = getattr(base, base.base_model_prefix)
-    if "pixel_values" not in inputs.extras or not _takes_encoded_images(backbone) or _sees_with_trained_parts(base):
+    if "pixel_values" not in inputs.extras or not takes_encoded_images(backbone) or sees_with_trained_parts(base):
         return inputs
     taken = set(inspect.signature(backbone.get_image_features).parameters) & set(inputs.extras)
     features: list[torch.Tensor] = []
@@ -50,15 +50,6 @@ def encode_images(model: nn.Module, inputs: ModelInputs, batch_size: int) -> Mod
             features.extend(output.pooler_output)
     extras = {key: value for key, value in inputs.extras.items() if key not in taken}
     return replace(inputs, extras=extras, image_features=features)
-
-
-def _takes_encoded_images(backbone: nn.Module) -> bool:
-    return "mm_encoder_outputs" in inspect.signature(backbone.forward).parameters
-
-
-def _sees_with_trained_parts(model: nn.Module) -> bool:
-    seeing = {*TOWER_NAMES, *PROJECTOR_NAMES}
-    return any(p.requires_grad and seeing & set(name.split(".")) for name, p in model.named_parameters())
 
 
 def _rows_by_images(images_per_row: list[int], batch_size: int) -> Iterator[list[int]]:

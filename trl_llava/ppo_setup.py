@@ -14,8 +14,6 @@ from trl_llava.adapters import checkpoint_contexts
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
 
-ZERO3_IS_WRONG = "two processes gave other gradients than one when it was tried, so it would train wrongly"
-
 
 class UnsupportedLaunchError(ExplainedError, ValueError):
     """A way of launching under which PPO would not train, or would train wrongly."""
@@ -25,21 +23,13 @@ def refuse_launches() -> None:
     """Stop before anything is placed on devices that could not train.
 
     Raises:
-        UnsupportedLaunchError: if the process was launched for FSDP or for ZeRO-3.
+        UnsupportedLaunchError: if the process was launched for FSDP.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise _unsupported(
-            "FSDP", "a rollout uses policy and value model one by one, and FSDP gathers only the two together"
+        raise UnsupportedLaunchError(
+            "LlavaPPOTrainer does not run under FSDP: a rollout uses policy and value model one by one, and FSDP "
+            "gathers only the two together. Use DDP, ZeRO-2 or ZeRO-3 (`--accelerate_config ddp`, `zero2` or `zero3`)"
         )
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise _unsupported("ZeRO-3", ZERO3_IS_WRONG)
-
-
-def _unsupported(launch: str, reason: str) -> UnsupportedLaunchError:
-    return UnsupportedLaunchError(
-        f"LlavaPPOTrainer does not run under {launch}: {reason}. Use DDP or ZeRO-2 (`--accelerate_config ddp` or "
-        "`zero2`), with a 4-bit base if memory is short"
-    )
 
 
 def honour_max_steps(args: LlavaPPOConfig) -> None:
@@ -62,7 +52,6 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
         accelerator: the one that will prepare them.
 
     Raises:
-        UnsupportedLaunchError: if DeepSpeed shall share out the weights.
         InputError: if the value model is an adapter on another model, or checkpointing would mix the roles up.
     """
     policy = models[0]
@@ -82,8 +71,6 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
             shared = any(isinstance(other, AdapterRole) for other in models)
             model.gradient_checkpointing_enable(_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
     if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
-        if plugin.zero_stage == 3:  # named in a DeepSpeed file, which `refuse_launches` does not read
-            raise _unsupported("ZeRO-3", ZERO3_IS_WRONG)
         # DeepSpeed clips by itself; left at "auto" it would clip at 1.
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
 

@@ -30,6 +30,7 @@ from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 from trl_llava import ppo_math
 from trl_llava.adapters import active_adapter
+from trl_llava.blank_picture import look_on_every_process
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
@@ -89,8 +90,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
 
     Raises:
         ValueError: if the data set holds less than one batch of rows, the process has another mixed precision, or it
-            runs under
-            FSDP or ZeRO-3.
+            runs under FSDP.
     """
 
     control: TrainerControl
@@ -171,6 +171,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         """
         self.model = PolicyAndValue(self.policy_model, self.value_model)
         prepare_roles([self.policy_model, self.value_model], self.args, self.accelerator)
+        collators: Any = self.data_collator
+        policy, value = getattr(collators, "policy", collators), getattr(collators, "value", collators)
+        for model, collator in ((self.policy_model, policy), (self.value_model, value)):
+            look_on_every_process(model, collator.processor, self.accelerator, encoded_before=True)
         own_schedule = self.lr_scheduler is not None
         super().create_optimizer_and_scheduler(num_training_steps)
         if not own_schedule:

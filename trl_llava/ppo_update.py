@@ -71,8 +71,9 @@ class PPOUpdate:
         self.check_ratio = self.args.check_first_step and nothing_moved_yet
         lengths = rollout.lengths(self.share_prefix)
         for epoch in range(self.args.num_ppo_epochs):
-            order = mini_batch_order(len(rollout), self.args.seed, self.accelerator.process_index, step, epoch)
-            for rows in np.split(order, self.args.num_mini_batches):
+            parts, process = self.args.num_mini_batches, self.accelerator.process_index
+            order = mini_batch_order(len(rollout), parts, self.args.seed, process, step, epoch)
+            for rows in np.split(order, parts):
                 self._mini_batch(rollout, rows.tolist(), lengths, step)
         return self._metrics()
 

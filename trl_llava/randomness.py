@@ -134,17 +134,32 @@ class RolloutBatches(Sampler[list[int]]):
         return len(self.steps)
 
 
-def mini_batch_order(rows: int, seed: int, process: int, step: int, epoch: int) -> np.ndarray:
+def mini_batch_order(rows: int, mini_batches: int, seed: int, process: int, step: int, epoch: int) -> np.ndarray:
     """The order in which one pass of an update takes the rows of a rollout.
+
+    Of every `mini_batches` neighbouring rows each mini-batch takes one, drawn for these rows alone. So a mini-batch of
+    all processes holds the same rows whatever the number of processes is; only their order within it differs.
 
     Args:
         rows: number of rows of this process.
+        mini_batches: how many mini-batches they make; divides `rows`.
         seed: the run's seed.
         process: index of this process.
         step: the PPO step.
         epoch: which pass over the rollout.
 
     Returns:
-        (rows,) a permutation.
+        (rows,) a permutation: the first mini-batch, then the second, and so on.
     """
-    return np.random.default_rng([seed, process, step, epoch]).permutation(rows)
+    order = np.random.default_rng([seed, process, step, epoch]).permutation(rows)
+    if mini_batches == 1:
+        return order
+    groups = rows // mini_batches
+    first = process * groups
+    taken_by = np.concatenate(
+        [
+            np.random.default_rng([seed, step, epoch, first + group]).permutation(mini_batches)
+            for group in range(groups)
+        ]
+    )
+    return order[np.argsort(taken_by[order], kind="stable")]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.configs_ppo import LlavaPPOConfig
@@ -14,6 +15,7 @@ from trl_llava.hub import check_there
 from trl_llava.recipe_values import RecipeError
 from trl_llava.scoring import RewardFunction
 from trl_llava.shared_base import SharedBase
+from trl_llava.shared_weights import loaded_whole
 
 
 def check_rewards(args: LlavaPPOConfig) -> None:
@@ -90,16 +92,19 @@ def load_reward_functions(
     rewards: list[RewardFunction] = []
     if reward_model is not None:
         check_there("reward_model_path", reward_model, revision)
-        rewards.append(
-            FactualReward.from_pretrained(
-                reward_model,
-                revision=revision,
-                model_args=model_args,
-                batch_size=batch_size,
-                device=device,
-                shared=shared,
+        # Each process scores its own answers, in as many passes as they take: no weights that all fetch together.
+        bases = () if is_deepspeed_zero3_enabled() else shared
+        with loaded_whole():
+            rewards.append(
+                FactualReward.from_pretrained(
+                    reward_model,
+                    revision=revision,
+                    model_args=model_args,
+                    batch_size=batch_size,
+                    device=device,
+                    shared=bases,
+                )
             )
-        )
     return rewards + [find_function(path) for path in functions or []]
 
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import RewardTrainer
 
+from trl_llava.blank_picture import look_on_every_process
 from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
@@ -78,6 +79,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, RewardTrainer):
         if args.chat_template_path is not None:
             processing_class.chat_template = tokenizer.chat_template
         self.processing_class = self.callback_handler.processing_class = processing_class
+        look_on_every_process(self.model, processing_class, self.accelerator)
 
     def _why_pairs_run_apart(self) -> str | None:
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -103,7 +105,8 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Every checkpoint can be scored with, and none with another prompt than its own.
         super()._save(output_dir, state_dict)
-        save_settings(output_dir or self.args.output_dir, self.judging_prompt, self.model)
+        if self.args.should_save:  # transformers calls this on every process
+            save_settings(output_dir or self.args.output_dir, self.judging_prompt, self.model)
 
     def compute_loss(
         self,
@@ -134,5 +137,8 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, RewardTrainer):
         finally:
             self.args.center_rewards_coefficient = coefficient
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-        loss = loss + (PAPER_CENTERING if coefficient is None else coefficient) * (chosen + rejected).mean().abs()
+        # |mean| of all processes' pairs, as a share whose mean over processes it is.
+        mean = (chosen + rejected).mean()
+        sign = self.accelerator.reduce(mean.detach(), reduction="mean").sign()
+        loss = loss + (PAPER_CENTERING if coefficient is None else coefficient) * sign * mean
         return (loss, outputs) if return_outputs else loss

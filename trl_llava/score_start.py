@@ -16,6 +16,7 @@ from trl_llava.errors import InputError
 from trl_llava.hub import check_there
 from trl_llava.models import HEAD, load_sequence_classifier
 from trl_llava.recipe_values import RecipeError
+from trl_llava.shared_weights import whole
 
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
@@ -124,7 +125,9 @@ def load_score_model(
     weights = load_peft_weights(name, device="cpu", revision=revision)
     if not new_head or any(HEAD in key.split(".") for key in weights):
         return freeze_as_asked(load_adapter(model, name, is_trainable=True, revision=revision), name, model_args)
-    weights |= {f"base_model.model.{HEAD}.{key}": value for key, value in model.score.state_dict().items()}
+    with whole(model.score.parameters()):
+        head = {key: value.clone() for key, value in model.score.state_dict().items()}
+    weights |= {f"base_model.model.{HEAD}.{key}": value for key, value in head.items()}
     config = PeftConfig.from_pretrained(name, revision=revision)
     config.task_type, config.inference_mode = "SEQ_CLS", False
     config.modules_to_save = [*(config.modules_to_save or []), HEAD]
@@ -149,7 +152,8 @@ def zero_head(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if HEAD in name.split("."):
-                parameter.zero_()
+                with whole([parameter]):
+                    parameter.zero_()
 
 
 def with_base(model_args: LlavaModelConfig, name: str, revision: str | None) -> LlavaModelConfig:

@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTTrainer
 
+from trl_llava.blank_picture import look_on_every_process
 from trl_llava.collators import SFTCollator
 from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
@@ -69,6 +70,7 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        look_on_every_process(self.model, processing_class, self.accelerator)
 
     def _set_signature_columns_if_needed(self) -> None:
         # `None` until transformers asks for the first time.
