@@ -25,7 +25,7 @@ from benchmarks.gpu_work import Card, decoding_bytes, find_card, pass_flops, tra
 from benchmarks.harness import Side, alternate, quiet, say, steps_needed
 from benchmarks.rows import make_rows
 from benchmarks.tables import arguments, markdown, write_json
-from benchmarks.workload import Size, make_adapter, make_base, make_reward
+from benchmarks.workload import Size, make_base, make_reward
 from trl_llava.reward_trainer import LlavaRewardTrainer
 
 SEVEN_B = Size(
@@ -103,7 +103,7 @@ def ppo_of(case: Case, size: Size, steps: int, response_length: int) -> ppo_side
 
 
 def prepare(size: Size, folder: Path, device: str) -> None:
-    """Write model, adapter and reward model.
+    """Write base and reward model.
 
     Args:
         size: The model.
@@ -112,7 +112,6 @@ def prepare(size: Size, folder: Path, device: str) -> None:
     """
     place = {"dtype": torch.bfloat16, "device": device}
     base = make_base(size, folder / "base", **place)
-    make_adapter(base, size, folder / "sft", **place)
     make_reward(base, size, folder / "reward", **place)
 
 

@@ -62,13 +62,14 @@ class Gate(TrainerCallback):
         CLEAR_REFS.write_text("5")  # the peak of resident memory starts again from what is resident now
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.start = _now()
+        self.start, self.cpu_start = _now(), time.process_time()
 
     def report(self) -> None:
         """Send what the step took."""
         seconds = _now() - self.start
         step = {
             "seconds": seconds,
+            "cpu_seconds": time.process_time() - self.cpu_start,
             "peak_mib": memory_mib("VmHWM") - self.bare_mib,
             "phases": {**self.phases, "rest": seconds - sum(self.phases.values())},
         }
@@ -150,8 +151,9 @@ def alternate(sides: Mapping[str, Side], runs: int, *, count: Sequence[str] = ()
         count: Sides that take one more step at the end, in which floating-point operations are counted.
 
     Returns:
-        One entry per counted step: `run` (from 1), `side`, `seconds`, `peak_mib` over the bare process, `phases`
-        (name -> seconds). Then one per side in `count`, whose `run` is "counted" and which has `flops` by phase.
+        One entry per counted step: `run` (from 1), `side`, `seconds`, `cpu_seconds` (of all threads), `peak_mib` over
+        the bare process, `phases` (name -> seconds). Then one per side in `count`, whose
+        `run` is "counted" and which has `flops` by phase.
 
     Raises:
         RuntimeError: If a side fails; with its traceback.

@@ -30,20 +30,16 @@ from benchmarks.workload import (
     STOP,
     Size,
     lora,
-    make_adapter,
     make_base,
     make_reward,
     make_text_model,
 )
 from trl_llava import train_ppo
 from trl_llava.collators import PromptCollator
-from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.models import load_processor
 from trl_llava.ppo_roles import Policy
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.rows import normalise_messages, place_images
-
-APART = {"share_base": False} if hasattr(LlavaPPOConfig, "share_base") else {}
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,6 @@ def prepare(folder: Path, step: Step) -> None:
     """
     base = make_base(step.size, folder / "base")
     make_text_model(step.size, folder / "text")
-    make_adapter(base, step.size, folder / "sft")
     make_reward(base, step.size, folder / "reward")
     make_reward(base, step.size, folder / "whole_reward", whole=True)
     make_rows(step.size, folder / "rows", len(step.lengths), {})
@@ -185,7 +180,10 @@ def our_side(
     train_ppo.LlavaPPOTrainer = Gated
     with tempfile.TemporaryDirectory() as output:
         values = {
-            "sft_model_path": folder / "sft",
+            "model_name_or_path": folder / "base",
+            "use_peft": True,  # a fresh adapter, and the bare base as the reference, as on TRL's side
+            "lora_r": step.size.rank,
+            "lora_alpha": step.size.rank,
             "reward_model_path": folder / "reward",
             "dataset_name": folder / "rows" / "rows.jsonl",
             "image_folder": folder / "rows",
@@ -210,7 +208,7 @@ def copies_side(gate: Gate, folder: Path, step: Step) -> None:
         return load(*args)._replace(reference=load(*args).model.requires_grad_(False).eval())
 
     train_ppo.load_policy_roles = with_a_reference_of_its_own
-    our_side(gate, folder, step, **APART)
+    our_side(gate, folder, step, share_base=False)
 
 
 def whole_side(gate: Gate, folder: Path, step: Step) -> None:
@@ -221,7 +219,7 @@ def whole_side(gate: Gate, folder: Path, step: Step) -> None:
         folder: What `prepare` has written.
         step: What a step does.
     """
-    our_side(gate, folder, step, sft_model_path=folder / "base", reward_model_path=folder / "whole_reward")
+    our_side(gate, folder, step, use_peft=False, reward_model_path=folder / "whole_reward")
 
 
 class _Both:

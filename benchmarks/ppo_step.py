@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.harness import alternate, quiet, say, steps_needed
 from benchmarks.paper_schedule import PaperSchedule
-from benchmarks.ppo_sides import APART, Step, copies_side, our_side, prepare, trl_side, whole_side
+from benchmarks.ppo_sides import Step, copies_side, our_side, prepare, trl_side, whole_side
 from benchmarks.tables import Ratio, arguments, report
 from benchmarks.workload import Size, describe
 
@@ -56,7 +56,7 @@ def measure(step: Step, runs: int) -> list[dict[str, Any]]:
         sides = {
             OURS: functools.partial(our_side, step=step),
             TRL: functools.partial(trl_side, step=step),
-            PAPER: functools.partial(our_side, step=step, trainer_class=PaperSchedule, **APART),
+            PAPER: functools.partial(our_side, step=step, trainer_class=PaperSchedule, share_base=False),
             LOW: functools.partial(our_side, step=low),
             COPIES: functools.partial(copies_side, step=low),
             WHOLE: functools.partial(whole_side, step=low),

@@ -199,27 +199,6 @@ def lora(size: Size, *, head: bool = False) -> LoraConfig:
     return LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=LAYERS, **kind)
 
 
-def make_adapter(
-    base: Path, size: Size, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> Path:
-    """Write a policy's adapter, as stage 1 does.
-
-    Args:
-        base: The base model.
-        size: What it is.
-        folder: Where the adapter goes.
-        dtype: Of the base.
-        device: Where the base is loaded.
-
-    Returns:
-        The folder.
-    """
-    torch.manual_seed(1)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).to(device)
-    get_peft_model(model, lora(size)).save_pretrained(folder)
-    return folder
-
-
 def make_reward(
     base: Path,
     size: Size,

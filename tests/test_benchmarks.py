@@ -174,7 +174,7 @@ def test_the_papers_schedule_computes_what_ours_does(prepared: Path, unpatched: 
 
     gates = [OpenGate(), OpenGate()]
     for gate, trainer_class, fields in zip(
-        gates, (LlavaPPOTrainer, PaperSchedule), ({}, ppo_sides.APART), strict=True
+        gates, (LlavaPPOTrainer, PaperSchedule), ({}, {"share_base": False}), strict=True
     ):
         ppo_sides.our_side(gate, prepared, STEP, keep(trainer_class), **fields)
         GenerationMixin.generate = GenerationMixin.generate.__wrapped__
