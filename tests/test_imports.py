@@ -30,6 +30,7 @@ LAYERS = (
         "score_start",
         "shareable",
         "splits",
+        "stage_run",
     ),
     ("sft_trainer", "reward_trainer", "ppo_trainer", "factual_reward"),
     (
@@ -53,7 +54,7 @@ LAYERS = (
             "shared_weights",
             "reward_settings",
         ),
-        *("collators", "dpo_collator", "encoding", "lengths", "trl_rows", "single_images"),
+        *("collators", "dpo_collator", "pairs", "encoding", "lengths", "trl_rows", "single_images"),
         *(
             "models",
             "hub",

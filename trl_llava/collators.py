@@ -16,6 +16,7 @@ from trl_llava.encoding import Answers, encode
 from trl_llava.images import load_images
 from trl_llava.lengths import check_lengths
 from trl_llava.padding import pad, text_tensors
+from trl_llava.pairs import encode_pairs
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.rows import RowError
 from trl_llava.shared_prefix import pack_pairs
@@ -275,17 +276,7 @@ class PreferenceCollator:
         Raises:
             RowError: If an image cannot be read, captions or margins are missing, or a conversation is too long.
         """
-        pairs = [self.conversations(row) for row in rows]
-        names = _names(rows)
-        encoding = encode(
-            self.processor,
-            [pair[0] for pair in pairs] + [pair[1] for pair in pairs],
-            load_images(rows),
-            row_names=names,
-            image_copies=2,
-            **self.rendering(),
-        )
-        check_lengths(encoding.input_ids, names * 2, self)
+        encoding = encode_pairs(self, rows)
         multiple, ids = self.pad_to_multiple_of, encoding.input_ids
         batch: dict[str, Any] = dict(encoding.image_inputs)
         if self.share_prefix:

@@ -7,10 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import ProcessorMixin
 
-from trl_llava.encoding import encode
-from trl_llava.images import load_images
-from trl_llava.lengths import check_lengths
 from trl_llava.padding import pad, text_tensors
+from trl_llava.pairs import encode_pairs
 from trl_llava.prompts import Message
 
 
@@ -76,17 +74,7 @@ class DPOCollator:
         Raises:
             RowError: If an image cannot be read, or a conversation is too long.
         """
-        pairs = [self.conversations(row) for row in rows]
-        names = [row["row_name"] for row in rows]
-        encoding = encode(
-            self.processor,
-            [pair[0] for pair in pairs] + [pair[1] for pair in pairs],
-            load_images(rows),
-            row_names=names,
-            image_copies=2,
-            **self.rendering(),
-        )
-        check_lengths(encoding.input_ids, names * 2, self)
+        encoding = encode_pairs(self, rows)
         multiple = self.pad_to_multiple_of
         answers = [[int(is_answer) for is_answer in row] for row in encoding.answer_mask]
         return {

@@ -1,6 +1,5 @@
 """What GRPO and RLOO do alike: all but the trainer."""
 
-import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +8,10 @@ from accelerate import PartialState
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from trl_llava import output_dir
 from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import OnlineArguments, refuse_vllm
-from trl_llava.console import quiet_libraries
-from trl_llava.hub_push import push_saves
-from trl_llava.hub_repository import claim_repository
 from trl_llava.lengths import drop_overlong
-from trl_llava.model_card import write_model_card
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.recipe import RecipeParser
 from trl_llava.recipe_values import RecipeError
@@ -28,6 +22,7 @@ from trl_llava.safe_checkpoints import SafeCheckpoints
 from trl_llava.scoring import RewardFunction, needs_captions
 from trl_llava.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
 from trl_llava.splits import load_splits
+from trl_llava.stage_run import begin
 from trl_llava.trl_rows import as_trl_reads
 
 
@@ -69,10 +64,7 @@ def run_online(
         refuse_vllm(args)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    model_args.trust_remote_code = args.trust_remote_code
-    quiet_libraries(args)
-    checkpoint = output_dir.claim(args, recipe)
-    repository = claim_repository(args, script_args, model_args, recipe, resuming=checkpoint is not None)
+    run = begin(stage, script_args, args, model_args, recipe)
     processor = load_recipe_processor(model_args, online_args.chat_template_path)
     single_images = _check_image_inputs(processor, trainer_class)
     rewards = _load_rewards(online_args, model_args, args)
@@ -106,16 +98,7 @@ def run_online(
         processing_class=processor,
         peft_config=peft_config,
     )
-    trainer.create_model_card = functools.partial(
-        write_model_card, trainer, stage, model_args.model_name_or_path, recipe
-    )
-    push = push_saves(trainer, repository, script_args.card_samples)
-    output_dir.record(args, recipe)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    output_dir.finish(trainer, script_args.dataset_name)
-    if push is not None:
-        push.end()
-    return trainer
+    return run.train(trainer, model_args.model_name_or_path)
 
 
 def _check_image_inputs(processor: ProcessorMixin, trainer_class: type[GRPOTrainer] | type[RLOOTrainer]) -> bool:

@@ -6,26 +6,22 @@ Out: `output_dir` with the adapter (or model), processor, trainer state, recipe.
     accelerate launch -m trl_llava.train_dpo --config recipes/llava-1.5-7b-hf/dpo.yaml [--field value ...]
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 
 from transformers import set_seed
 from trl import DatasetMixtureConfig, DPOTrainer
 
-from trl_llava import output_dir
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import LlavaDPOConfig
-from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.console import run_as_program
 from trl_llava.dpo_collator import DPOCollator
-from trl_llava.hub_push import push_saves
-from trl_llava.hub_repository import claim_repository
 from trl_llava.lengths import drop_overlong
-from trl_llava.model_card import write_model_card
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.recipe import RecipeParser
 from trl_llava.safe_checkpoints import SafeCheckpoints
 from trl_llava.splits import load_splits
+from trl_llava.stage_run import begin
 
 
 class LlavaDPOTrainer(SafeCheckpoints, DPOTrainer):
@@ -60,10 +56,7 @@ def main(args: Sequence[str] | None = None) -> DPOTrainer:
     """
     words = sys.argv[1:] if args is None else args
     script_args, training_args, model_args, mixture, recipe = make_parser("train_dpo").parse(words)
-    model_args.trust_remote_code = training_args.trust_remote_code
-    quiet_libraries(training_args)
-    checkpoint = output_dir.claim(training_args, recipe)
-    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
+    run = begin("dpo", script_args, training_args, model_args, recipe)
     processor = load_recipe_processor(model_args, training_args.chat_template_path)
     collator = DPOCollator(processor, training_args.max_length, training_args.pad_to_multiple_of)
     splits = load_splits(
@@ -84,16 +77,7 @@ def main(args: Sequence[str] | None = None) -> DPOTrainer:
         processing_class=processor,
         peft_config=peft_config,
     )
-    trainer.create_model_card = functools.partial(
-        write_model_card, trainer, "dpo", model_args.model_name_or_path, recipe
-    )
-    push = push_saves(trainer, repository, script_args.card_samples)
-    output_dir.record(training_args, recipe)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    output_dir.finish(trainer, script_args.dataset_name)
-    if push is not None:
-        push.end()
-    return trainer
+    return run.train(trainer, model_args.model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Out: `output_dir` with the policy's adapter (or model), value_model/, processor,
     accelerate launch -m trl_llava.train_ppo --config recipes/llava-1.5-7b-hf/ppo.yaml [--field value ...]
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 
@@ -16,16 +15,12 @@ import torch
 from accelerate import PartialState
 from trl import DatasetMixtureConfig
 
-from trl_llava import output_dir
 from trl_llava.adapter_role import cast_adapters
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.console import quiet_libraries, run_as_program
+from trl_llava.console import run_as_program
 from trl_llava.factual_reward import FactualReward
-from trl_llava.hub_push import push_saves
-from trl_llava.hub_repository import claim_repository
 from trl_llava.loaded_models import describe_models
-from trl_llava.model_card import write_model_card
 from trl_llava.ppo_roles import Policy, Value, load_policy_roles, load_value_model
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.recipe import RecipeParser
@@ -33,6 +28,7 @@ from trl_llava.reward_loading import check_rewards, load_rewards
 from trl_llava.reward_settings import shows_captions
 from trl_llava.scoring import RewardFunction
 from trl_llava.splits import load_splits
+from trl_llava.stage_run import begin
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
@@ -64,10 +60,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     """
     words = sys.argv[1:] if args is None else args
     script_args, training_args, model_args, mixture, recipe = make_parser("train_ppo").parse(words)
-    model_args.trust_remote_code = training_args.trust_remote_code
-    quiet_libraries(training_args)
-    checkpoint = output_dir.claim(training_args, recipe)
-    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
+    run = begin("ppo", script_args, training_args, model_args, recipe)
     train_rows, eval_rows = load_splits(
         script_args,
         mixture,
@@ -88,14 +81,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
         value_model=value.model,
         value_processing_class=value.processor,
     )
-    trainer.create_model_card = functools.partial(write_model_card, trainer, "ppo", policy.base, recipe)
-    push = push_saves(trainer, repository, script_args.card_samples)
-    output_dir.record(training_args, recipe)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    output_dir.finish(trainer, script_args.dataset_name)
-    if push is not None:
-        push.end()
-    return trainer
+    return run.train(trainer, policy.base)
 
 
 def load_all(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[Policy, Value, list[RewardFunction]]:

@@ -7,19 +7,14 @@ Out: `output_dir` with adapter and head (or model), processor, factual_reward.js
     accelerate launch -m trl_llava.train_reward --config recipes/llava-1.5-7b-hf/reward.yaml [--field value ...]
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 
 from trl import DatasetMixtureConfig
 
-from trl_llava import output_dir
 from trl_llava.adapters import lora_config
 from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
-from trl_llava.console import quiet_libraries, run_as_program
-from trl_llava.hub_push import push_saves
-from trl_llava.hub_repository import claim_repository
-from trl_llava.model_card import write_model_card
+from trl_llava.console import run_as_program
 from trl_llava.policy_start import load_recipe_processor
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.recipe import RecipeParser
@@ -27,6 +22,7 @@ from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.score_start import load_score_model
 from trl_llava.splits import load_splits
+from trl_llava.stage_run import begin
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
@@ -84,11 +80,8 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
     """
     words = sys.argv[1:] if args is None else args
     script_args, training_args, model_args, mixture, recipe = make_parser("train_reward").parse(words)
-    model_args.trust_remote_code = training_args.trust_remote_code
-    quiet_libraries(training_args)
     judging_prompt = make_judging_prompt(training_args)
-    checkpoint = output_dir.claim(training_args, recipe)
-    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
+    run = begin("reward", script_args, training_args, model_args, recipe)
     base, adapter = model_args.model_name_or_path, model_args.adapter_name_or_path
     processor = load_recipe_processor(model_args, training_args.chat_template_path)
     training_args.chat_template_path = None  # the processor has it now; TRL would set it after the rows are checked
@@ -116,14 +109,7 @@ def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
         judging_prompt=judging_prompt,
         peft_config=None if adapter else lora_config(model_args, model, task="SEQ_CLS"),
     )
-    trainer.create_model_card = functools.partial(write_model_card, trainer, "reward", base, recipe)
-    push = push_saves(trainer, repository, script_args.card_samples)
-    output_dir.record(training_args, recipe)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    output_dir.finish(trainer, script_args.dataset_name)
-    if push is not None:
-        push.end()
-    return trainer
+    return run.train(trainer, base)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What every entry point does before its models are loaded, and with its trainer."""
+
+import functools
+from dataclasses import dataclass
+from typing import TypeVar
+
+from transformers import Trainer, TrainingArguments
+
+from trl_llava import output_dir
+from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.console import quiet_libraries
+from trl_llava.hub_push import push_saves
+from trl_llava.hub_repository import Repository, claim_repository
+from trl_llava.model_card import write_model_card
+from trl_llava.recipe import Recipe
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+@dataclass
+class StageRun:
+    """A run whose folder and repository are its own.
+
+    Attributes:
+        stage: Name of the stage.
+        script_args: Where the rows are.
+        training_args: The stage's config.
+        recipe: All that was asked for, for recipe.yaml.
+        checkpoint: What the run goes on from; None for a new one.
+        repository: Where it is pushed to; None if it is not.
+    """
+
+    stage: str
+    script_args: LlavaScriptArguments
+    training_args: TrainingArguments
+    recipe: Recipe
+    checkpoint: str | None
+    repository: Repository | None
+
+    def train(self, trainer: AnyTrainer, base: str) -> AnyTrainer:
+        """Train, and leave in the folder and on the Hub what belongs there.
+
+        Args:
+            trainer: The trainer.
+            base: The base model, for the model card.
+
+        Returns:
+            The trainer.
+        """
+        trainer.create_model_card = functools.partial(write_model_card, trainer, self.stage, base, self.recipe)
+        push = push_saves(trainer, self.repository, self.script_args.card_samples)
+        output_dir.record(self.training_args, self.recipe)
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        output_dir.finish(trainer, self.script_args.dataset_name)
+        if push is not None:
+            push.end()
+        return trainer
+
+
+def begin(
+    stage: str,
+    script_args: LlavaScriptArguments,
+    training_args: TrainingArguments,
+    model_args: LlavaModelConfig,
+    recipe: Recipe,
+) -> StageRun:
+    """Claim the run's folder and repository, before anything that takes time.
+
+    Args:
+        stage: Name of the stage.
+        script_args: Where the rows are.
+        training_args: The stage's config.
+        model_args: The models; they trust remote code if the config does.
+        recipe: All that was asked for.
+
+    Returns:
+        The run.
+
+    Raises:
+        OutputDirError: If `output_dir` cannot be written or belongs to another run.
+    """
+    model_args.trust_remote_code = training_args.trust_remote_code
+    quiet_libraries(training_args)
+    checkpoint = output_dir.claim(training_args, recipe)
+    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
+    return StageRun(stage, script_args, training_args, recipe, checkpoint, repository)
