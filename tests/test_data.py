@@ -490,3 +490,18 @@ def test_message_normaliser():
     assert messages == [message("system", "s"), message("user", "u"), message("assistant", "a")]
     assert place_images(messages, 2, "row")[1] == message("user", PICTURE, PICTURE, "u")
     assert messages[1] == message("user", "u")
+
+
+def test_a_parquet_file_cannot_name_any_picture(tmp_path):
+    """A struct column looks as if `datasets` had placed the file, but it is the data set's word."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    (tmp_path / "data").mkdir()
+    roles = (("prompt", "user"), ("completion", "assistant"))
+    said = {column: [{"role": role, "content": "x"}] for column, role in roles}
+    for path in (str(tmp_path / "secret.png"), "../secret.png"):
+        row = {**said, "images": [{"bytes": None, "path": path}]}
+        Dataset.from_list([row]).to_parquet(tmp_path / "data" / "rows.parquet")
+        with pytest.raises(RowError, match=r"rows.parquet\[0\]: .*image"):
+            load_rows(tmp_path / "data" / "rows.parquet", "sft", image_folder=tmp_path / "data")
+        with pytest.raises(RowError, match="Set image_folder"):
+            load_rows(tmp_path / "data" / "rows.parquet", "sft")

@@ -157,3 +157,53 @@ def test_a_file_name_must_not_leave_its_folder(name):
 
 def test_a_file_name_may_have_folders():
     assert path_inside("/data/images", "train2017/0..1.png", "a[0]") == "/data/images/train2017/0..1.png"
+
+
+def test_a_link_must_not_leave_the_folder_either(tmp_path, monkeypatch):
+    folder, secret = tmp_path / "images", tmp_path / "secret"
+    folder.mkdir(), secret.mkdir()
+    for place in (folder, secret):
+        Image.new("RGB", (4, 4)).save(place / "a.png")
+    (folder / "link.png").symlink_to(secret / "a.png")
+    (folder / "inside.png").symlink_to("a.png")
+    (folder / "coco").symlink_to(secret)
+    assert path_inside(folder, "inside.png", "a[0]") == str(folder / "inside.png")
+    for name in ("link.png", "coco/a.png"):
+        with pytest.raises(
+            RowError, match=r"a\[0\]: .* is a symbolic link to .*secret/a.png.*`follow_image_links"
+        ) as error:
+            path_inside(folder, name, "a[0]")
+        assert error.value.reason == "image outside its folder"
+    (tmp_path / "mine").symlink_to(folder)  # the folder itself is the user's word
+    assert path_inside(tmp_path / "mine", "a.png", "a[0]")
+    monkeypatch.setattr(images, "FOLLOW_LINKS", True)
+    assert path_inside(folder, "link.png", "a[0]")
+
+
+def test_a_folder_with_a_like_name_is_outside(tmp_path):
+    (tmp_path / "images").mkdir(), (tmp_path / "images-2").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "images-2" / "a.png")
+    with pytest.raises(RowError, match="outside the image folder"):
+        path_inside(tmp_path / "images", "a.png", "a[0]")
+
+
+def test_the_hubs_cache_is_made_of_links(tmp_path):
+    snapshot = tmp_path / "datasets--org--rows" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True), (tmp_path / "datasets--org--rows" / "blobs").mkdir()
+    (snapshot / "a.png").symlink_to(tmp_path / "datasets--org--rows" / "blobs" / "123")
+    (snapshot / "b.png").symlink_to(tmp_path / "b.png")
+    assert path_inside(snapshot, "a.png", "a[0]") == str(snapshot / "a.png")
+    with pytest.raises(RowError, match="outside the image folder"):
+        path_inside(snapshot, "b.png", "a[0]")
+
+
+def test_the_limit_is_the_recipes(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", images.MAX_PIXELS)
+    monkeypatch.setattr(images, "FOLLOW_LINKS", False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    images.set_limits(15, True)
+    with pytest.raises(RowError, match="4x4 pixels, expected at most 15"):
+        load_image(Image.new("RGB", (4, 4)), "a[0]")
+    assert (Image.MAX_IMAGE_PIXELS, images.FOLLOW_LINKS) == (15, True)
+    images.set_limits(16, False)
+    assert load_image(Image.new("RGB", (4, 4)), "a[0]").size == (4, 4)

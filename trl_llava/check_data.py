@@ -26,6 +26,7 @@ from trl_llava.configs_beyond_ppo import OnlineArguments
 from trl_llava.data import row_maker
 from trl_llava.dpo_collator import DPOCollator
 from trl_llava.hub_names import split_revision
+from trl_llava.images import set_limits
 from trl_llava.lengths import LengthMeter
 from trl_llava.models import load_processor
 from trl_llava.ppo_roles import load_policy_processor
@@ -161,6 +162,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
     online_args = next((other for other in others if isinstance(other, OnlineArguments)), args)
     model_args.trust_remote_code = args.trust_remote_code
     sources, eval_source = named_sources(script_args, mixture, args)
+    set_limits(script_args.max_image_pixels, script_args.follow_image_links)
     processor = _load_processor(options.processor, stage, online_args, model_args)
     return Check(
         stage=stage,

@@ -94,6 +94,12 @@ class LlavaScriptArguments(ScriptArguments):
     captions_file: str | None = option(
         None, "JSON file {image name: [captions]} whose captions are joined to the rows by image name."
     )
+    max_image_pixels: int = option(
+        89_478_485, "A picture of more pixels is a row that cannot be used: it may be a decompression bomb."
+    )
+    follow_image_links: bool = option(
+        False, "Allow symbolic links that lead out of `image_folder`; a link in data from elsewhere may lead anywhere."
+    )
     on_bad_row: Literal["error", "skip"] = option(
         "error", "A row that cannot be used: 'error' names it and stops, 'skip' drops and counts it."
     )
@@ -124,6 +130,7 @@ class LlavaScriptArguments(ScriptArguments):
                 "ignore_bias_buffers": (False, "LLaVA models have no such buffers; the flag would do nothing"),
             },
         )
+        require_positive(self, "max_image_pixels")
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Pictures of a row: found, checked and decoded to RGB."""
 
+import functools
 import io
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -12,6 +14,9 @@ from trl_llava.rows import RowError
 
 MAX_PIXELS = 89_478_485
 """A picture of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
+
+FOLLOW_LINKS = False
+"""Whether a symbolic link may lead out of the image folder."""
 
 ImageRef = Image.Image | str | dict[str, Any]
 """A decoded picture, a path, or `{"bytes": bytes | None, "path": str | None}`."""
@@ -120,6 +125,18 @@ def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
+def set_limits(max_pixels: int, follow_links: bool) -> None:
+    """Set what a recipe allows, for this process and those that it starts.
+
+    Args:
+        max_pixels: Pixels that a picture may have.
+        follow_links: Whether a symbolic link may lead out of the image folder.
+    """
+    global MAX_PIXELS, FOLLOW_LINKS
+    MAX_PIXELS, FOLLOW_LINKS = max_pixels, follow_links
+    Image.MAX_IMAGE_PIXELS = max_pixels
+
+
 def path_inside(folder: str | Path, name: str, row_name: str) -> str:
     """Join a file name of a data set to a folder it must not leave.
 
@@ -132,7 +149,7 @@ def path_inside(folder: str | Path, name: str, row_name: str) -> str:
         The path.
 
     Raises:
-        RowError: If the name is empty, absolute, or has a `..` in it.
+        RowError: If the name is empty, absolute, has a `..` in it, or is a link that leads out of the folder.
     """
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor != ""
     if not name or absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
@@ -143,7 +160,41 @@ def path_inside(folder: str | Path, name: str, row_name: str) -> str:
             "Make the name relative to image_folder",
             "image outside its folder",
         )
-    return str(Path(folder) / name)
+    path = str(Path(folder) / name)
+    if not FOLLOW_LINKS and not is_inside(path, folder):
+        raise RowError(
+            row_name,
+            f"the image {path} is a symbolic link to {os.path.realpath(path)}, outside the image folder",
+            "If you made the link, allow it with `follow_image_links: true`",
+            "image outside its folder",
+        )
+    return path
+
+
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether a file is in a folder once all links are followed.
+
+    Args:
+        path: The file.
+        folder: The folder. One in the Hub's cache counts with the files that its links lead to.
+
+    Returns:
+        True if so.
+    """
+    try:
+        real = os.path.realpath(path)
+    except (OSError, ValueError):  # a name that no file could have
+        real = os.path.abspath(path)
+    return real.startswith(_roots(str(folder)))
+
+
+@functools.lru_cache(maxsize=64)
+def _roots(folder: str) -> tuple[str, ...]:
+    real = os.path.realpath(folder)
+    roots = [real]
+    if (marker := f"{os.sep}snapshots{os.sep}") in real:  # the Hub's cache keeps the files in a folder beside
+        roots.append(os.path.join(real.partition(marker)[0], "blobs"))
+    return tuple(root.rstrip(os.sep) + os.sep for root in roots)
 
 
 def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:

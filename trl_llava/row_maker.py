@@ -3,17 +3,32 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 from datasets import Features, Value
+from huggingface_hub import constants
 
 from trl_llava.captions import captions_of, read_captions
-from trl_llava.images import load_image, open_image, path_inside
+from trl_llava.images import is_inside, load_image, open_image, path_inside
 from trl_llava.row_formats import KNOWN_COLUMNS, to_row
 from trl_llava.rows import ANSWERS, RowError, Stage
 from trl_llava.sources import JSON_COLUMN, RawRows, json_record
 
 PROBLEM_COLUMNS = ("_reason", "_problem", "_fix")
 """What is wrong with a row, as in `RowError`; empty for a row that can be used."""
+
+
+def in_cache(path: str) -> bool:
+    """Whether `datasets` or the Hub's client has placed a file, so that its name is not the data set's word for it.
+
+    Args:
+        path: Of a picture that a data set refers to.
+
+    Returns:
+        True if it is in one of their caches.
+    """
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return any(is_inside(path, cache) for cache in caches)
 
 
 class RowMaker:
@@ -87,7 +102,7 @@ class RowMaker:
                 "Correct the row",
                 "image missing",
             )
-        if self.trusted_paths or (isinstance(ref, dict) and not self.is_json):  # `datasets` has placed the file
+        if self.trusted_paths or (isinstance(ref, dict) and not self.is_json and in_cache(path)):
             found = path
         elif self.image_folder is not None:
             found = path_inside(self.image_folder, path, row_name)

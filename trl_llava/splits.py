@@ -10,6 +10,7 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_llava.configs import LlavaScriptArguments
 from trl_llava.data import load_rows
+from trl_llava.images import set_limits
 from trl_llava.recipe_values import RecipeError
 from trl_llava.rows import Stage
 
@@ -44,6 +45,7 @@ def load_splits(
         RowError: If a row cannot be used and `on_bad_row` is "error".
     """
     train_sources, eval_source = named_sources(script_args, mixture, training_args)
+    set_limits(script_args.max_image_pixels, script_args.follow_image_links)
 
     def load(source: DatasetConfig) -> Dataset:
         return load_rows(
