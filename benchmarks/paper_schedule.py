@@ -13,7 +13,6 @@ from trl.trainer.utils import selective_log_softmax
 
 from trl_llava import ppo_math
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.randomness import mini_batch_order
 from trl_llava.rollout import ModelInputs, Rollout, chunks
 
 
@@ -71,7 +70,7 @@ class PaperSchedule(LlavaPPOTrainer):
         self.model.train()
         with self.clock.phase("update"):
             for epoch in range(self.args.num_ppo_epochs):
-                order = mini_batch_order(len(rollout), self.args.seed, 0, step, epoch)
+                order = np.random.default_rng([self.args.seed, step, epoch]).permutation(len(rollout))
                 for rows in np.split(order, self.args.num_mini_batches):
                     self._mini_batch(rollout, rows)
         return {}

@@ -1,6 +1,6 @@
 """One PPO step beside what people would otherwise run.
 
-    python -m benchmarks.ppo_step [--json FILE] [--runs 5]
+    python -m benchmarks.ppo_step [--only time|memory] [--json FILE] [--runs 5]
 
 Time, against (a) TRL's own `PPOTrainer` on text of the same token counts: it cannot see images; (b) the paper's
 schedule in our trainer: image features recomputed in every pass, answers padded to `response_length`, logits of all
@@ -37,12 +37,13 @@ RATIOS = {
 }
 
 
-def measure(step: Step, runs: int) -> list[dict[str, Any]]:
-    """Run all sides.
+def measure(step: Step, runs: int, only: str = "") -> list[dict[str, Any]]:
+    """Run the sides.
 
     Args:
         step: What a step does.
         runs: How many steps of each side count.
+        only: "time" or "memory" for the sides whose time, or whose memory, is compared; all otherwise.
 
     Returns:
         What `alternate` returns.
@@ -53,15 +54,32 @@ def measure(step: Step, runs: int) -> list[dict[str, Any]]:
         say(describe(step.size, folder / "base"))
         say(f"{step}")
         low = replace(step, micro_batch=1, epochs=1, low_memory=True)
-        sides = {
+        timed = {
             OURS: functools.partial(our_side, step=step),
             TRL: functools.partial(trl_side, step=step),
             PAPER: functools.partial(our_side, step=step, trainer_class=PaperSchedule, share_base=False),
+        }
+        small = {
             LOW: functools.partial(our_side, step=low),
             COPIES: functools.partial(copies_side, step=low),
             WHOLE: functools.partial(whole_side, step=low),
         }
-        return alternate({k: functools.partial(v, folder=folder) for k, v in sides.items()}, runs, count=(OURS, TRL))
+        sides = {"time": timed, "memory": small}.get(only, timed | small)
+        count = [side for side in (OURS, TRL, PAPER) if side in sides]
+        return alternate({k: functools.partial(v, folder=folder) for k, v in sides.items()}, runs, count=count)
+
+
+def measured(runs: list[dict[str, Any]]) -> dict[str, Ratio]:
+    """The ratios that runs are enough for.
+
+    Args:
+        runs: What `measure` returns.
+
+    Returns:
+        Name -> ratio, of those whose both sides were run.
+    """
+    sides = {run["side"] for run in runs}
+    return {name: ratio for name, ratio in RATIOS.items() if {ratio.side, ratio.against} <= sides}
 
 
 def main(words: Sequence[str]) -> None:
@@ -75,10 +93,12 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--hidden", type=int, default=Size.hidden, help="width of the language model")
     parser.add_argument("--layers", type=int, default=Size.layers, help="layers of the language model")
     parser.add_argument("--image-tokens", type=int, default=Size.image_tokens, help="a square number")
+    parser.add_argument("--only", choices=("time", "memory"), default="", help="one half of the measurement")
     options = parser.parse_args(words)
     quiet()
     size = Size(options.vocabulary, options.hidden, options.layers, image_tokens=options.image_tokens)
-    report(measure(Step(size, steps=steps_needed(options.runs)), options.runs), RATIOS, options.json)
+    runs = measure(Step(size, steps=steps_needed(options.runs)), options.runs, options.only)
+    report(runs, measured(runs), options.json)
 
 
 if __name__ == "__main__":

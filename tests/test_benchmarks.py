@@ -70,7 +70,7 @@ def test_json_holds_medians_and_runs(
     sides = dict.fromkeys(side for ratio in module.RATIOS.values() for side in (ratio.side, ratio.against))
     runs = [entry(run, side, 1.0 + run * place) for run in (1, 2, 3) for place, side in enumerate(sides)]
     steps = []
-    monkeypatch.setattr(module, "measure", lambda step, count: steps.append((step.steps, count)) or runs)
+    monkeypatch.setattr(module, "measure", lambda step, count, *_: steps.append((step.steps, count)) or runs)
     module.main(["--runs", "3", "--json", str(tmp_path / "found.json")])
     assert steps == [(6, 3)]  # warming up, three that count, one that is counted in, one that never begins
     found = json.loads((tmp_path / "found.json").read_text())
@@ -78,6 +78,11 @@ def test_json_holds_medians_and_runs(
     assert found["ratios"] == {key: tables.ratio_of(runs, ratio) for key, ratio in module.RATIOS.items()}
     printed = capsys.readouterr().out
     assert all(f"| {name} | " in printed for name in module.RATIOS)
+
+
+def test_half_a_measurement_has_half_of_the_ratios() -> None:
+    runs = [entry(1, ppo_step.OURS, 1.0), entry(1, ppo_step.PAPER, 2.0)]
+    assert list(ppo_step.measured(runs)) == ["time_vs_paper_schedule"]
 
 
 def test_growth_is_the_slope_of_the_logarithms() -> None:
