@@ -182,7 +182,7 @@ def alternate(sides: Mapping[str, Side], runs: int, *, count: Sequence[str] = ()
         return measured
     finally:
         for process in processes:
-            process.terminate()
+            process.kill()  # not terminate: a trainer takes SIGTERM as the wish for a last checkpoint
             process.join()
 
 

@@ -178,7 +178,7 @@ def our_side(
             self.clock.phase = both
 
     train_ppo.LlavaPPOTrainer = Gated
-    with tempfile.TemporaryDirectory() as output:
+    with tempfile.TemporaryDirectory(dir=folder) as output:
         values = {
             "model_name_or_path": folder / "base",
             "use_peft": True,  # a fresh adapter, and the bare base as the reference, as on TRL's side
@@ -265,7 +265,7 @@ def trl_side(gate: Gate, folder: Path, step: Step) -> None:
         for _ in range(2)
     )
     tokenizer = AutoTokenizer.from_pretrained(text)
-    with tempfile.TemporaryDirectory() as output:
+    with tempfile.TemporaryDirectory(dir=folder) as output:
         trainer = PPOTrainer(
             args=PPOConfig(output_dir=output, **step.values()),
             processing_class=tokenizer,

@@ -106,7 +106,7 @@ def side(
         return make(**(kwargs if judged else {**kwargs, "judging_prompt": None}))
 
     train_reward.LlavaRewardTrainer = trainer
-    with tempfile.TemporaryDirectory() as output:
+    with tempfile.TemporaryDirectory(dir=folder) as output:
         values = {
             "model_name_or_path": folder / "base",
             "use_peft": True,

@@ -124,7 +124,7 @@ def followers(processes: int, port: int, folder: Path, step: Step) -> Iterator[N
         yield
     finally:
         for process in started:
-            process.terminate()
+            process.kill()  # not terminate: a trainer takes SIGTERM as the wish for a last checkpoint
             process.join()
 
 

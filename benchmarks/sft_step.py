@@ -86,7 +86,7 @@ def our_side(gate: Gate, folder: Path, step: Step, **fields: Any) -> None:
         **fields: Further keys of the recipe.
     """
     train_sft.LlavaSFTTrainer = gated(LlavaSFTTrainer, gate)
-    with tempfile.TemporaryDirectory() as output:
+    with tempfile.TemporaryDirectory(dir=folder) as output:
         values = {
             "model_name_or_path": folder / "base",
             "use_peft": True,
@@ -108,7 +108,7 @@ def trl_side(gate: Gate, folder: Path, step: Step) -> None:
         folder: What `prepare` has written.
         step: What a step does.
     """
-    with tempfile.TemporaryDirectory() as output:
+    with tempfile.TemporaryDirectory(dir=folder) as output:
         gated(SFTTrainer, gate)(
             model=str(folder / "base"),
             args=SFTConfig(output_dir=output, model_init_kwargs={"dtype": "float32"}, **step.values()),
