@@ -3,6 +3,7 @@
 `accelerate launch` itself leaves its one process behind when it is terminated, and gives several processes 30 seconds.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -35,6 +36,9 @@ def signals_passed_on() -> Iterator[list[int]]:
             # SIGTERM reaches them too if it was this process alone that was interrupted.
             told = signum == signal.SIGINT and os.getpgid(child.pid) == os.getpgrp()
             child.send_signal(signal.SIGTERM if told else signum)
+        for name in list(logging.root.manager.loggerDict):  # it would call what has been asked for a failure
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -118,13 +118,14 @@ class SafeCheckpoints(Trainer):
         stop = self._stop = StopSignals(self.accelerator)
         at_step_ends = _AtStepEnds(self, stop, checkpoint)
         self.add_callback(at_step_ends)
+        command = resume_command()  # now: at the end the launcher, whose words it is made of, may be gone
         try:
             with stop.watched():
                 yield checkpoint
+                if stop.agreed:
+                    raise self._stopped(run_dir, stop.agreed, command)
         finally:
             self.remove_callback(at_step_ends)
-        if stop.agreed:
-            raise self._stopped(run_dir, stop.agreed)
 
     def _whole_checkpoint(self, run_dir: Path, wanted: str | bool | None) -> str | None:
         if not wanted:
@@ -139,14 +140,15 @@ class SafeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         return str(found[-1])
 
-    def _stopped(self, run_dir: Path, signum: int) -> Stopped:
+    def _stopped(self, run_dir: Path, signum: int, command: str) -> Stopped:
         name, state = signal.Signals(signum).name, self.state
         message = (
             f"stopped by {name} after step {state.global_step} of {state.max_steps}; all is saved in "
-            f"{checkpoints(run_dir)[-1]}. Go on with:\n    {resume_command()}"
+            f"{checkpoints(run_dir)[-1]}. Go on with:\n    {command}"
         )
         if self.accelerator.is_main_process:
             print(message, flush=True)
+        self.accelerator.wait_for_everyone()  # where one process ends first, the launcher ends the others
         return Stopped(signum, message)
 
     def get_train_dataloader(self) -> DataLoader:
