@@ -66,6 +66,8 @@ def run_words(folder: Path, base: Path, out: Path, stage: str, processes: int, *
         words += ["--total_episodes", "12", "--num_ppo_epochs", "2", "--num_mini_batches", "2"]
         words += ["--response_length", "6", "--stop_token", "eos", "--num_sample_generations", "0"]
         words += ["--correctness_coef", "1", "--length_coef", "-1"]
+        # Answers of different lengths then need the head a different number of times on each process.
+        words += ["--logits_chunk_size", str(6 // processes - 1)]
     else:
         words += ["--model_name_or_path", str(base), "--use_peft", "--lora_r", "2", "--lora_dropout", "0"]
         words += ["--max_steps", "3"]

@@ -83,10 +83,23 @@ def test_no_tensor_is_wider_than_a_chunk_in_forward_or_backward() -> None:
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
         logprobs, _ = token_statistics(hidden, head, torch.arange(10), Sampling(chunk_size=4), entropies=True)
-    assert head.rows == [4, 4, 2]
+    assert head.rows == [4, 3, 3]
     assert not any(50 in shape for shape in saved), saved  # no logits wait for the backward pass
     logprobs.sum().backward()
-    assert head.rows == [4, 4, 2] * 2 or sorted(head.rows[3:]) == [2, 4, 4]
+    assert sorted(head.rows[3:]) == [3, 3, 4]
+
+
+def test_a_process_with_fewer_tokens_runs_the_head_as_often_under_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the others would wait for it for ever: a layer's weights are fetched by all of them together."""
+    monkeypatch.setattr("trl_llava.chunked_head.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, op: count.fill_(5))
+    head, runs = nn.Linear(8, 50), []
+    head.register_forward_hook(lambda module, args, output: runs.append(len(output)))
+    hidden = torch.randn(3, 8, requires_grad=True)
+    logprobs, entropies = token_statistics(hidden, head, torch.arange(3), Sampling(chunk_size=4), entropies=True)
+    assert runs == [1, 1, 1, 0, 0] and logprobs.shape == entropies.shape == (3,)
+    logprobs.sum().backward()
+    assert len(runs) == 10 and hidden.grad.isfinite().all()
 
 
 def test_a_model_that_caps_its_logits_is_refused(tiny_llava_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -79,13 +80,53 @@ def test_features_give_what_pixels_give(family: str, request: pytest.FixtureRequ
             )
 
 
+def make_generator(**changes: Any) -> Generator:
+    settings = {
+        "response_length": 6,
+        "temperature": 1.0,
+        "seed": 0,
+        "local_rollout_forward_batch_size": 3,
+        "cache_implementation": "dynamic",
+        "share_prefix": True,
+        "torch_compile": False,
+        **changes,
+    }
+    return Generator(
+        SimpleNamespace(**settings), Accelerator(), SimpleNamespace(pad_token_id=3), stop_token_id=2, suppressed=[4]
+    )
+
+
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+def test_a_static_cache_and_prompts_run_once_give_the_same_answers(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    policy, _ = policy_and_value(family, folder)
+    pixels = make_inputs(family, folder)
+    rows = [0, 2, 0, 1, 2, 2, 3]
+    for inputs in (pixels.select(rows), encode_images(policy, pixels, batch_size=8).select(rows)):
+        expected, _ = make_generator(share_prefix=False)(policy, inputs, 1)
+        assert len({tuple(row) for row in expected.tolist()}) == 7
+        seen: list[tuple[int, ...]] = []
+        handle = policy.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])),
+            with_kwargs=True,
+        )
+        once, _ = make_generator(local_rollout_forward_batch_size=8)(policy, inputs, 1)
+        handle.remove()
+        assert seen[:2] == [(4, inputs.query_length - 1), (7, 1)]
+        static, _ = make_generator(cache_implementation="static", local_rollout_forward_batch_size=8)(
+            policy, inputs, 1
+        )
+        assert torch.equal(once, expected) and torch.equal(static, expected)
+
+
 @pytest.mark.parametrize("family", SCORE_CLASSES)
 def test_generation_from_features_is_generation_from_pixels(family: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(family)
     policy, _ = policy_and_value(family, folder)
     pixels = make_inputs(family, folder)
-    args = SimpleNamespace(response_length=6, temperature=1.0, seed=0, local_rollout_forward_batch_size=3)
-    generator = Generator(args, Accelerator(), SimpleNamespace(pad_token_id=3), stop_token_id=2, suppressed=[4])
+    generator = make_generator()
     for step in (None, 1):
         expected, _ = generator(policy, pixels, step)
         actual, _ = generator(policy, encode_images(policy, pixels, batch_size=8), step)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 class Sampling(NamedTuple):
@@ -102,10 +103,21 @@ def token_statistics(
         # Behind the log-probabilities, so that the second run, in the backward pass, stops before it.
         return logprobs, entropies_of(logits.detach()) if entropies else logprobs.new_empty(0)
 
+    count = _chunk_count(len(tokens), sampling.chunk_size, tokens.device)
     parts = []
-    for states, ids in zip(hidden.split(sampling.chunk_size), tokens.split(sampling.chunk_size), strict=True):
+    for states, ids in zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True):
         if torch.is_grad_enabled():
             parts.append(checkpoint(chunk, states, ids, use_reentrant=False, context_fn=context_fn))
         else:
             parts.append(chunk(states, ids))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _chunk_count(tokens: int, chunk_size: int, device: torch.device) -> int:
+    """How often the head runs: under ZeRO-3 every process must, for all fetch the head's weights together."""
+    count = max(1, -(-tokens // chunk_size))
+    if not is_deepspeed_zero3_enabled():
+        return count
+    most = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)

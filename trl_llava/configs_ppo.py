@@ -70,6 +70,11 @@ class LlavaPPOConfig(PPOConfig):
         "`local_rollout_forward_batch_size` and `per_device_train_batch_size` rows; a row that is longer on its own "
         "runs on its own. None: no limit.",
     )
+    cache_implementation: Literal["dynamic", "static"] = option(
+        "dynamic",
+        "Key-value cache of generation: 'dynamic' grows with the answers; 'static' has its full length from the "
+        "start, and transformers compiles the model's steps with it on a GPU.",
+    )
     logits_chunk_size: int = option(
         512, "For how many response tokens the language-model head runs at once: memory of this times the vocabulary."
     )

@@ -3,16 +3,19 @@
 Letters: `B` batch, `R` response length.
 """
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
+from trl_llava.adapter_role import computing
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.passes import position_kwargs
 from trl_llava.ppo_math import response_mask
 from trl_llava.randomness import RowNoise, row_keys
 from trl_llava.rollout import ModelInputs, chunks, pad_right
@@ -85,6 +88,7 @@ class Generator:
             eos_token_id=stop_token_id,
             pad_token_id=tokenizer.pad_token_id,
             suppress_tokens=suppressed or None,
+            cache_implementation=args.cache_implementation,
         )
 
     def __call__(self, policy: nn.Module, inputs: ModelInputs, step: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +109,7 @@ class Generator:
             places = torch.arange(first, first + len(inputs), device=inputs.input_ids.device)
             keys = row_keys(self.args.seed, step, places)
         responses, masks = [], []
-        with neutral_generation_config(policy), self.accelerator.autocast():
+        with neutral_generation_config(policy), self._as_it_is(), self.accelerator.autocast():
             for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
                 part = self._generate(policy, inputs.select(rows), None if keys is None else keys[rows])
                 responses.append(part)
@@ -126,13 +130,65 @@ class Generator:
             return torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
         return ((responses == self.stop_token_id) & mask).any(1)
 
+    def _as_it_is(self) -> AbstractContextManager[None]:
+        """Keep compiled layers out of generation, where every step and layer would be compiled anew."""
+        return torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
+
     def _generate(self, policy: nn.Module, inputs: ModelInputs, keys: torch.Tensor | None) -> torch.Tensor:
         noise = [] if keys is None else [RowNoise(keys, inputs.query_length, self.args.temperature)]
+        config, given = self.config, inputs.image_kwargs()
+        if self.args.share_prefix and config.cache_implementation == "dynamic" and can_prefill_once(policy, inputs):
+            config = copy.deepcopy(config)
+            config.cache_implementation = None  # transformers takes a cache, or the name of one
+            given = {"past_key_values": prompts_once(policy, inputs)}
         output = policy.generate(
             input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
             attention_mask=inputs.attention_mask,
-            **inputs.image_kwargs(),
-            generation_config=self.config,
+            **given,
+            generation_config=config,
             logits_processor=LogitsProcessorList(noise),
         )
         return output[:, inputs.query_length :]
+
+
+def can_prefill_once(policy: nn.Module, inputs: ModelInputs) -> bool:
+    """Whether prompts repeat, and a model can go on from what it kept of each.
+
+    Args:
+        policy: the policy.
+        inputs: prompts.
+
+    Returns:
+        `False` also if a prompt ends with an image token, or for a model that derives its own positions.
+    """
+    if not inputs.can_be_packed or not position_kwargs(policy, inputs.attention_mask):
+        return False
+    return getattr(policy.config, "image_token_id", None) not in inputs.input_ids[:, -1].tolist()
+
+
+def prompts_once(policy: nn.Module, inputs: ModelInputs) -> Cache:
+    """What the policy keeps of prompts, all but their last token, each run once and its copies made.
+
+    Args:
+        policy: the unwrapped policy.
+        inputs: B prompts of which some are the same.
+
+    Returns:
+        A cache of B rows and Q - 1 tokens.
+    """
+    first = {group: row for row, group in reversed(list(enumerate(inputs.groups)))}
+    once = sorted(first.values())
+    # Not `select`, which would cut padding: the cache has to be as wide as all prompts are.
+    attention_mask = inputs.attention_mask[once][:, :-1]
+    with computing(policy) as base:
+        cache = getattr(base, base.base_model_prefix)(
+            **inputs.select(once).image_kwargs(),
+            input_ids=inputs.input_ids[once][:, :-1].masked_fill(attention_mask == 0, 0),
+            attention_mask=attention_mask,
+            **position_kwargs(base, attention_mask),
+            use_cache=True,
+        ).past_key_values
+    place = {inputs.groups[row]: index for index, row in enumerate(once)}
+    rows = torch.tensor([place[group] for group in inputs.groups], device=inputs.input_ids.device)
+    cache.batch_select_indices(rows)
+    return cache

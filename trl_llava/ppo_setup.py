@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from trl_llava.adapter_role import AdapterRole
+from trl_llava.adapter_role import AdapterRole, computing
 from trl_llava.adapters import checkpoint_contexts
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
@@ -19,12 +19,21 @@ class UnsupportedLaunchError(ExplainedError, ValueError):
     """A way of launching under which PPO would not train, or would train wrongly."""
 
 
-def refuse_launches() -> None:
+def refuse_launches(args: LlavaPPOConfig) -> None:
     """Stop before anything is placed on devices that could not train.
 
+    Args:
+        args: the config.
+
     Raises:
-        UnsupportedLaunchError: if the process was launched for FSDP.
+        UnsupportedLaunchError: if the process was launched for FSDP, or to compile the whole model.
     """
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" and not args.torch_compile:
+        raise UnsupportedLaunchError(
+            "LlavaPPOTrainer does not run with accelerate's `dynamo_backend`: it would compile policy and value model "
+            "as one, anew for every shape of a rollout. Leave it at 'no', and set `torch_compile: true` in the "
+            "recipe, which compiles their layers"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise UnsupportedLaunchError(
             "LlavaPPOTrainer does not run under FSDP: a rollout uses policy and value model one by one, and FSDP "
@@ -67,6 +76,7 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
         for module in model.modules():
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
+        compile_layers(model, args)
         if args.gradient_checkpointing:
             shared = any(isinstance(other, AdapterRole) for other in models)
             model.gradient_checkpointing_enable(_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
@@ -86,6 +96,25 @@ def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool)
     if isinstance(model, PeftModel) and not kwargs["use_reentrant"]:
         kwargs.setdefault("context_fn", checkpoint_contexts(model))
     return kwargs
+
+
+def compile_layers(model: nn.Module, args: LlavaPPOConfig) -> None:
+    """Compile the layers of a model's language model, one by one and in place, where `torch_compile` is set.
+
+    Trainer would compile policy and value model as one, anew for every shape of a rollout; all layers of a model share
+    what is compiled for one of them. Names of weights stay as they are, and so does the tower.
+
+    Args:
+        model: a role, or a PEFT model around one.
+        args: `torch_compile`, `torch_compile_backend` and `torch_compile_mode`.
+    """
+    if not args.torch_compile:
+        return
+    with computing(model) as base:
+        backbone = getattr(base, base.base_model_prefix)
+    for layer in getattr(backbone, "language_model", backbone).layers:
+        if layer._compiled_call_impl is None:  # roles may share their layers
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
 
 
 def warm_up_above_zero(scheduler: LRScheduler, warmup_steps: int) -> None:

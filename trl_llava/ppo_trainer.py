@@ -42,7 +42,7 @@ from trl_llava.passes import PolicyAndValue, check_plain_head, encode_images, re
 from trl_llava.ppo_data import PolicyAndValueCollator, prompt_rows, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
 from trl_llava.ppo_resume import PPOCheckpoints
-from trl_llava.ppo_setup import honour_max_steps, prepare_roles, refuse_launches, warm_up_above_zero
+from trl_llava.ppo_setup import compile_layers, honour_max_steps, prepare_roles, refuse_launches, warm_up_above_zero
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, lengths_of
 from trl_llava.scoring import RewardFunction, Scorer, needs_captions
@@ -111,7 +111,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        refuse_launches()
+        refuse_launches(args)
         honour_max_steps(args)
         set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -128,7 +128,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         if value_processing_class is not None and value_processing_class is not processing_class:
             value_collator = PromptCollator(value_processing_class, max_prompt_length=None)
         # TRL's PPO makes its accelerator without the precision that `args` asks for; it reads this instead.
-        with patch_environment(ACCELERATE_MIXED_PRECISION=args.mixed_precision), _no_reward_model_to_shard():
+        precision = {"ACCELERATE_MIXED_PRECISION": args.mixed_precision}
+        # `torch_compile` is `compile_layers` here.
+        with patch_environment(**precision, ACCELERATE_DYNAMO_BACKEND="no"), _no_reward_model_to_shard():
             super().__init__(
                 args=args,
                 processing_class=self.tokenizer,
@@ -155,6 +157,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         if eval_dataset is not None:  # TRL's loader drops a last batch that is not full, which may be the only one
             eval_loader = DataLoader(eval_dataset, args.per_device_eval_batch_size, collate_fn=collator)
             self.eval_dataloader = self.accelerator.prepare(eval_loader)
+        if self.ref_model is not None:
+            compile_layers(self.ref_model, args)
         self.suppressed = suppressed_tokens(self.policy_model)
         self.generator = Generator(args, self.accelerator, self.tokenizer, self.stop_token_id, self.suppressed)
         self.sampling = Sampling(args.temperature, self.suppressed, args.logits_chunk_size)
