@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
@@ -68,6 +68,16 @@ def test_scores_keep_the_order_and_do_not_depend_on_the_batch(reward: FactualRew
     backwards = reward(**{name: values[::-1] for name, values in columns.items()})
     assert backwards[::-1] == pytest.approx(scores, abs=2e-6)
     assert reward([], []) == []
+
+
+def test_scoring_keeps_no_keys_and_values(reward: FactualReward, red_image) -> None:
+    outputs = []
+    model = reward.model.get_base_model() if isinstance(reward.model, PeftModel) else reward.model
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    question, answer = [{"role": "user", "content": "What?"}], [{"role": "assistant", "content": "A square."}]
+    reward([question], [answer], images=[[red_image]], captions=[["A red square."]])
+    handle.remove()
+    assert [output.past_key_values for output in outputs] == [None]
 
 
 def test_score_is_the_logit_of_the_preference_collators_batch(reward: FactualReward, red_image) -> None:

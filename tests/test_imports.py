@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "trl_llava"
 LAYERS = (
     ("cli",),
-    ("demo", "check_data"),
+    ("demo", "check_data", "plan"),
     ("train_sft", "train_reward", "train_ppo", "train_grpo", "train_rloo", "train_dpo"),
     # what the entry points share
     (
@@ -22,6 +22,11 @@ LAYERS = (
         "model_card",
         "online_rl",
         "output_dir",
+        "launch_config",
+        "plan_ppo",
+        "plan_report",
+        "plan_roles",
+        "plan_stages",
         "policy_start",
         "ppo_roles",
         "reward_loading",
@@ -56,6 +61,9 @@ LAYERS = (
         ),
         *("collators", "dpo_collator", "pairs", "encoding", "lengths", "trl_rows", "single_images"),
         *(
+            "dry_models",
+            "dry_passes",
+            "memory_model",
             "models",
             "hub",
             "sequence_classification",
@@ -82,7 +90,7 @@ LAYERS = (
             "vision_tower",
             "rows",
         ),
-        *("images", "plain_text", "padding", "randomness", "errors", "chat_templates", "hub_names"),
+        *("images", "plain_text", "padding", "randomness", "errors", "chat_templates", "memory_trace", "hub_names"),
     ),
     ("__init__",),
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import trl_llava
 from trl_llava.errors import ExplainedError
+from trl_llava.launch_config import config_folder, find_accelerate_config
 from trl_llava.recipe_values import RecipeError
 
 STAGES = {
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return launch_stage(words[0], words[1:])
         if words[:1] == ["check-data"]:
             return importlib.import_module("trl_llava.check_data").main(words[1:])
+        if words[:1] == ["plan"]:
+            return importlib.import_module("trl_llava.plan").main(words[1:])
         args = parser.parse_args(words or ["--help"])
         return {"score": _score, "convert": _convert, "merge": _merge}[args.command](args)
     except ExplainedError as error:
@@ -72,7 +75,7 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     parser = importlib.import_module(f"trl_llava.train_{stage}").make_parser(f"trl-llava {stage}")
     if {"-h", "--help"} & set(words):
         parser.print_help()
-        names = ", ".join(sorted(path.stem for path in _config_folder().glob("*.yaml"))) or "the names"
+        names = ", ".join(sorted(path.stem for path in config_folder().glob("*.yaml"))) or "the names"
         print(LAUNCH_HELP.format(names=names))
         return 0
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -144,33 +147,6 @@ def split_arguments(
     return launch, training
 
 
-def find_accelerate_config(name: str) -> Path:
-    """The file of a launch configuration.
-
-    Args:
-        name: A file, or a name in accelerate_configs/ of a checkout.
-
-    Returns:
-        The file.
-
-    Raises:
-        RecipeError: If there is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    folder = _config_folder()
-    found = folder / f"{name}.yaml"
-    if found.is_file():
-        return found
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if not known:
-        raise RecipeError(
-            f"--accelerate_config {name}: no such file. The names of accelerate_configs/ work in a checkout of "
-            "trl-llava only; give a file (`accelerate config` writes one)."
-        )
-    raise RecipeError(f"--accelerate_config {name}: neither a file nor one of {', '.join(known)}.")
-
-
 def _complete(launch: list[str]) -> list[str]:
     """Resolves the configuration's name, and says explicitly what `accelerate launch` would warn about."""
     from accelerate.commands.config.config_args import default_config_file
@@ -204,10 +180,6 @@ def _default_processes(config: Path | None) -> int:
     return int(wanted) if wanted > 0 else max(1, torch.cuda.device_count())
 
 
-def _config_folder() -> Path:
-    return Path(trl_llava.__file__).parents[1] / "accelerate_configs"
-
-
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-llava", description=trl_llava.__doc__)
     parser.add_argument("--version", action="version", version=f"trl-llava {trl_llava.__version__}")
@@ -216,6 +188,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     commands.add_parser("demo", help="all three stages in minutes, on a drawn world", add_help=False)
     commands.add_parser("check-data", help="walk all rows of a recipe, without a model", add_help=False)
+    commands.add_parser("plan", help="the memory that a recipe will need, and what fits", add_help=False)
     score = commands.add_parser("score", help="score one answer with a factual reward model")
     score.add_argument("--reward_model", required=True, help="FactualReward checkpoint: Hub ID or folder")
     score.add_argument("--image", required=True, help="image file")

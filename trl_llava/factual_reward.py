@@ -170,6 +170,7 @@ class FactualReward:
             input_ids=pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
             attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
             **{key: value.to(device) for key, value in encoding.image_inputs.items()},
+            use_cache=False,  # no token follows: keys and values of all layers would only take memory
         ).logits
         return logits.squeeze(-1).float().tolist()
 

@@ -118,7 +118,7 @@ def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
         ValueError: If it is not an image-text model, or its checkpoint lacks weights.
     """
     name = model_args.model_name_or_path
-    config = _load_config("model_name_or_path", name, model_args.model_revision, model_args.trust_remote_code)
+    config = load_config("model_name_or_path", name, model_args.model_revision, model_args.trust_remote_code)
     known = type(config) in AutoModelForImageTextToText._model_mapping or "AutoModelForImageTextToText" in (
         getattr(config, "auto_map", None) or {}
     )
@@ -163,7 +163,7 @@ def load_sequence_classifier(
         ValueError: If the family has no score-head model, or the checkpoint lacks weights, or the head with
             `new_head=False`.
     """
-    config = _load_config("model_name_or_path", name, revision, model_args.trust_remote_code)
+    config = load_config("model_name_or_path", name, revision, model_args.trust_remote_code)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise InputError(
             f"'{name}' is a {config.model_type} model, for which there is no score head. Reward and value models can "
@@ -216,8 +216,22 @@ def check_same_tokenizer(policy_processor: ProcessorMixin, other_processor: Proc
         raise InputError(_mismatch(other, f"the ID of token {token!r}", our_vocab.get(token), their_vocab.get(token)))
 
 
-def _load_config(field: str, name: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration, or an error that names the recipe field."""
+def load_config(field: str, name: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Args:
+        field: The recipe's field that names it, for the message.
+        name: Hub ID or folder.
+        revision: Branch, tag or commit.
+        trust_remote_code: Run code that the repository brings along.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: If `name` holds an adapter.
+        NotFoundError: If it cannot be read.
+    """
     name = check_there(field, name, revision)
     folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
