@@ -7,17 +7,28 @@ The plan is a list of `[stage, [word, ...]]`. What comes out lies in the `output
 
 import importlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 from accelerate import PartialState
 
 from trl_llava.console import run_as_program
+from trl_llava.rows import RowError
 
 
 def even_tokens(completion_ids: list[list[int]], **columns: object) -> list[float]:
     """A reward that the plan's words can name: the share of even token ids."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def failing_on_the_second(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """A reward that ends process 1 with an error that explains itself, at a time that it writes down."""
+    if PartialState().process_index == 1:
+        Path(os.environ["FAILED_AT"]).write_text(str(time.time()))
+        raise RowError("rows.json[3]", "its picture is gone", "Leave the row out")
+    return even_tokens(completion_ids)
 
 
 def main(plan: str) -> None:

@@ -81,10 +81,19 @@ def run_words(folder: Path, base: Path, out: Path, stage: str, processes: int, *
     return [*words, *more]
 
 
-def launch(
+def start(
     folder: Path, backend: dict[str, Any], processes: int, script: str, *words: str, **config: Any
-) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` on CPU processes that talk through gloo."""
+) -> subprocess.Popen[str]:
+    """Start `accelerate launch` on CPU processes that talk through gloo.
+
+    Args:
+        folder: where its configuration goes.
+        backend: one of `BACKENDS`.
+        processes: how many there are, on all machines.
+        script: a file of this folder.
+        words: its command line.
+        config: changes of the configuration; its keys are the launcher's.
+    """
     settings = {
         **backend,
         "compute_environment": "LOCAL_MACHINE",
@@ -96,15 +105,35 @@ def launch(
         "main_process_port": 0,
         **config,
     }
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    file = folder / f"accelerate_{settings['machine_rank']}.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "FAILED_AT": str(folder / "failed_at"),
     }
-    return subprocess.run(
-        [*command, str(TESTS / script), *words], env=environment, capture_output=True, text=True, timeout=300
+    return subprocess.Popen(
+        [*command, str(TESTS / script), *words],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
+
+
+def launch(*args: Any, **config: Any) -> tuple[int, str]:
+    """`start`, to its end.
+
+    Returns:
+        Exit status, and what it wrote to stderr.
+    """
+    process = start(*args, **config)
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, errors

@@ -28,6 +28,7 @@ LAYERS = (
         "plan_roles",
         "plan_stages",
         "policy_start",
+        "process_counts",
         "ppo_roles",
         "reward_loading",
         "recipe",

@@ -65,13 +65,14 @@ def test_ppo_recipe_is_the_papers() -> None:
         ("zero2", DistributedType.DEEPSPEED),
         ("zero3", DistributedType.DEEPSPEED),
         ("fsdp2", DistributedType.FSDP),
+        ("multi_node", DistributedType.MULTI_GPU),
     ],
 )
 def test_accelerate_reads_its_configs(name: str, kind: DistributedType) -> None:
     config = load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
     assert isinstance(config, ClusterConfig)
     assert config.distributed_type == kind
-    assert config.num_processes in (1, -1)
+    assert config.num_processes == 16 if name == "multi_node" else config.num_processes in (1, -1)
 
 
 def test_accelerate_configs_say_their_stage() -> None:

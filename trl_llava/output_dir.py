@@ -18,6 +18,7 @@ from trl_llava.checkpoint_folders import checkpoints, clear_leftovers, find_chec
 from trl_llava.disk_full import explain_full_disk
 from trl_llava.errors import InputError
 from trl_llava.manifest import check_manifest
+from trl_llava.process_counts import check_processes
 from trl_llava.recipe import Recipe
 from trl_llava.recipe_values import RecipeLoader
 
@@ -47,6 +48,7 @@ def claim(args: TrainingArguments, recipe: Recipe) -> str | None:
 
     Raises:
         OutputDirError: If the folder cannot be written, holds something else, or the checkpoint is missing.
+        ProcessCountError: If this number of processes cannot go on from the checkpoint.
         DamagedCheckpointError: If the checkpoint is damaged, and `on_damaged_checkpoint` is not 'previous'.
     """
     folder = Path(args.output_dir)
@@ -142,10 +144,13 @@ def _checkpoint(args: TrainingArguments, recipe: Recipe) -> str | None:
                 f"`resume_from_checkpoint`: {wanted} is not a checkpoint (it has no trainer_state.json)."
             )
         check_manifest(wanted)
+        check_processes(Path(wanted), args)
         return str(wanted)
     if checkpoints(folder):
         on_damaged = recipe.values.get("on_damaged_checkpoint", "error")
-        return str(find_checkpoint(folder, on_damaged, say=lambda text: print(text, file=sys.stderr)))
+        last = find_checkpoint(folder, on_damaged, say=lambda text: print(text, file=sys.stderr))
+        check_processes(Path(last), args)
+        return str(last)
     if not (folder / RECIPE_FILE).is_file():
         raise OutputDirError(
             f"`resume_from_checkpoint`: {folder} holds no checkpoint-*; leave the field out to start."
