@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import conftest
 import hub_server
 import hub_visitor
 import pytest
 import tiny_models
 import yaml
+from hub_login import hub_client
 from safetensors.torch import load_file
 
 from trl_llava import cli, train_grpo, train_ppo, train_reward, train_sft
@@ -56,7 +56,7 @@ def trained(
     served_hub: hub_server.Hub, tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Trained]:
     folder = write_rows(tmp_path_factory.mktemp("runs"))
-    with conftest.hub_client(served_hub, tmp_path_factory.mktemp("cache")) as hub:
+    with hub_client(served_hub, tmp_path_factory.mktemp("cache")) as hub:
         base = hub.add("org/base", tiny_llava_dir)
         base.tags["v1"] = base.branches["main"]
         base.commit({}, title="weights gone")  # whoever asks for another revision gets nothing
