@@ -1,7 +1,7 @@
 """A process whose batch has no picture looks at a blank one, so that every process runs the same layers.
 
 Where weights are spread over processes (ZeRO-3, FSDP), all of them fetch a layer together: one that skips the tower
-waits for ever, or takes the tower's weights for others. Where tower or projector are trained, all processes run them too,
+waits for ever, or takes the tower's weights for others. Where tower or projector are trained, all processes run them,
 so that DDP has not to find out in each pass which gradients there will be.
 """
 
