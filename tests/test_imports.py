@@ -43,6 +43,7 @@ LAYERS = (
         *(
             "rollout",
             "passes",
+            "image_features",
             "chunked_head",
             "micro_batches",
             "shared_prefix",

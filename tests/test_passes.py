@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from trl_llava.collators import PromptCollator
 from trl_llava.data import rows_from
 from trl_llava.generation import Generator
-from trl_llava.passes import encode_images, response_values
+from trl_llava.image_features import GIB, ImageFeatures
+from trl_llava.passes import response_values
 from trl_llava.rollout import ModelInputs
 from trl_llava.sequence_classification import (
     LlavaForSequenceClassification,
@@ -62,8 +63,9 @@ def test_features_give_what_pixels_give(family: str, request: pytest.FixtureRequ
     folder = request.getfixturevalue(family)
     policy, value = policy_and_value(family, folder)
     pixels = make_inputs(family, folder)
-    features = encode_images(policy, pixels, batch_size=2)
-    assert "pixel_values" not in features.extras and len(features.image_features) == 4
+    cache = ImageFeatures(GIB)
+    features = cache.encode(policy, pixels, batch_size=2)
+    assert "pixel_values" not in features.extras and len(cache) == 4
     responses = torch.randint(10, 300, (4, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(responses, dtype=torch.bool)
     with torch.no_grad():
@@ -73,7 +75,7 @@ def test_features_give_what_pixels_give(family: str, request: pytest.FixtureRequ
             actual = response_logits(policy, features.select(rows), *part, temperature=1.0)
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(
-                response_values(value, encode_images(value, pixels, 8).select(rows), *part),
+                response_values(value, cache.encode(value, pixels, 8).select(rows), *part),
                 response_values(value, pixels.select(rows), *part),
                 rtol=1e-4,
                 atol=1e-5,
@@ -129,16 +131,17 @@ def test_generation_from_features_is_generation_from_pixels(family: str, request
     generator = make_generator()
     for step in (None, 1):
         expected, _ = generator(policy, pixels, step)
-        actual, _ = generator(policy, encode_images(policy, pixels, batch_size=8), step)
+        actual, _ = generator(policy, ImageFeatures(GIB).encode(policy, pixels, batch_size=8), step)
         assert torch.equal(actual, expected)
 
 
 def test_the_image_matters(tiny_llava_dir: Path) -> None:
     """Else the tests above would also pass with the features of another picture."""
     policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
-    features = encode_images(policy, make_inputs("tiny_llava_dir", tiny_llava_dir), batch_size=8)
-    swapped = encode_images(policy, make_inputs("tiny_llava_dir", tiny_llava_dir), batch_size=8)
-    swapped.image_features[0], swapped.image_features[1] = swapped.image_features[1], swapped.image_features[0]
+    cache = ImageFeatures(GIB)
+    features = cache.encode(policy, make_inputs("tiny_llava_dir", tiny_llava_dir), batch_size=8)
+    swapped = cache.encode(policy, make_inputs("tiny_llava_dir", tiny_llava_dir), batch_size=8)
+    swapped.digests[0], swapped.digests[1] = swapped.digests[1], swapped.digests[0]
     part = (torch.full((1, 3), 20), torch.ones(1, 3, dtype=torch.bool))
     with torch.no_grad():
         first = response_logits(policy, features.select([0]), *part, temperature=1.0)
@@ -150,10 +153,10 @@ def test_a_trained_projector_is_run_in_every_pass(tiny_llava_dir: Path) -> None:
     policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
     inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
     policy.model.multi_modal_projector.requires_grad_(True)
-    assert encode_images(policy, inputs, batch_size=8) is inputs
+    assert ImageFeatures(GIB).encode(policy, inputs, batch_size=8) is inputs
 
 
-def test_each_picture_is_encoded_once_a_step_for_each_model(tiny_llava_dir: Path, tmp_path: Path) -> None:
+def test_each_distinct_picture_is_encoded_once_a_step_for_each_model(tiny_llava_dir: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
     trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path / "out", total_episodes=4, num_ppo_epochs=3)
     for parameter in (p for n, p in trainer.model.named_parameters() if "vision_tower" in n or "projector" in n):
@@ -169,5 +172,5 @@ def test_each_picture_is_encoded_once_a_step_for_each_model(tiny_llava_dir: Path
         tower.register_forward_pre_hook(count)
     batch = next(iter(trainer.dataloader))
     trainer.train()
-    pictures = sum(len(images) for images in batch["columns"]["images"])
-    assert pictures > 0 and seen == {"policy": pictures, "value_model": pictures}
+    pictures = [picture.tobytes() for images in batch["columns"]["images"] for picture in images]
+    assert len(pictures) == 3 and seen == {"policy": len(set(pictures)), "value_model": len(set(pictures))}

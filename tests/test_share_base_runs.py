@@ -125,6 +125,26 @@ def test_a_fresh_adapter_shares_its_base_and_the_reference_is_the_bare_base(
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
+def test_a_projector_trained_in_each_adapter(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--use_peft", "--lora_r", "2", "--freeze_projector", "false"]
+    work.sft("sees_policy", *words)
+    work.reward("sees_reward", *words)
+    words = [*start(work.folder / "sees_policy", work.folder / "sees_reward"), "--freeze_projector", "false"]
+    logs = []
+    for share in ("true", "false"):
+        logs.append(logged(work.ppo(f"sees_{share}", *words, "--share_base", share)))
+        assert f"{1 if share == 'true' else 3} base model" in capsys.readouterr().out
+        for part, start_of in ((".", "sees_policy"), ("value_model", "sees_reward")):
+            after, before = (
+                load_file(folder / "adapter_model.safetensors")
+                for folder in (work.folder / f"sees_{share}" / part, work.folder / start_of)
+            )
+            moved = {key for key in after if "projector" in key and not torch.equal(after[key], before[key])}
+            assert len(moved) == 4
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_and_heads_are_kept_in_the_dtype_that_is_asked_for(
     work: Work, policy: Path, reward_model: Path, dtype: str

@@ -48,6 +48,11 @@ class LlavaPPOConfig(PPOConfig):
     adapter_dtype: Literal["float32", "bfloat16"] | None = option(
         None, "What LoRA weights and score heads are kept in. None: LoRA in float32, heads as the base model."
     )
+    image_cache_gib: float = option(
+        4.0,
+        "CPU memory in GiB, of each process, for what tower and projector make of pictures, which all roles, passes "
+        "and epochs then share. What does not fit is encoded again in every pass; 0 keeps nothing.",
+    )
     # Prompts
     chat_template_path: str | None = option(None, f"{TEMPLATE_HELP} The reward model keeps its own.")
     max_prompt_length: int | None = option(None, "Longest prompt in tokens, image tokens included. None: no limit.")

@@ -21,10 +21,12 @@ from trl_llava.encoding import encode
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub import check_there, not_found
 from trl_llava.hub_names import split_revision
+from trl_llava.image_features import ImageFeatures
 from trl_llava.images import ImageRef, load_image
 from trl_llava.models import HEAD, load_processor, load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.reward_settings import find_file, read_settings, save_settings
+from trl_llava.rollout import ModelInputs
 from trl_llava.rows import RowError, normalise_messages, place_images
 from trl_llava.shared_base import SharedBase, add_role, find_shared_base
 
@@ -78,6 +80,7 @@ class FactualReward:
         self.processing_class = processing_class
         self.judging_prompt = judging_prompt
         self.batch_size = batch_size
+        self.image_features = ImageFeatures(0)  # keeps nothing; a run may put one here that other models use too
         self.__name__ = name
 
     @property
@@ -150,7 +153,6 @@ class FactualReward:
             )
         return judging_messages(conversation, captions, self.judging_prompt), decoded, name
 
-    @torch.inference_mode()
     def _score(self, rows: Sequence[tuple[list[Message], list[Image.Image], str]]) -> list[float]:
         """One pass of the model over at most `batch_size` rows."""
         conversations, pictures, names = zip(*rows, strict=True)
@@ -166,12 +168,19 @@ class FactualReward:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         ids = [torch.tensor(row) for row in encoding.input_ids]
         device = self.model.device
-        logits = self.model(
-            input_ids=pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
-            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
-            **{key: value.to(device) for key, value in encoding.image_inputs.items()},
-            use_cache=False,  # no token follows: keys and values of all layers would only take memory
-        ).logits
+        inputs = ModelInputs(
+            pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
+            pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
+            [len(own) for own in pictures],
+            dict(encoding.image_inputs),
+        )
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                **self.image_features.attach(self.model, inputs).image_kwargs(),
+                use_cache=False,  # no token follows: keys and values of all layers would only take memory
+            ).logits
         return logits.squeeze(-1).float().tolist()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -1,12 +1,8 @@
-"""Passes over a rollout: image features, log-probabilities and values, each computed in one place for every phase.
+"""Passes over a rollout: log-probabilities and values, each computed in one place for every phase.
 
 Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `L` sequence, `H` hidden, `n` real
 response tokens.
 """
-
-import inspect
-from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -16,53 +12,10 @@ from transformers import PreTrainedModel
 
 from trl_llava.adapter_role import AdapterRole, computing
 from trl_llava.adapters import SwitchedLayer, checkpoint_contexts
-from trl_llava.blank_picture import sees_with_trained_parts, takes_encoded_images
 from trl_llava.chunked_head import Sampling, token_statistics
 from trl_llava.errors import InputError
 from trl_llava.rollout import ModelInputs, Rollout
 from trl_llava.shared_prefix import attention_mask_for, pack, predictors
-
-
-def encode_images(model: nn.Module, inputs: ModelInputs, batch_size: int) -> ModelInputs:
-    """Run tower and projector once for every image of a rollout, if nothing in them is trained.
-
-    The features then serve generation, log-probabilities, values and every epoch of the update.
-
-    Args:
-        model: a LLaVA, with a language-modelling or a score head, or a PEFT model around one; unwrapped.
-        inputs: B prompts with I images.
-        batch_size: how many images run at once.
-
-    Returns:
-        Inputs with features in place of pixels; `inputs` as they are if there is no image, if tower or projector are
-        trained, or if the model takes no encoded images.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    backbone = getattr(base, base.base_model_prefix)
-    if "pixel_values" not in inputs.extras or not takes_encoded_images(backbone) or sees_with_trained_parts(base):
-        return inputs
-    taken = set(inspect.signature(backbone.get_image_features).parameters) & set(inputs.extras)
-    features: list[torch.Tensor] = []
-    with torch.no_grad():
-        for rows in _rows_by_images(inputs.images_per_row, batch_size):
-            part = inputs.select(rows).extras
-            output = backbone.get_image_features(**{key: part[key] for key in taken}, return_dict=True)
-            features.extend(output.pooler_output)
-    extras = {key: value for key, value in inputs.extras.items() if key not in taken}
-    return replace(inputs, extras=extras, image_features=features)
-
-
-def _rows_by_images(images_per_row: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Consecutive rows with images, in groups of at most `batch_size` images (or one row that has more)."""
-    group: list[int] = []
-    for row, count in enumerate(images_per_row):
-        if group and sum(images_per_row[i] for i in group) + count > batch_size:
-            yield group
-            group = []
-        if count:
-            group.append(row)
-    if group:
-        yield group
 
 
 def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:

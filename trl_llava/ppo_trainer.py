@@ -1,6 +1,7 @@
 """Stage 3: PPO whose policy, value and reward see the image."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import InputError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
+from trl_llava.image_features import GIB, ImageFeatures
 from trl_llava.micro_batches import micro_batches
-from trl_llava.passes import PolicyAndValue, check_plain_head, encode_images, response_logprobs, response_values
+from trl_llava.passes import PolicyAndValue, check_plain_head, response_logprobs, response_values
 from trl_llava.ppo_data import PolicyAndValueCollator, prompt_rows, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
 from trl_llava.ppo_resume import PPOCheckpoints
@@ -47,6 +49,7 @@ from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, lengths_of
 from trl_llava.scoring import RewardFunction, Scorer, needs_captions
 from trl_llava.shared_prefix import why_not
+from trl_llava.shared_weights import shares_weights
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         optimizers: optimizer and scheduler, instead of those that `args` describes.
         callbacks: further callbacks.
         peft_config: wraps the policy in a fresh adapter.
+        image_features: where pictures are encoded; by default one of its own, of `args.image_cache_gib`. A reward
+            model that shares the policy's base may have the same one.
 
     Raises:
         ValueError: if the data set holds less than one batch of rows, the process has another mixed precision, or it
@@ -110,6 +115,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
+        image_features: ImageFeatures | None = None,
     ) -> None:
         refuse_launches(args)
         honour_max_steps(args)
@@ -159,6 +165,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
             self.eval_dataloader = self.accelerator.prepare(eval_loader)
         if self.ref_model is not None:
             compile_layers(self.ref_model, args)
+        self.image_features = ImageFeatures(args.image_cache_gib * GIB) if image_features is None else image_features
+        if shares_weights(self.accelerator):  # only ahead of the passes may processes run a tower unequally often
+            self.image_features.max_bytes = math.inf
         self.suppressed = suppressed_tokens(self.policy_model)
         self.generator = Generator(args, self.accelerator, self.tokenizer, self.stop_token_id, self.suppressed)
         self.sampling = Sampling(args.temperature, self.suppressed, args.logits_chunk_size)
@@ -234,11 +243,12 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
             value_inputs = ModelInputs.from_batch(batch["value"], device)
         at_once, answers = self.args.local_rollout_forward_batch_size, self.args.num_generations_per_prompt
         with torch.no_grad(), self.gathered() as model:
-            with self.clock.phase("images"), self.accelerator.autocast():
-                value_inputs = encode_images(model.value_model, value_inputs, at_once).repeated(answers)
+            with self.clock.phase("images"):
+                self.image_features.begin_step()
+                value_inputs = self.image_features.encode(model.value_model, value_inputs, at_once).repeated(answers)
                 if self.ref_model is not None:  # else the reference sees with the policy's tower
-                    ref_inputs = encode_images(self.ref_model, ref_inputs, at_once).repeated(answers)
-                inputs = encode_images(model.policy, inputs, at_once).repeated(answers)
+                    ref_inputs = self.image_features.encode(self.ref_model, ref_inputs, at_once).repeated(answers)
+                inputs = self.image_features.encode(model.policy, inputs, at_once).repeated(answers)
             with self.clock.phase("generation"):
                 responses, mask = self.generator(model.policy, inputs, step)
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)

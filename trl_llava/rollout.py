@@ -3,7 +3,7 @@
 Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `I` images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,19 +25,22 @@ class ModelInputs:
         input_ids: (B, Q) long, left-padded.
         attention_mask: (B, Q) long, 1 at real tokens.
         images_per_row: number of images of each of the B rows.
-        extras: whatever else the model takes: `pixel_values` and `image_sizes` with one entry per image,
-            (B, Q) token kinds, or entries per row.
-        image_features: what tower and projector made of each image, (N, H) each, once they have run; then the
-            tensors they were made from are no longer in `extras`.
+        extras: whatever else the model takes: `pixel_values` and `image_sizes` with one entry per image, which stay
+            where the batch was made until a pass needs them, (B, Q) token kinds, or entries per row.
         groups: for each row the number of its prompt: rows with the same number have the same prompt.
+        digests: a hash of each image's content, once it is known.
+        encoder: gives the features of all images, (N, H) each, in place of the extras that are `encoded`.
+        encoded: names of extras that the features are made from; they may be gone.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     images_per_row: list[int]
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
-    image_features: list[torch.Tensor] | None = None
     groups: list[int] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    encoder: Callable[["ModelInputs"], list[torch.Tensor]] | None = None
+    encoded: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.groups = self.groups or list(range(len(self.input_ids)))
@@ -48,12 +51,14 @@ class ModelInputs:
 
         Args:
             batch: what `PromptCollator` returns.
-            device: where the tensors go.
+            device: where the tokens go.
 
         Returns:
             The inputs of the B rows.
         """
-        tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        shape = tensors["input_ids"].shape
+        tensors = {key: value.to(device) if value.shape == shape else value for key, value in tensors.items()}
         images_per_row = [len(images) for images in batch["columns"]["images"]]
         return cls(tensors.pop("input_ids"), tensors.pop("attention_mask"), images_per_row, tensors)
 
@@ -99,47 +104,70 @@ class ModelInputs:
         Raises:
             ValueError: if a tensor has neither one entry per image nor one per row, so that it cannot be split.
         """
-        starts = [sum(self.images_per_row[:row]) for row in range(len(self))]
-        images = [starts[row] + offset for row in rows for offset in range(self.images_per_row[row])]
         rows = list(rows)
         padding = self.query_length - int(self.attention_mask[rows].sum(1).max())
-        extras = {}
+        extras = self.images_of(rows)
         for key, value in self.extras.items():
-            if key == COUNTS:
-                if images:
-                    counts = [self.images_per_row[row] for row in rows if self.images_per_row[row]]
-                    extras[key] = torch.tensor(counts, dtype=value.dtype, device=value.device)
-            elif value.shape == self.input_ids.shape:
+            if value.shape == self.input_ids.shape:
                 extras[key] = value[rows, padding:]
-            elif value.shape[0] == sum(self.images_per_row):
-                if images:  # a model takes no empty `pixel_values`
-                    extras[key] = value[images]
-            else:
-                raise ValueError(
-                    f"cannot split the model input `{key}` of shape {tuple(value.shape)} into rows: expected one "
-                    f"entry for each of the {sum(self.images_per_row)} images or a tensor of shape "
-                    f"{tuple(self.input_ids.shape)}. Processors that flatten image patches do not work in PPO yet"
-                )
-        features = None if self.image_features is None else [self.image_features[image] for image in images]
         return ModelInputs(
             self.input_ids[rows, padding:],
             self.attention_mask[rows, padding:],
             [self.images_per_row[row] for row in rows],
             extras,
-            features,
             [self.groups[row] for row in rows],
+            [self.digests[image] for image in self._images(rows)] if self.digests else [],
+            self.encoder,
+            self.encoded,
         )
+
+    def _images(self, rows: Sequence[int]) -> list[int]:
+        """Indices of the images of these rows."""
+        starts = [sum(self.images_per_row[:row]) for row in range(len(self))]
+        return [starts[row] + offset for row in rows for offset in range(self.images_per_row[row])]
+
+    def images_of(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The extras that go with images, of some rows.
+
+        Args:
+            rows: indices into the batch.
+
+        Returns:
+            The extras, none if the rows have no image.
+
+        Raises:
+            ValueError: if a tensor has neither one entry per image nor one per row, so that it cannot be split.
+        """
+        images, extras = self._images(rows), {}
+        for key, value in self.extras.items():
+            if key == COUNTS:
+                if images:
+                    counts = [self.images_per_row[row] for row in rows if self.images_per_row[row]]
+                    extras[key] = torch.tensor(counts, dtype=value.dtype, device=value.device)
+            elif value.shape[0] == sum(self.images_per_row) and value.shape != self.input_ids.shape:
+                if images:  # a model takes no empty `pixel_values`
+                    extras[key] = value[images]
+            elif value.shape != self.input_ids.shape:
+                raise ValueError(
+                    f"cannot split the model input `{key}` of shape {tuple(value.shape)} into rows: expected one "
+                    f"entry for each of the {sum(self.images_per_row)} images or a tensor of shape "
+                    f"{tuple(self.input_ids.shape)}. Processors that flatten image patches do not work in PPO yet"
+                )
+        return extras
 
     def image_kwargs(self) -> dict[str, Any]:
         """The images as keyword arguments of a forward pass or of `generate`: encoded already, or as pixels.
 
         Returns:
-            `mm_encoder_outputs` if the features are there, and the extras.
+            The extras on the tokens' device; with an encoder, `mm_encoder_outputs` in place of what it encodes.
         """
-        if not self.image_features:
-            return dict(self.extras)
-        encoded = BaseModelOutputWithPooling(pooler_output=list(self.image_features))
-        return {**self.extras, "mm_encoder_outputs": {"image": encoded}}
+        device, encoded = self.input_ids.device, self.encoded if self.encoder is not None else frozenset()
+        extras: dict[str, Any] = {
+            key: value.to(device, non_blocking=True) for key, value in self.extras.items() if key not in encoded
+        }
+        if self.encoder is not None and self.digests:
+            extras["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self.encoder(self))}
+        return extras
 
     def followed_by(self, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
         """Keyword arguments of a forward pass over prompt and response.

@@ -20,6 +20,7 @@ from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.console import run_as_program
 from trl_llava.factual_reward import FactualReward
+from trl_llava.image_features import GIB, ImageFeatures
 from trl_llava.loaded_models import describe_models
 from trl_llava.ppo_roles import Policy, Value, load_policy_roles, load_value_model
 from trl_llava.ppo_trainer import LlavaPPOTrainer
@@ -70,6 +71,9 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
         dataset_num_proc=training_args.dataset_num_proc,
     )
     policy, value, rewards = load_all(training_args, model_args)
+    image_features = ImageFeatures(training_args.image_cache_gib * GIB)
+    if rewards and isinstance(rewards[0], FactualReward):
+        rewards[0].image_features = image_features
     trainer = LlavaPPOTrainer(
         args=training_args,
         processing_class=policy.processor,
@@ -80,6 +84,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
         eval_dataset=eval_rows,
         value_model=value.model,
         value_processing_class=value.processor,
+        image_features=image_features,
     )
     return run.train(trainer, policy.base)
 
