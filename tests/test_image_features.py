@@ -9,7 +9,7 @@ import torch
 from test_entry_points import Work
 from test_passes import make_inputs, policy_and_value
 from test_share_base_runs import logged, start
-from test_shared_base import args_for, build_shared, computing_as, save_adapters
+from test_shared_base import args_for, build_shared, save_adapters
 
 from trl_llava.adapters import active_adapter, load_adapter
 from trl_llava.configs import LlavaModelConfig
