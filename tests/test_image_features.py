@@ -112,12 +112,9 @@ def test_roles_whose_adapters_hold_the_projector_see_for_themselves(tiny_llava_d
     for role, known in (("value", 8), ("policy", 12)):
         found = cache.encode(roles["value"] if role == "value" else host, inputs, 8)
         assert len(cache) == known
-        with torch.no_grad(), computing_as(host, roles[role]) as model:
-            expected = (
-                (model.host if role == "value" else model)
-                .get_base_model()
-                .model.get_image_features(pixel_values=inputs.extras["pixel_values"], return_dict=True)
-            )
+        with torch.no_grad(), active_adapter(host, "value_role" if role == "value" else "default"):
+            pixels = inputs.extras["pixel_values"]
+            expected = host.get_base_model().model.get_image_features(pixel_values=pixels, return_dict=True)
         got = found.image_kwargs()["mm_encoder_outputs"]["image"].pooler_output
         assert all(torch.equal(a, b) for a, b in zip(got, expected.pooler_output, strict=True))
 
