@@ -106,7 +106,7 @@ def test_a_static_cache_and_prompts_run_once_give_the_same_answers(
     policy, _ = policy_and_value(family, folder)
     pixels = make_inputs(family, folder)
     rows = [0, 2, 0, 1, 2, 2, 3]
-    for inputs in (pixels.select(rows), encode_images(policy, pixels, batch_size=8).select(rows)):
+    for inputs in (pixels.select(rows), ImageFeatures(GIB).encode(policy, pixels, batch_size=8).select(rows)):
         expected, _ = make_generator(share_prefix=False)(policy, inputs, 1)
         assert len({tuple(row) for row in expected.tolist()}) == 7
         seen: list[tuple[int, ...]] = []
