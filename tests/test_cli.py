@@ -72,7 +72,7 @@ def test_accelerate_config_that_is_not_there(
     tmp_path: Path,
 ) -> None:
     assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero9"]) == 2
-    assert "neither a file nor one of cpu, ddp, fsdp2, single_gpu, zero2, zero3" in capsys.readouterr().err
+    assert "neither a file nor one of cpu, ddp, fsdp2, multi_node, single_gpu, zero2, zero3" in capsys.readouterr().err
     monkeypatch.setattr(launch_config, "config_folder", lambda: tmp_path / "installed")
     assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero2"]) == 2
     assert "work in a checkout of trl-llava only; give a file" in capsys.readouterr().err
@@ -131,7 +131,7 @@ def test_help_of_a_stage_names_recipe_and_launcher(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert out.startswith("usage: trl-llava ppo --config recipe.yaml [--field value ...]")
     assert "--correctness_coef" in out
-    assert "one of cpu, ddp, fsdp2, single_gpu, zero2, zero3" in out
+    assert "one of cpu, ddp, fsdp2, multi_node, single_gpu, zero2, zero3" in out
 
 
 def test_score_prints_one_number(

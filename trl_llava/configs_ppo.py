@@ -151,6 +151,8 @@ class LlavaPPOConfig(PPOConfig):
         require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size")
         require_positive(self, "num_generations_per_prompt")
         require_positive(self, "missing_eos_penalty", "reward_scale")
+        if self.image_cache_gib < 0:
+            raise ValueError(f"`image_cache_gib` must be 0 or above, found {self.image_cache_gib!r}.")
         if self.value_head == "reward" and self.value_init != "reward" and self.value_model_path is None:
             raise ValueError(
                 f"`value_head: reward` needs a value model that starts with a head, but `value_init` is "
