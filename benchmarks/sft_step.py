@@ -91,6 +91,8 @@ def our_side(gate: Gate, folder: Path, step: Step, **fields: Any) -> None:
             "model_name_or_path": folder / "base",
             "use_peft": True,
             "lora_r": step.size.rank,
+            "lora_alpha": step.size.rank,
+            "lora_dropout": 0.0,  # the default of a recipe is 0.05, that of TRL's side 0
             "dataset_name": folder / "rows" / "rows.jsonl",
             "image_folder": folder / "rows",
             "output_dir": output,
