@@ -32,7 +32,7 @@ class PaperSchedule(LlavaPPOTrainer):
         inputs = ModelInputs.from_batch(batch, self.accelerator.device)
         with torch.no_grad():
             with self.gathered() as model, self.clock.phase("generation"):
-                responses, mask = self.generator(model.policy, inputs, step)
+                responses, mask, stopped, _ = self.generator(model.policy, inputs, step)
             missing = self.args.response_length - responses.shape[1]
             responses = nn.functional.pad(responses, (0, missing), value=self.tokenizer.pad_token_id)
             mask = nn.functional.pad(mask, (0, missing), value=False)
@@ -51,7 +51,7 @@ class PaperSchedule(LlavaPPOTrainer):
             columns=batch["columns"],
             responses=responses,
             mask=mask,
-            stopped=self.generator.stopped(responses, mask),
+            stopped=stopped,
             logprobs=torch.cat(logprobs),
             ref_logprobs=torch.cat(ref_logprobs),
             values=torch.cat(values),

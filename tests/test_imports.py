@@ -41,6 +41,7 @@ LAYERS = (
     ("sft_trainer", "reward_trainer", "ppo_trainer", "factual_reward"),
     (
         *(
+            "answers",
             "rollout",
             "passes",
             "image_features",

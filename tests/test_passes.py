@@ -107,19 +107,19 @@ def test_a_static_cache_and_prompts_run_once_give_the_same_answers(
     pixels = make_inputs(family, folder)
     rows = [0, 2, 0, 1, 2, 2, 3]
     for inputs in (pixels.select(rows), ImageFeatures(GIB).encode(policy, pixels, batch_size=8).select(rows)):
-        expected, _ = make_generator(share_prefix=False)(policy, inputs, 1)
+        expected = make_generator(share_prefix=False)(policy, inputs, 1).responses
         assert len({tuple(row) for row in expected.tolist()}) == 7
         seen: list[tuple[int, ...]] = []
         handle = policy.model.language_model.register_forward_pre_hook(
             lambda module, args, kwargs, seen=seen: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])),
             with_kwargs=True,
         )
-        once, _ = make_generator(local_rollout_forward_batch_size=8)(policy, inputs, 1)
+        once = make_generator(local_rollout_forward_batch_size=8)(policy, inputs, 1).responses
         handle.remove()
         assert seen[:2] == [(4, inputs.query_length - 1), (7, 1)]
-        static, _ = make_generator(cache_implementation="static", local_rollout_forward_batch_size=8)(
+        static = make_generator(cache_implementation="static", local_rollout_forward_batch_size=8)(
             policy, inputs, 1
-        )
+        ).responses
         assert torch.equal(once, expected) and torch.equal(static, expected)
 
 
@@ -130,8 +130,8 @@ def test_generation_from_features_is_generation_from_pixels(family: str, request
     pixels = make_inputs(family, folder)
     generator = make_generator()
     for step in (None, 1):
-        expected, _ = generator(policy, pixels, step)
-        actual, _ = generator(policy, ImageFeatures(GIB).encode(policy, pixels, batch_size=8), step)
+        expected = generator(policy, pixels, step).responses
+        actual = generator(policy, ImageFeatures(GIB).encode(policy, pixels, batch_size=8), step).responses
         assert torch.equal(actual, expected)
 
 

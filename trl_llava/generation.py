@@ -14,9 +14,9 @@ from torch import nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from trl_llava.adapter_role import computing
+from trl_llava.answers import Answers
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.passes import position_kwargs
-from trl_llava.ppo_math import response_mask
 from trl_llava.randomness import RowNoise, row_keys
 from trl_llava.rollout import ModelInputs, chunks, pad_right
 
@@ -91,7 +91,7 @@ class Generator:
             cache_implementation=args.cache_implementation,
         )
 
-    def __call__(self, policy: nn.Module, inputs: ModelInputs, step: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, policy: nn.Module, inputs: ModelInputs, step: int | None) -> Answers:
         """Answer B prompts.
 
         Args:
@@ -100,35 +100,18 @@ class Generator:
             step: the PPO step whose noise makes the draws; `None` answers greedily.
 
         Returns:
-            responses: (B, R) token ids, padded right; R is the length of the longest.
-            mask: (B, R) bool, `True` at real tokens: up to and including the first stop token.
+            The answers.
         """
         keys = None
         if step is not None:
             first = self.accelerator.process_index * len(inputs)
             places = torch.arange(first, first + len(inputs), device=inputs.input_ids.device)
             keys = row_keys(self.args.seed, step, places)
-        responses, masks = [], []
+        responses = []
         with neutral_generation_config(policy), self._as_it_is(), self.accelerator.autocast():
             for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
-                part = self._generate(policy, inputs.select(rows), None if keys is None else keys[rows])
-                responses.append(part)
-                masks.append(response_mask(part, self.stop_token_id))
-        return pad_right(responses, self.pad_token_id), pad_right(masks, False)
-
-    def stopped(self, responses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Which responses hold their stop token.
-
-        Args:
-            responses: (B, R) token ids.
-            mask: (B, R) bool, `True` at real tokens.
-
-        Returns:
-            (B,) bool.
-        """
-        if self.stop_token_id is None:
-            return torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
-        return ((responses == self.stop_token_id) & mask).any(1)
+                responses.append(self._generate(policy, inputs.select(rows), None if keys is None else keys[rows]))
+        return Answers.from_tokens(pad_right(responses, self.pad_token_id), self.stop_token_id)
 
     def _as_it_is(self) -> AbstractContextManager[None]:
         """Keep compiled layers out of generation, where every step and layer would be compiled anew."""

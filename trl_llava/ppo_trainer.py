@@ -31,6 +31,7 @@ from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 from trl_llava import ppo_math
 from trl_llava.adapters import active_adapter
+from trl_llava.answers import Answers
 from trl_llava.blank_picture import look_on_every_process
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
@@ -238,33 +239,49 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         """
         device = self.accelerator.device
         inputs = ref_inputs = value_inputs = ModelInputs.from_batch(batch, device)
-        columns: dict[str, list] = batch["columns"]
         if "value" in batch:
             value_inputs = ModelInputs.from_batch(batch["value"], device)
-        at_once, answers = self.args.local_rollout_forward_batch_size, self.args.num_generations_per_prompt
+        at_once, times = self.args.local_rollout_forward_batch_size, self.args.num_generations_per_prompt
+        columns = {
+            name: [entry for entry in column for _ in range(times)] for name, column in batch["columns"].items()
+        }
         with torch.no_grad(), self.gathered() as model:
             with self.clock.phase("images"):
                 self.image_features.begin_step()
-                value_inputs = self.image_features.encode(model.value_model, value_inputs, at_once).repeated(answers)
+                value_inputs = self.image_features.encode(model.value_model, value_inputs, at_once).repeated(times)
                 if self.ref_model is not None:  # else the reference sees with the policy's tower
-                    ref_inputs = self.image_features.encode(self.ref_model, ref_inputs, at_once).repeated(answers)
-                inputs = self.image_features.encode(model.policy, inputs, at_once).repeated(answers)
+                    ref_inputs = self.image_features.encode(self.ref_model, ref_inputs, at_once).repeated(times)
+                inputs = self.image_features.encode(model.policy, inputs, at_once).repeated(times)
             with self.clock.phase("generation"):
-                responses, mask = self.generator(model.policy, inputs, step)
+                answers = self.generate(model.policy, inputs, columns, step)
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
         with self.clock.phase("forward"):
-            logprobs, ref_logprobs, values = self._ask_roles(*prompts, responses, mask)
+            logprobs, ref_logprobs, values = self._ask_roles(*prompts, answers.responses, answers.mask)
         return Rollout(
             inputs=inputs,
             value_inputs=value_inputs,
-            columns={name: [entry for entry in column for _ in range(answers)] for name, column in columns.items()},
-            responses=responses,
-            mask=mask,
-            stopped=self.generator.stopped(responses, mask),
+            columns=columns,
+            responses=answers.responses,
+            mask=answers.mask,
+            stopped=answers.stopped,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
         )
+
+    def generate(self, policy: nn.Module, inputs: ModelInputs, columns: dict[str, list], step: int | None) -> Answers:
+        """Answer prompts: the one place where answers come from.
+
+        Args:
+            policy: the unwrapped policy, in eval mode and whole on this process.
+            inputs: B prompts as the policy sees them, each as often as it is answered.
+            columns: the rows' columns (`prompts`, `images`, ...), each a list of B.
+            step: the PPO step that the draws depend on; `None` answers greedily.
+
+        Returns:
+            The answers.
+        """
+        return self.generator(policy, inputs, step)
 
     def score(self, rollout: Rollout, step: int) -> None:
         """Ask the reward functions for the score of every answer; fills `scores` and `terms`.
@@ -503,9 +520,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         """
         inputs = ModelInputs.from_batch(batch, self.accelerator.device)
         with torch.no_grad(), self.gathered() as model:
-            responses, mask = self.generator(model.policy, inputs, step=None)
+            answers = self.generate(model.policy, inputs, batch["columns"], step=None)
         nothing = torch.zeros(len(inputs), 0, device=self.accelerator.device)
-        stopped = self.generator.stopped(responses, mask)
-        rollout = Rollout(inputs, inputs, batch["columns"], responses, mask, stopped, nothing, nothing, nothing)
+        told = (answers.responses, answers.mask, answers.stopped)
+        rollout = Rollout(inputs, inputs, batch["columns"], *told, nothing, nothing, nothing)
         self.score(rollout, self.state.global_step)
         return rollout

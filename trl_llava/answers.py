@@ -1,0 +1,47 @@
+"""What was answered to prompts: the one thing that whatever generates gives to the PPO loop.
+
+Letters: `B` batch, `R` response length.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from trl_llava.ppo_math import response_mask
+
+
+class Answers(NamedTuple):
+    """One answer to each of B prompts.
+
+    Attributes:
+        responses: (B, R) token ids, padded right; R is the length of the longest.
+        mask: (B, R) bool, `True` at real tokens: up to and including the first stop token.
+        stopped: (B,) bool, `True` if the response holds its stop token.
+        logprobs: (B, R) float32 log-probabilities of the tokens under the policy that drew them, 0 at padding; `None`
+            where they are to be computed by a pass of their own.
+    """
+
+    responses: torch.Tensor
+    mask: torch.Tensor
+    stopped: torch.Tensor
+    logprobs: torch.Tensor | None = None
+
+    @classmethod
+    def from_tokens(
+        cls, responses: torch.Tensor, stop_token_id: int | None, logprobs: torch.Tensor | None = None
+    ) -> "Answers":
+        """Tell real tokens from padding.
+
+        Args:
+            responses: (B, R) token ids; whatever follows a stop token is padding.
+            stop_token_id: ends an answer; `None` if nothing does.
+            logprobs: (B, R) of these tokens, whatever stands at padding.
+
+        Returns:
+            The answers.
+        """
+        mask = response_mask(responses, stop_token_id)
+        stopped = torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
+        if stop_token_id is not None:
+            stopped = ((responses == stop_token_id) & mask).any(1)
+        return cls(responses, mask, stopped, None if logprobs is None else logprobs.float().masked_fill(~mask, 0.0))
