@@ -31,7 +31,19 @@ def failing_on_the_second(completion_ids: list[list[int]], **columns: object) ->
     return even_tokens(completion_ids)
 
 
+def without_operations_of_inference() -> None:
+    """Keep DeepSpeed from compiling, before its first run on CPUs, an operation that its training has no use for.
+
+    That takes a compiler and minutes, and one that was killed at it leaves a lock that all later ones wait for.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}
+
+
 def main(plan: str) -> None:
+    without_operations_of_inference()
     for stage, words in json.loads(Path(plan).read_text()):
         importlib.import_module(f"trl_llava.train_{stage}").main(words)
         PartialState().wait_for_everyone()

@@ -114,6 +114,7 @@ def start(
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
         "FAILED_AT": str(folder / "failed_at"),
     }
     return subprocess.Popen(

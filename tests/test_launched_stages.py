@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from stage_runs import BACKENDS, launch, run_words, start, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# One worker of pytest-xdist makes the runs that these tests compare.
+pytestmark = pytest.mark.xdist_group("launched")
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 STAGES = ("sft", "reward", "ppo")
 # Measured times, and what TRL and transformers count anew after a restart.
@@ -43,14 +45,9 @@ def run(stage: str, words: list[str]) -> None:
     importlib.import_module(f"trl_llava.train_{stage}").main(words)
 
 
-@pytest.fixture(
-    scope="module",
-    params=["ddp", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
-)
+@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
 def two(request: pytest.FixtureRequest, work: Path, tiny_llava_dir: Path) -> Path:
     """The same runs on two processes, and again in `resumed/` from their second checkpoint."""
-    if request.param != "ddp":
-        pytest.importorskip("deepspeed", reason="needs the `deepspeed` extra")
     out = work / request.param
     out.mkdir()
     plan = [(stage, run_words(work, tiny_llava_dir, out, stage, 2)) for stage in STAGES]
@@ -64,6 +61,7 @@ def two(request: pytest.FixtureRequest, work: Path, tiny_llava_dir: Path) -> Pat
     (out / "plan.json").write_text(json.dumps(plan))
     status, errors = launch(out, BACKENDS[request.param], 2, "launched_stages.py", str(out / "plan.json"))
     assert status == 0, errors[-5000:]
+    assert not (out / "compiled").exists()  # or every new machine would wait for it
     return out
 
 

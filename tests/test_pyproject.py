@@ -63,3 +63,8 @@ def test_the_pins_are_within_the_bounds() -> None:
 def test_messages_name_extras_that_exist() -> None:
     text = "".join(path.read_text() for path in [*(ROOT / "trl_llava").rglob("*.py"), ROOT / "README.md"])
     assert {name for names in re.findall(r"trl-llava\[([\w,]+)\]", text) for name in names.split(",")} <= set(EXTRAS)
+
+
+def test_make_installs_what_the_default_tests_launch() -> None:
+    (installed,) = re.findall(r"--editable \"\.\[([\w,]+)\]\"", (ROOT / "Makefile").read_text())
+    assert {"dev", "qlora", "deepspeed"} <= set(installed.split(","))
