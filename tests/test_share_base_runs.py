@@ -56,6 +56,20 @@ def test_a_shared_base_gives_the_numbers_and_files_of_copies(
     assert "score" in config["modules_to_save"]
 
 
+def test_an_8_bit_base_is_shared(
+    work: Work, policy: Path, reward_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    runs = {}
+    for share, loaded in (("true", "1 base model loaded"), ("false", "3 base models loaded")):
+        words = ["--load_in_8bit", "true", "--dtype", "bfloat16", "--share_base", share]
+        runs[share] = work.ppo(f"int8_{share}", *start(policy, reward_model), *words)
+        assert loaded in capsys.readouterr().out
+    assert sum(isinstance(part, bnb.nn.Linear8bitLt) for part in runs["true"].model.modules()) == 14
+    for ours, theirs in zip(logged(runs["true"]), logged(runs["false"]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
 def test_a_shared_run_resumes_exactly(work: Work, policy: Path, reward_model: Path) -> None:
     words = [*start(policy, reward_model), *CHECKPOINTS]
     work.ppo("shared_whole", *words)

@@ -1,6 +1,11 @@
-"""4 and 8 bit base models: only the language model's layers, and differentiable wherever they run."""
+"""4 and 8 bit base models: only the language model's layers, and differentiable wherever they run.
+
+On a GPU an 8-bit layer rounds its inputs to 8 bit too, in training as without; on a CPU bitsandbytes does so only
+outside of training, and a PPO ratio before the first update is 1 to two digits only.
+"""
 
 import importlib.util
+import logging
 
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -36,7 +41,14 @@ def quantization_config(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
         raise InputError(f"{field} needs a dtype to compute in: set dtype to bfloat16 (found {model_args.dtype!r})")
     config = get_quantization_config(model_args)
     config.llm_int8_skip_modules = list(UNQUANTIZED)
+    if model_args.load_in_8bit:
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast)
     return config
+
+
+def _is_no_cast(record: logging.LogRecord) -> bool:
+    """Keep out what bitsandbytes says of bf16 inputs in every layer of every pass, and nobody can change."""
+    return "inputs will be cast" not in str(record.msg)
 
 
 def keep_differentiable(model: nn.Module) -> None:
