@@ -10,7 +10,7 @@ from reference_passes import response_logits, token_entropies, token_logprobs
 from torch import nn
 from transformers import AutoModelForImageTextToText, Gemma2Config, Gemma2ForCausalLM
 
-from trl_llava.adapters import active_adapter
+from trl_llava.adapter_switching import active_adapter
 from trl_llava.chunked_head import Sampling, entropies_of, logprobs_of, token_statistics
 from trl_llava.passes import check_plain_head, response_logprobs
 from trl_llava.rollout import ModelInputs

@@ -11,7 +11,8 @@ from test_passes import make_inputs, policy_and_value
 from test_share_base_runs import logged, start
 from test_shared_base import args_for, build_shared, save_adapters
 
-from trl_llava.adapters import active_adapter, load_adapter
+from trl_llava.adapter_switching import active_adapter
+from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.factual_reward import FactualReward
 from trl_llava.image_features import GIB, ImageFeatures

@@ -71,6 +71,8 @@ LAYERS = (
             "hub",
             "sequence_classification",
             "adapters",
+            "adapter_switching",
+            "same_tokenizer",
             "adapter_role",
             "shared_base",
             "loaded_models",

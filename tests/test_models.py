@@ -17,6 +17,7 @@ from trl import RewardConfig, RewardTrainer
 
 import trl_llava.models as models
 from trl_llava.configs import LlavaModelConfig
+from trl_llava.same_tokenizer import check_same_tokenizer
 from trl_llava.sequence_classification import LlavaForSequenceClassification
 
 
@@ -213,13 +214,13 @@ def test_8_bit_loads(tiny_llava_dir: Path) -> None:
 
 def test_value_model_with_another_tokenizer_is_refused(tiny_llava_dir: Path) -> None:
     ours, theirs = (AutoProcessor.from_pretrained(tiny_llava_dir) for _ in range(2))
-    models.check_same_tokenizer(ours, theirs, "value_model")
+    check_same_tokenizer(ours, theirs, "value_model")
     theirs.tokenizer.pad_token = "<unk>"
     with pytest.raises(ValueError, match="policy and value_model do not fit together: pad_token_id is 3"):
-        models.check_same_tokenizer(ours, theirs, "value_model")
+        check_same_tokenizer(ours, theirs, "value_model")
     theirs.tokenizer = tiny_models.tiny_tokenizer(500)
     with pytest.raises(ValueError, match=r"the ID of token '.*' is .* for the policy"):
-        models.check_same_tokenizer(ours, theirs, "value_model")
+        check_same_tokenizer(ours, theirs, "value_model")
 
 
 def test_tiny_tokenizer_reads_like_llamas(tiny_llava_dir: Path) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trl_llava.adapter_role import AdapterRole, computing, in_eval_mode
-from trl_llava.adapters import active_adapter, checkpoint_contexts, load_adapter
+from trl_llava.adapter_switching import active_adapter, checkpoint_contexts
+from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError
 from trl_llava.models import load_policy, load_sequence_classifier

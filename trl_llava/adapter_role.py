@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from trl_llava.adapters import active_adapter
+from trl_llava.adapter_switching import active_adapter
 from trl_llava.models import HEAD
 from trl_llava.sequence_classification import ImageTextForSequenceClassification
 

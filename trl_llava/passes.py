@@ -11,7 +11,7 @@ from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
 
 from trl_llava.adapter_role import AdapterRole, computing
-from trl_llava.adapters import SwitchedLayer, checkpoint_contexts
+from trl_llava.adapter_switching import SwitchedLayer, checkpoint_contexts
 from trl_llava.chunked_head import Sampling, token_statistics
 from trl_llava.errors import InputError
 from trl_llava.rollout import ModelInputs, Rollout

@@ -11,9 +11,10 @@ from trl_llava.adapters import freeze_as_asked, load_adapter, lora_config
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.hub import check_there
-from trl_llava.models import check_same_tokenizer, load_policy, load_processor
+from trl_llava.models import load_policy, load_processor
 from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_settings import find_file
+from trl_llava.same_tokenizer import check_same_tokenizer
 from trl_llava.score_start import (
     adapter_base,
     agreed_base,

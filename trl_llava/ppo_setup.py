@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from trl_llava.adapter_role import AdapterRole, computing
-from trl_llava.adapters import checkpoint_contexts
+from trl_llava.adapter_switching import checkpoint_contexts
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
 

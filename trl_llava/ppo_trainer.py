@@ -30,7 +30,7 @@ from trl.experimental.ppo import ppo_trainer as upstream
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 from trl_llava import ppo_math
-from trl_llava.adapters import active_adapter
+from trl_llava.adapter_switching import active_adapter
 from trl_llava.answers import Answers
 from trl_llava.blank_picture import look_on_every_process
 from trl_llava.chunked_head import Sampling

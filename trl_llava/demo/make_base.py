@@ -14,18 +14,12 @@ import argparse
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy
-from torch.nn.functional import interpolate as upsample
 from transformers import (
     CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -36,89 +30,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trl_llava.demo import language
 from trl_llava.demo.answering import generate_answers
+from trl_llava.demo.base_tower import IMAGE_TOKENS, train, train_tower
 from trl_llava.demo.metrics import Answered, Truthfulness, measure
 from trl_llava.demo.tokenizer import make_tokenizer
-from trl_llava.demo.world import GRID, OBJECTS, SIZE, Scene, draw, make_scene
+from trl_llava.demo.world import SIZE, Scene, draw, make_scene
 from trl_llava.vision_tower import assemble_llava, freeze_vision
 
 KINDS = ("describe", "yes_no", "choice")
-IMAGE_TOKENS = GRID * GRID
-# Decides how much `make_weak_eyed` leaves: of the shapes at 12 pixels, the tower's head names 45 % right at 0, 67 % at
-# 0.005, 87 % at 0.02 (colours always, and everything at 48 pixels).
-BLURRED = 0.005
-
-
-def train(
-    parameters: Iterable[nn.Parameter], loss_of: Callable[[], torch.Tensor], *, steps: int, lr: float, name: str
-) -> None:
-    """AdamW with a short warm-up and a linear decay to 0.
-
-    Args:
-        parameters: What is trained.
-        loss_of: Makes the next batch and returns its loss.
-        steps: Number of updates.
-        lr: Highest learning rate.
-        name: Printed before losses.
-    """
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, (steps - i) / steps))
-    start, recent = time.perf_counter(), []
-    for step in range(1, steps + 1):
-        loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        recent.append(loss.item())
-        if step % 200 == 0 or step == steps:
-            print(
-                f"{name} {step}/{steps} loss {sum(recent) / len(recent):.4f} {time.perf_counter() - start:.0f}s",
-                flush=True,
-            )
-            recent = []
-
-
-def train_tower(scenes: list[Scene], pixels: torch.Tensor, steps: int, generator: torch.Generator) -> CLIPVisionModel:
-    """Teach a CLIP tower to tell what is in each cell.
-
-    Args:
-        scenes: What the pictures show.
-        pixels: (I, 3, SIZE, SIZE), normalised.
-        steps: Number of updates.
-        generator: Draws the batches.
-
-    Returns:
-        The tower, without the head that was trained with it.
-    """
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=SIZE // GRID,
-            projection_dim=64,
-        )
-    )
-    head = nn.Linear(64, len(OBJECTS) + 1)
-    labels = torch.full((len(scenes), IMAGE_TOKENS), len(OBJECTS))
-    for row, scene in enumerate(scenes):
-        for placed in scene.objects:
-            labels[row, placed.cell] = OBJECTS.index(placed.name)
-
-    def loss_of() -> torch.Tensor:
-        rows = torch.randint(len(scenes), (64,), generator=generator)
-        seen = pixels[rows]
-        blurred = torch.rand(len(rows), generator=generator) < BLURRED
-        seen[blurred] = upsample(avg_pool2d(seen[blurred], 4), scale_factor=4)
-        features = tower(seen, output_hidden_states=True).hidden_states[-1][:, 1:]
-        return cross_entropy(head(features).flatten(0, 1), labels[rows].flatten())
-
-    train([*tower.parameters(), *head.parameters()], loss_of, steps=steps, lr=2e-3, name="tower")
-    return tower.eval()
 
 
 def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
