@@ -1,5 +1,6 @@
 """Image features computed once give the numbers that pixels give in every pass, for every family."""
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,14 @@ from accelerate import Accelerator
 from datasets import Dataset, Image, List
 from reference_passes import response_logits
 from tiny_trainers import make_adapter, ppo_trainer
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList, PreTrainedModel
 
+from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.data import rows_from
 from trl_llava.generation import Generator
 from trl_llava.image_features import GIB, ImageFeatures
-from trl_llava.passes import response_values
+from trl_llava.passes import response_logprobs, response_values
 from trl_llava.rollout import ModelInputs
 from trl_llava.sequence_classification import (
     LlavaForSequenceClassification,
@@ -82,7 +84,7 @@ def test_features_give_what_pixels_give(family: str, request: pytest.FixtureRequ
             )
 
 
-def make_generator(**changes: Any) -> Generator:
+def make_generator(keep_logprobs: bool = False, stop: int = 2, **changes: Any) -> Generator:
     settings = {
         "response_length": 6,
         "temperature": 1.0,
@@ -94,7 +96,12 @@ def make_generator(**changes: Any) -> Generator:
         **changes,
     }
     return Generator(
-        SimpleNamespace(**settings), Accelerator(), SimpleNamespace(pad_token_id=3), stop_token_id=2, suppressed=[4]
+        SimpleNamespace(**settings),
+        Accelerator(),
+        SimpleNamespace(pad_token_id=3),
+        stop_token_id=stop,
+        sampling=Sampling(settings["temperature"], (4,)),
+        keep_logprobs=keep_logprobs,
     )
 
 
@@ -133,6 +140,67 @@ def test_generation_from_features_is_generation_from_pixels(family: str, request
         expected = generator(policy, pixels, step).responses
         actual = generator(policy, ImageFeatures(GIB).encode(policy, pixels, batch_size=8), step).responses
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.6}, {"cache_implementation": "static"}], ids=str)
+def test_generation_tells_the_logprobs_that_a_pass_computes(
+    family: str, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    policy, _ = policy_and_value(family, folder)
+    pixels = make_inputs(family, folder)  # left-padded, with 1, 0, 2 and 1 images
+    for inputs in (pixels, ImageFeatures(GIB).encode(policy, pixels, batch_size=8).select([0, 2, 0, 1, 2])):
+        stop = int(make_generator(**changes)(policy, inputs, 3).responses[0, 2])  # so that one stops early
+        generator = make_generator(keep_logprobs=True, stop=stop, **changes)
+        answers = generator(policy, inputs, 3)
+        assert answers.mask[0].sum() == 3 and not answers.stopped.all()
+        sampling = Sampling(changes.get("temperature", 1.0), (4,))
+        with torch.no_grad():
+            expected, _ = response_logprobs(policy, inputs, answers.responses, answers.mask, sampling)
+        assert answers.logprobs is not None and answers.logprobs.dtype == torch.float32
+        torch.testing.assert_close(answers.logprobs, expected, rtol=0, atol=1e-5)
+        assert (answers.logprobs[~answers.mask] == 0).all() and (answers.logprobs[answers.mask] < 0).all()
+        assert generator(policy, inputs, None).logprobs is None  # greedy answers are not drawn
+
+
+def test_what_is_chosen_behind_the_noise_is_what_counts(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
+    generate = policy.generate
+
+    def forced(*args: Any, logits_processor: LogitsProcessorList, **kwargs: Any) -> torch.Tensor:
+        return generate(*args, logits_processor=LogitsProcessorList([*logits_processor, only_seven]), **kwargs)
+
+    def only_seven(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
+
+    monkeypatch.setattr(policy, "generate", forced)
+    answers = make_generator(keep_logprobs=True)(policy, inputs, 1)
+    assert (answers.responses == 7).all()
+    with torch.no_grad():
+        expected, _ = response_logprobs(policy, inputs, answers.responses, answers.mask, Sampling(1.0, (4,)))
+    torch.testing.assert_close(answers.logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_generation_keeps_one_number_a_token_and_no_scores(tiny_llava_dir: Path) -> None:
+    """As many steps' scores are alive at the end as after the first step."""
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
+    vocabulary, alive = policy.get_output_embeddings().weight.shape[0], []
+
+    def count(module: torch.nn.Module, *_: Any) -> None:
+        wide = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in gc.get_objects()
+            if isinstance(tensor, torch.Tensor) and tensor.dim() <= 3 and tensor.shape[-1:] == (vocabulary,)
+        }
+        alive.append(sum(wide.values()))
+
+    policy.get_output_embeddings().register_forward_pre_hook(count)
+    answers = make_generator(keep_logprobs=True)(policy, inputs.select([0, 2]), 1)
+    assert answers.logprobs is not None and len(alive) == 6
+    assert alive[0] == 0 and set(alive[1:]) == {3 * 2 * vocabulary * 4}  # two of `generate`, one of ours; float32
 
 
 def test_the_image_matters(tiny_llava_dir: Path) -> None:

@@ -21,8 +21,12 @@ def adapter_dir(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     return make_adapter(tiny_llava_dir, tmp_path_factory.mktemp("adapter"))
 
 
-def test_passes_of_the_rollout_keep_no_graph_and_hand_on_ordinary_tensors(tiny_llava_dir, adapter_dir, tmp_path):
-    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, num_generations_per_prompt=2)
+@pytest.mark.parametrize("recompute", [True, None])
+def test_passes_of_the_rollout_keep_no_graph_and_hand_on_ordinary_tensors(
+    tiny_llava_dir, adapter_dir, tmp_path, recompute
+):
+    settings = {"num_generations_per_prompt": 2, "recompute_logprobs": recompute}
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **settings)
     modes = []
     model = trainer.accelerator.unwrap_model(trainer.model)
     for role in (model.policy, model.value_model):
@@ -31,7 +35,8 @@ def test_passes_of_the_rollout_keep_no_graph_and_hand_on_ordinary_tensors(tiny_l
             lambda *_: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         )
     rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
-    assert modes[-3:] == [(False, True)] * 3  # policy, reference, value; generation came before
+    # Policy, where its log-probabilities are not those of the draw, reference and value; generation came before.
+    assert modes.count((False, True)) == (3 if recompute else 2) and modes[-2:] == [(False, True)] * 2
     features = rollout.inputs.image_kwargs()["mm_encoder_outputs"]["image"].pooler_output
     for tensor in (rollout.logprobs, rollout.ref_logprobs, rollout.values, *features):
         assert not tensor.is_inference() and not tensor.requires_grad

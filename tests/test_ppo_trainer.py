@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from transformers import AutoProcessor, LlavaConfig, TrainerCallback
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
 from trl_llava.health import UnhealthyRunError
+from trl_llava.ppo_setup import rounds_alike
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.rows import RowError
 from trl_llava.sequence_classification import LlavaForSequenceClassification
@@ -43,7 +45,11 @@ def test_adapters_and_head_move_and_all_else_is_bit_identical(tiny_llava_dir, ad
 
 def test_what_a_step_logs(tiny_llava_dir, adapter_dir, tmp_path):
     trainer = ppo_trainer(
-        tiny_llava_dir, adapter_dir, tmp_path, correctness_coef=2.0, length_coef=-10.0, missing_eos_penalty=8.0
+        *(tiny_llava_dir, adapter_dir, tmp_path),
+        correctness_coef=2.0,
+        length_coef=-10.0,
+        missing_eos_penalty=8.0,
+        recompute_logprobs=True,
     )
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
@@ -276,7 +282,7 @@ def test_the_image_token_is_never_sampled_nor_counted_in_the_distribution(tiny_l
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
     model = trainer.accelerator.unwrap_model(trainer.model)
     image_token = model.policy.config.image_token_id
-    assert trainer.suppressed == [image_token]
+    assert trainer.sampling.suppressed == [image_token]
     # Give the image token by far the largest logit.
     head = model.policy.get_base_model().lm_head
     head.weight.data[image_token] = head.weight.data.mean(0) * 1e3
@@ -472,3 +478,34 @@ def test_an_asynchronous_reward_is_refused_in_words(tiny_llava_dir, adapter_dir,
 
     with pytest.raises(InputError, match="reward function slow is asynchronous, which PPO does not support"):
         ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=slow)
+
+
+def test_logprobs_of_the_draw_and_of_a_pass_of_their_own_train_alike(tiny_llava_dir, adapter_dir, tmp_path):
+    settings = {"num_generations_per_prompt": 2, "temperature": 0.7}
+    drawn, again = (
+        ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, recompute_logprobs=recompute, **settings)
+        for recompute in (None, True)
+    )
+    for trainer in (drawn, again):
+        favour_the_stop_token(trainer.policy_model)
+    assert drawn.generator.keep_logprobs and not again.generator.keep_logprobs
+    for actual, expected in zip(losses(drawn), losses(again), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for name, value in weights(again).items():
+        torch.testing.assert_close(weights(drawn)[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "settings", "alike"),
+    [
+        ("no", torch.float32, {}, True),
+        ("bf16", torch.float32, {}, False),
+        ("no", torch.bfloat16, {}, False),
+        ("no", torch.float32, {"tf32": True}, False),
+        ("no", torch.float32, {"is_quantized": True}, False),
+    ],
+)
+def test_only_in_float32_do_generation_and_passes_round_alike(precision, dtype, settings, alike):
+    policy = SimpleNamespace(dtype=dtype, is_quantized=settings.get("is_quantized", False))
+    args = SimpleNamespace(tf32=settings.get("tf32"))
+    assert rounds_alike(policy, args, SimpleNamespace(mixed_precision=precision)) == alike

@@ -129,7 +129,7 @@ def test_a_fresh_adapter_shares_its_base_and_the_reference_is_the_bare_base(
     work: Work, reward_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model_name_or_path", str(work.base), "--use_peft", "--lora_r", "2"]
-    words += ["--reward_model_path", str(reward_model)]
+    words += ["--reward_model_path", str(reward_model), "--recompute_logprobs", "true"]
     logs = []
     for share in ("true", "false"):
         logs.append(logged(work.ppo(f"fresh_{share}", *words, "--share_base", share)))

@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from trl_llava.adapter_role import computing
 from trl_llava.answers import Answers
+from trl_llava.chunked_head import Sampling, logprobs_of
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.passes import position_kwargs
 from trl_llava.randomness import RowNoise, row_keys
@@ -58,6 +59,56 @@ def neutral_generation_config(policy: nn.Module) -> Iterator[None]:
         model.generation_config = own
 
 
+class ChosenLogprobs(LogitsProcessor):
+    """Keeps the log-probability of every token that `generate` chooses: one number a row, and no step's scores.
+
+    Which token a step chose shows in the ids of the next one, so what stands behind this in the list of processors may
+    choose as it likes.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        """Begin with nothing chosen.
+
+        Args:
+            sampling: how logits become the distribution whose log-probabilities are wanted.
+        """
+        self.sampling = sampling
+        self.chosen: list[torch.Tensor] = []
+        self.undecided: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take note of a step.
+
+        Args:
+            input_ids: (B, length so far).
+            scores: (B, V) logits.
+
+        Returns:
+            The scores as they came.
+        """
+        self._decide(input_ids)
+        self.undecided = self.sampling.logits(scores)
+        return scores
+
+    def of(self, output: torch.Tensor, prompt_length: int) -> torch.Tensor:
+        """The log-probabilities of all that was generated.
+
+        Args:
+            output: (B, Q + R) what `generate` returned.
+            prompt_length: Q.
+
+        Returns:
+            (B, R) float32; whatever a row holds behind its end means nothing.
+        """
+        self._decide(output)
+        return torch.stack(self.chosen, 1)[:, : output.shape[1] - prompt_length]
+
+    def _decide(self, ids: torch.Tensor) -> None:
+        if self.undecided is not None:
+            self.chosen.append(logprobs_of(self.undecided, ids[:, -1]))
+            self.undecided = None
+
+
 class Generator:
     """Generates for PPO: no answer holds an image token, and a draw depends on seed, step and row alone."""
 
@@ -67,7 +118,9 @@ class Generator:
         accelerator: Accelerator,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_id: int | None,
-        suppressed: list[int],
+        sampling: Sampling,
+        *,
+        keep_logprobs: bool = False,
     ) -> None:
         """Keep what every call needs.
 
@@ -76,18 +129,21 @@ class Generator:
             accelerator: knows this process and its precision.
             tokenizer: its pad token fills up short answers.
             stop_token_id: ends an answer; `None` lets all answers run to `response_length`.
-            suppressed: ids that no answer may hold.
+            sampling: how logits become the distribution that is drawn from, and ids that no answer may hold.
+            keep_logprobs: whether drawn answers come with the log-probabilities that they were drawn with.
         """
         self.args = args
         self.accelerator = accelerator
         self.pad_token_id = tokenizer.pad_token_id
         self.stop_token_id = stop_token_id
+        self.sampling = sampling
+        self.keep_logprobs = keep_logprobs
         self.config = GenerationConfig(
             max_new_tokens=args.response_length,
             do_sample=False,  # `RowNoise` makes the argmax a draw
             eos_token_id=stop_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=suppressed or None,
+            suppress_tokens=list(sampling.suppressed) or None,
             cache_implementation=args.cache_implementation,
         )
 
@@ -107,31 +163,41 @@ class Generator:
             first = self.accelerator.process_index * len(inputs)
             places = torch.arange(first, first + len(inputs), device=inputs.input_ids.device)
             keys = row_keys(self.args.seed, step, places)
-        responses = []
+        responses: list[torch.Tensor] = []
+        logprobs: list[torch.Tensor] = []
         with neutral_generation_config(policy), self._as_it_is(), self.accelerator.autocast():
             for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
-                responses.append(self._generate(policy, inputs.select(rows), None if keys is None else keys[rows]))
-        return Answers.from_tokens(pad_right(responses, self.pad_token_id), self.stop_token_id)
+                tokens, known = self._generate(policy, inputs.select(rows), None if keys is None else keys[rows])
+                responses.append(tokens)
+                logprobs += [] if known is None else [known]
+        whole = pad_right(logprobs, 0) if logprobs else None
+        return Answers.from_tokens(pad_right(responses, self.pad_token_id), self.stop_token_id, whole)
 
     def _as_it_is(self) -> AbstractContextManager[None]:
         """Keep compiled layers out of generation, where every step and layer would be compiled anew."""
         return torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
 
-    def _generate(self, policy: nn.Module, inputs: ModelInputs, keys: torch.Tensor | None) -> torch.Tensor:
-        noise = [] if keys is None else [RowNoise(keys, inputs.query_length, self.args.temperature)]
+    def _generate(
+        self, policy: nn.Module, inputs: ModelInputs, keys: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, R) token ids, and the log-probabilities that they were drawn with, if they are kept."""
         config, given = self.config, inputs.image_kwargs()
         if self.args.share_prefix and config.cache_implementation == "dynamic" and can_prefill_once(policy, inputs):
             config = copy.deepcopy(config)
             config.cache_implementation = None  # transformers takes a cache, or the name of one
             given = {"past_key_values": prompts_once(policy, inputs)}
+        # Ahead of the noise, which is no part of the distribution.
+        chosen = ChosenLogprobs(self.sampling) if self.keep_logprobs and keys is not None else None
+        noise = None if keys is None else RowNoise(keys, inputs.query_length, self.args.temperature)
         output = policy.generate(
             input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
             attention_mask=inputs.attention_mask,
             **given,
             generation_config=config,
-            logits_processor=LogitsProcessorList(noise),
+            logits_processor=LogitsProcessorList([step for step in (chosen, noise) if step is not None]),
         )
-        return output[:, inputs.query_length :]
+        logprobs = None if chosen is None else chosen.of(output, inputs.query_length)
+        return output[:, inputs.query_length :], logprobs
 
 
 def can_prefill_once(policy: nn.Module, inputs: ModelInputs) -> bool:

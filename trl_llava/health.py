@@ -25,7 +25,8 @@ def check_first_step_kl(kl: float, tolerance: float) -> None:
         raise UnhealthyRunError(
             f"objective/kl is {kl:.3g} at the first step, expected 0 (within first_step_kl_tolerance={tolerance:g}): "
             "policy and reference differ before any update. Usual causes: the reference is not the adapter that the "
-            "policy starts from, dropout is on, or the two run in different dtypes. Set check_first_step: false only "
+            "policy starts from, dropout is on, the two run in different dtypes, or recompute_logprobs: false in 16 "
+            "bit, where only a larger tolerance lets the rounding of generation pass. Set check_first_step: false only "
             "if the reference is meant to differ"
         )
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from peft import PeftModel
 from torch import nn
@@ -96,6 +97,21 @@ def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool)
     if isinstance(model, PeftModel) and not kwargs["use_reentrant"]:
         kwargs.setdefault("context_fn", checkpoint_contexts(model))
     return kwargs
+
+
+def rounds_alike(policy: nn.Module, args: LlavaPPOConfig, accelerator: Accelerator) -> bool:
+    """Whether generation and training passes give a token the same log-probability, but for float32's last digits.
+
+    Args:
+        policy: the policy.
+        args: `tf32`.
+        accelerator: knows the precision of passes.
+
+    Returns:
+        `False` in 16 bit, with tf32, and on a quantised base, whose rounding depends on what else is in the batch.
+    """
+    in_float32 = accelerator.mixed_precision == "no" and policy.dtype == torch.float32
+    return in_float32 and not args.tf32 and not getattr(policy, "is_quantized", False)
 
 
 def compile_layers(model: nn.Module, args: LlavaPPOConfig) -> None:

@@ -45,7 +45,14 @@ from trl_llava.passes import PolicyAndValue, check_plain_head, response_logprobs
 from trl_llava.ppo_data import PolicyAndValueCollator, prompt_rows, rollout_loader
 from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
 from trl_llava.ppo_resume import PPOCheckpoints
-from trl_llava.ppo_setup import compile_layers, honour_max_steps, prepare_roles, refuse_launches, warm_up_above_zero
+from trl_llava.ppo_setup import (
+    compile_layers,
+    honour_max_steps,
+    prepare_roles,
+    refuse_launches,
+    rounds_alike,
+    warm_up_above_zero,
+)
 from trl_llava.ppo_update import PPOUpdate
 from trl_llava.rollout import ModelInputs, Rollout, lengths_of
 from trl_llava.scoring import RewardFunction, Scorer, needs_captions
@@ -169,9 +176,13 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         self.image_features = ImageFeatures(args.image_cache_gib * GIB) if image_features is None else image_features
         if shares_weights(self.accelerator):  # only ahead of the passes may processes run a tower unequally often
             self.image_features.max_bytes = math.inf
-        self.suppressed = suppressed_tokens(self.policy_model)
-        self.generator = Generator(args, self.accelerator, self.tokenizer, self.stop_token_id, self.suppressed)
-        self.sampling = Sampling(args.temperature, self.suppressed, args.logits_chunk_size)
+        self.sampling = Sampling(args.temperature, suppressed_tokens(self.policy_model), args.logits_chunk_size)
+        keep = not args.recompute_logprobs
+        if args.recompute_logprobs is None:
+            keep = rounds_alike(self.policy_model, args, self.accelerator)
+        self.generator = Generator(
+            args, self.accelerator, self.tokenizer, self.stop_token_id, self.sampling, keep_logprobs=keep
+        )
         self.share_prefix = self._can_share_prefix()
         self.ppo_update = PPOUpdate(
             args, self.accelerator, self.model, self.optimizer, self.sampling, self.share_prefix
@@ -230,6 +241,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
     def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
         """Answer a batch of prompts, and ask policy, reference and value about every token of the answers.
 
+        The policy is asked only where generation does not tell the log-probabilities that it drew with.
+
         Args:
             batch: what the collator returns, each prompt once.
             step: the PPO step, counted from 1, which the sampling noise depends on.
@@ -256,7 +269,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
                 answers = self.generate(model.policy, inputs, columns, step)
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
         with self.clock.phase("forward"):
-            logprobs, ref_logprobs, values = self._ask_roles(*prompts, answers.responses, answers.mask)
+            logprobs, ref_logprobs, values = self._ask_roles(*prompts, answers)
         return Rollout(
             inputs=inputs,
             value_inputs=value_inputs,
@@ -393,26 +406,29 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         inputs: ModelInputs,
         ref_inputs: ModelInputs,
         value_inputs: ModelInputs,
-        responses: torch.Tensor,
-        mask: torch.Tensor,
+        answers: Answers,
     ) -> torch.Tensor:
         """(3, B, R) log-probabilities of policy and reference, and values, as constants of the update."""
+        responses, mask, _, known = answers
         model = self.accelerator.unwrap_model(self.model)
         lengths = lengths_of(inputs, value_inputs, mask, self.share_prefix)
         limits = (self.args.local_rollout_forward_batch_size, self.args.max_tokens_per_micro_batch)
         # Made outside of inference mode: the update's graph may hold them.
         found = torch.zeros(3, *mask.shape, device=mask.device)
+        if known is not None:
+            found[0] = known
         # ZeRO-3 gathers weights into tensors that it uses again in the update.
         no_graph = torch.no_grad if is_deepspeed_zero3_enabled() else torch.inference_mode
         with no_graph(), self.accelerator.autocast():
             for rows in micro_batches(range(len(inputs)), lengths, *limits, self.accelerator):
                 width = max(lengths.responses[row] for row in rows)
-                answers = (responses[rows, :width], mask[rows, :width])
-                found[0, rows, :width] = self._logprobs(model.policy, inputs.select(rows), *answers)
+                part = (responses[rows, :width], mask[rows, :width])
+                if known is None:
+                    found[0, rows, :width] = self._logprobs(model.policy, inputs.select(rows), *part)
                 with self.reference(model.policy) as reference:
-                    found[1, rows, :width] = self._logprobs(reference, ref_inputs.select(rows), *answers)
+                    found[1, rows, :width] = self._logprobs(reference, ref_inputs.select(rows), *part)
                 found[2, rows, :width] = response_values(
-                    model.value_model, value_inputs.select(rows), *answers, share_prefix=self.share_prefix
+                    model.value_model, value_inputs.select(rows), *part, share_prefix=self.share_prefix
                 )
         return found
 
