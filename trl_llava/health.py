@@ -26,7 +26,7 @@ def check_first_step_kl(kl: float, tolerance: float) -> None:
             f"objective/kl is {kl:.3g} at the first step, expected 0 (within first_step_kl_tolerance={tolerance:g}): "
             "policy and reference differ before any update. Usual causes: the reference is not the adapter that the "
             "policy starts from, dropout is on, the two run in different dtypes, or recompute_logprobs: false in 16 "
-            "bit, where only a larger tolerance lets the rounding of generation pass. Set check_first_step: false only "
+            "bit, which needs a larger tolerance for the rounding of generation. Set check_first_step: false only "
             "if the reference is meant to differ"
         )
 
