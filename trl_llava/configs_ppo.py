@@ -75,6 +75,12 @@ class LlavaPPOConfig(PPOConfig):
         "`local_rollout_forward_batch_size` and `per_device_train_batch_size` rows; a row that is longer on its own "
         "runs on its own. None: no limit.",
     )
+    generation_cache_gib: float | None = option(
+        None,
+        "GiB of keys and values that a batch of generation may hold: so many of at most "
+        "`local_rollout_forward_batch_size` prompts are answered at once. A row that needs more is answered on its "
+        "own. None: on a GPU half of what is free when the run first generates, on a CPU 4.",
+    )
     cache_implementation: Literal["dynamic", "static"] = option(
         "dynamic",
         "Key-value cache of generation: 'dynamic' grows with the answers; 'static' has its full length from the "
@@ -155,7 +161,7 @@ class LlavaPPOConfig(PPOConfig):
             )
         require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")
         require_positive(self, "local_rollout_forward_batch_size", "max_prompt_length", "temperature")
-        require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size")
+        require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size", "generation_cache_gib")
         require_positive(self, "num_generations_per_prompt")
         require_positive(self, "missing_eos_penalty", "reward_scale")
         if self.image_cache_gib < 0:

@@ -17,6 +17,7 @@ from trl_llava.adapter_role import computing
 from trl_llava.answers import Answers
 from trl_llava.chunked_head import Sampling, logprobs_of
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.generation_batches import GenerationBatches
 from trl_llava.passes import position_kwargs
 from trl_llava.randomness import RowNoise, row_keys
 from trl_llava.rollout import ModelInputs, chunks, pad_right
@@ -138,6 +139,7 @@ class Generator:
         self.stop_token_id = stop_token_id
         self.sampling = sampling
         self.keep_logprobs = keep_logprobs
+        self.batches = GenerationBatches(args, accelerator)
         self.config = GenerationConfig(
             max_new_tokens=args.response_length,
             do_sample=False,  # `RowNoise` makes the argmax a draw
@@ -166,7 +168,7 @@ class Generator:
         responses: list[torch.Tensor] = []
         logprobs: list[torch.Tensor] = []
         with neutral_generation_config(policy), self._as_it_is(), self.accelerator.autocast():
-            for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
+            for rows in chunks(len(inputs), self.batches.rows(policy, max(inputs.lengths))):
                 tokens, known = self._generate(policy, inputs.select(rows), None if keys is None else keys[rows])
                 responses.append(tokens)
                 logprobs += [] if known is None else [known]
