@@ -128,23 +128,7 @@ def paper_tokenizer(
         )
     merges = _merges(source, pieces)
     vocabulary = {IMAGE_TOKEN if piece == _UNUSED_BYTE else piece: i for piece, i in pieces.items()}
-    backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    spaces = normalizers.Replace(" ", MARK)
-    if legacy:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), spaces])
-    else:
-        # Every part that begins with a space or a newline gets a mark here, and the first part in any case.
-        also = [normalizers.Replace(Regex(rf"\A{first}"), MARK + first) for first in (MARK, "\n")]
-        backend.normalizer = normalizers.Sequence([spaces, *also])
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="first", split=False)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
-    )
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    backend = _backend(vocabulary, merges, legacy)
     special = [*expected, IMAGE_TOKEN, *sorted(added_tokens or {}, key=(added_tokens or {}).__getitem__)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     wrong = {t: i for t, i in (added_tokens or {}).items() if backend.token_to_id(t) != i}
@@ -163,6 +147,28 @@ def paper_tokenizer(
     )
     check_ids(tokenizer, source, legacy)
     return tokenizer
+
+
+def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]], legacy: bool) -> Tokenizer:
+    """The fast tokenizer that splits and marks as sentencepiece with this `legacy` flag did."""
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    spaces = normalizers.Replace(" ", MARK)
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), spaces])
+    else:
+        # Every part that begins with a space or a newline gets a mark here, and the first part in any case.
+        also = [normalizers.Replace(Regex(rf"\A{first}"), MARK + first) for first in (MARK, "\n")]
+        backend.normalizer = normalizers.Sequence([spaces, *also])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="first", split=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
 
 
 def original_ids(source: "SentencePieceProcessor", text: str, legacy: bool) -> list[int]:

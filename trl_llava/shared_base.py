@@ -137,13 +137,8 @@ def add_role(
     saved.task_type, saved.inference_mode = "SEQ_CLS", not is_trainable
     saved.modules_to_save = [*dict.fromkeys([*(saved.modules_to_save or []), *HEADS])]
     before = {parameter: parameter.requires_grad for parameter in host.parameters()}
-    training, config = host.training, copy.deepcopy(saved)
-    head = None
-    if not hasattr(base, HEAD):
-        config.modules_to_save = [m for m in saved.modules_to_save if m not in HEADS] or None
-        config.task_type = host.peft_config[host.active_adapter].task_type
-        embedding = base.get_input_embeddings().weight
-        head = nn.Linear(base.config.get_text_config().hidden_size, 1, device=embedding.device, dtype=embedding.dtype)
+    training = host.training
+    config, head = (copy.deepcopy(saved), None) if hasattr(base, HEAD) else _with_head_beside(host, saved)
     if not has_head:
         weights[f"{HEAD_KEY}weight"] = torch.zeros(1, base.config.get_text_config().hidden_size)
         weights[f"{HEAD_KEY}bias"] = torch.zeros(1)
@@ -165,3 +160,14 @@ def add_role(
     role.requires_grad_(is_trainable)
     host.train(training)
     return role
+
+
+def _with_head_beside(host: PeftModel, saved: LoraConfig) -> tuple[LoraConfig, nn.Linear]:
+    """For a host that has no score head: the adapter's configuration without one, and a head that stands beside it."""
+    base = host.get_base_model()
+    config = copy.deepcopy(saved)
+    config.modules_to_save = [module for module in saved.modules_to_save or [] if module not in HEADS] or None
+    config.task_type = host.peft_config[host.active_adapter].task_type
+    embedding = base.get_input_embeddings().weight
+    width = base.config.get_text_config().hidden_size
+    return config, nn.Linear(width, 1, device=embedding.device, dtype=embedding.dtype)

@@ -166,13 +166,7 @@ def assemble_llava(
     tower = _load_tower(vision_name_or_path, language.dtype, vision_revision, remote)
     image_processor = AutoImageProcessor.from_pretrained(vision_name_or_path, revision=vision_revision, **remote)
 
-    has_class_token = hasattr(tower.embeddings, "class_embedding")
-    select_strategy = select_strategy or ("default" if has_class_token else "full")
-    if select_strategy == "default" and not has_class_token:
-        raise InputError(
-            f'select_strategy="default" would drop the first patch of {type(tower).__name__}, '
-            'which has no class token. Use select_strategy="full".'
-        )
+    select_strategy = _strategy_that_fits(tower, select_strategy)
     _add_missing_tokens(language, tokenizer, image_token)
     processor = LlavaProcessor(
         image_processor=image_processor,
@@ -181,7 +175,7 @@ def assemble_llava(
         vision_feature_select_strategy=select_strategy,
         chat_template=chat_template or tokenizer.chat_template,
         image_token=image_token,
-        num_additional_image_tokens=int(has_class_token),
+        num_additional_image_tokens=int(_has_class_token(tower)),
     )
     if processor.chat_template is None:
         raise InputError(f"{language_name_or_path} has no chat template: pass chat_template.")
@@ -193,6 +187,22 @@ def assemble_llava(
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     return model, processor
+
+
+def _has_class_token(tower: PreTrainedModel) -> bool:
+    return hasattr(tower.embeddings, "class_embedding")
+
+
+def _strategy_that_fits(
+    tower: PreTrainedModel, asked: Literal["default", "full"] | None
+) -> Literal["default", "full"]:
+    """The strategy asked for, or the one that drops the class token where there is one."""
+    if asked == "default" and not _has_class_token(tower):
+        raise InputError(
+            f'select_strategy="default" would drop the first patch of {type(tower).__name__}, '
+            'which has no class token. Use select_strategy="full".'
+        )
+    return asked or ("default" if _has_class_token(tower) else "full")
 
 
 def _load_tower(name: str, dtype: torch.dtype, revision: str | None, remote: dict[str, bool]) -> PreTrainedModel:
