@@ -1,6 +1,7 @@
-"""The plain way to log-probabilities, all logits at once: what chunked head and shared prefixes are compared with."""
+"""The plain way to log-probabilities and values, with padding on both sides, a mask, and all logits at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +9,18 @@ from torch import nn
 from trl_llava.chunked_head import Sampling, entropies_of, logprobs_of
 from trl_llava.passes import position_kwargs
 from trl_llava.rollout import ModelInputs
+
+
+def followed_by(inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments of a pass over (B, Q + R): padding on the left of the prompt and on the right, and a mask."""
+    attention_mask = torch.cat((inputs.attention_mask, mask.long()), 1)
+    kwargs = {
+        "input_ids": torch.cat((inputs.input_ids, responses), 1).masked_fill(attention_mask == 0, 0),
+        "attention_mask": attention_mask,
+    }
+    for key, value in inputs.with_tokens().items():
+        kwargs[key] = torch.cat((value, torch.zeros_like(responses)), 1)
+    return {**inputs.image_kwargs(), **kwargs}
 
 
 def response_logits(
@@ -19,10 +32,20 @@ def response_logits(
     suppressed: Sequence[int] = (),
 ) -> torch.Tensor:
     """(B, R, V) float32 logits of the distribution each of the (B, R) response tokens was drawn from."""
-    kwargs = inputs.followed_by(responses, mask)
+    kwargs = followed_by(inputs, responses, mask)
     kwargs.update(position_kwargs(policy, kwargs["attention_mask"]))
     output = policy(**kwargs, logits_to_keep=responses.shape[1] + 1, use_cache=False)
     return Sampling(temperature, suppressed).logits(output.logits[:, -responses.shape[1] - 1 : -1])
+
+
+def plain_values(
+    value_model: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """(B, R) values, 0 at padding."""
+    kwargs = followed_by(inputs, responses, mask)
+    kwargs.update(position_kwargs(value_model, kwargs["attention_mask"]))
+    hidden = value_model.model(**kwargs, use_cache=False).last_hidden_state
+    return torch.where(mask, value_model.score(hidden[:, -responses.shape[1] - 1 : -1]).squeeze(-1), 0.0)
 
 
 def token_logprobs(logits: torch.Tensor, responses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

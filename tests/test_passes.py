@@ -10,9 +10,20 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Image, List
-from reference_passes import response_logits
+from reference_passes import plain_values, response_logits, token_logprobs
 from tiny_trainers import make_adapter, ppo_trainer
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    LlamaConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
@@ -82,6 +93,84 @@ def test_features_give_what_pixels_give(family: str, request: pytest.FixtureRequ
                 rtol=1e-4,
                 atol=1e-5,
             )
+
+
+def answers_of_mixed_length(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    responses = torch.randint(10, 300, (rows, 5), generator=torch.Generator().manual_seed(0))
+    return responses, torch.arange(5) < torch.tensor([[3], [5], [1], [4]])[:rows]
+
+
+def gradients(model: torch.nn.Module, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    weights = torch.randn(numbers.shape, generator=torch.Generator().manual_seed(1))
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    found = torch.autograd.grad((numbers * weights).sum(), parameters.values(), allow_unused=True)
+    return {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
+
+
+def assert_same_passes(policy: torch.nn.Module, value: torch.nn.Module, inputs: ModelInputs) -> None:
+    """The passes give outputs and gradients of rows that are padded on both sides and run with a mask."""
+    answers = answers_of_mixed_length(len(inputs))
+    logits = response_logits(policy, inputs, *answers, temperature=0.8)
+    pairs = [
+        (policy, response_logprobs(policy, inputs, *answers, Sampling(0.8))[0], token_logprobs(logits, *answers)),
+        (value, response_values(value, inputs, *answers), plain_values(value, inputs, *answers)),
+    ]
+    for model, actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        found, wanted = gradients(model, actual), gradients(model, expected)
+        assert set(found) == set(wanted) and len(found) > 10
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+def test_passes_without_a_mask_are_passes_with_one(family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    policy, value = policy_and_value(family, folder)
+    for model in (policy, value):
+        model.model.language_model.requires_grad_(True)
+    assert_same_passes(policy, value, make_inputs(family, folder))
+
+
+TEXT = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**TEXT, **HEADS),
+        MistralConfig(**TEXT, **HEADS, sliding_window=4),
+        Qwen2Config(**TEXT, **HEADS),
+        Qwen2Config(**TEXT, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ],
+    ids=["llama", "mistral with a window", "qwen2", "qwen2 with a window"],
+)
+def test_language_models_need_no_mask(config: PreTrainedConfig, attention: str) -> None:
+    torch.manual_seed(0)
+    config.num_labels = 1
+    policy = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    value = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+    mask = (torch.arange(9) >= torch.tensor([[4], [0], [6], [2]])).long()
+    ids = torch.randint(10, 300, (4, 9), generator=torch.Generator().manual_seed(2)).masked_fill(mask == 0, 319)
+    assert_same_passes(policy, value, ModelInputs(ids, mask, [0] * 4))
+
+
+def test_attention_runs_with_its_causal_kernel(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, value = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
+    seen_by_policy, seen_by_value = (ImageFeatures(GIB).encode(model, inputs, 8) for model in (policy, value))
+    attend, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(*args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        masks.append((attn_mask, kwargs["is_causal"]))
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    response_logprobs(policy, seen_by_policy, *answers_of_mixed_length(4), Sampling())
+    response_values(value, seen_by_value, *answers_of_mixed_length(4))
+    assert len(masks) >= 2 and set(masks) == {(None, True)}
 
 
 def make_generator(keep_logprobs: bool = False, stop: int = 2, **changes: Any) -> Generator:

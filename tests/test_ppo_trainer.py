@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from reference_passes import followed_by
 from safetensors.torch import load_file
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prompt_rows, weights
 from transformers import AutoProcessor, LlavaConfig, TrainerCallback
@@ -251,7 +252,7 @@ def test_values_come_from_the_token_before_each_response_token(tiny_llava_dir, a
     row = next(i for i, images in enumerate(rollout.columns["images"]) if images)
     alone = rollout.select([row])
     for t in range(int(alone.mask.sum())):
-        prefix = alone.inputs.followed_by(alone.responses[:, :t], alone.mask[:, :t])
+        prefix = followed_by(alone.inputs, alone.responses[:, :t], alone.mask[:, :t])
         with torch.no_grad():
             expected = value(**prefix).logits.item()  # the head at the last real token
         assert alone.values[0, t].item() == pytest.approx(expected, abs=1e-5)

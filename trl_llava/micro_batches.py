@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
             Their number, padding included.
         """
         if self.groups is None:
-            return len(rows) * (max(self.prompts[row] for row in rows) + max(self.responses[row] for row in rows))
+            return len(rows) * max(self.prompts[row] + self.responses[row] for row in rows)
         packs = self._packs(rows)
         return len(packs) * max(packs.values())
 

@@ -1,5 +1,7 @@
 """Passes over a rollout: log-probabilities and values, each computed in one place for every phase.
 
+A pass needs no attention mask: prompt and response stand side by side at the left of their row.
+
 Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `L` sequence, `H` hidden, `n` real
 response tokens.
 """
@@ -15,7 +17,7 @@ from trl_llava.adapter_switching import SwitchedLayer, checkpoint_contexts
 from trl_llava.chunked_head import Sampling, token_statistics
 from trl_llava.errors import InputError
 from trl_llava.rollout import ModelInputs, Rollout
-from trl_llava.shared_prefix import attention_mask_for, pack, predictors
+from trl_llava.shared_prefix import attention_mask_for, derives_positions, pack, predictors
 
 
 def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -28,10 +30,7 @@ def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str,
     Returns:
         `{"position_ids": (B, L)}`, or nothing for a model that derives its own multimodal positions.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base))):
-        return {}
-    return {"position_ids": attention_mask.cumsum(1) - attention_mask}
+    return {} if derives_positions(model) else {"position_ids": attention_mask.cumsum(1) - attention_mask}
 
 
 def response_logprobs(
@@ -103,10 +102,41 @@ def _states(
     backbone = getattr(base, base.base_model_prefix)
     if share_prefix and inputs.can_be_packed:
         return _packed_states(backbone, inputs, responses, mask)
-    kwargs = inputs.followed_by(responses, mask)
-    kwargs.update(position_kwargs(base, kwargs["attention_mask"]))
-    hidden = backbone(**kwargs, use_cache=False).last_hidden_state
-    return hidden[:, -responses.shape[1] - 1 : -1][mask]
+    tokens, attention_mask, before = _left_aligned(inputs, responses, mask)
+    if derives_positions(base):
+        tokens["attention_mask"] = attention_mask
+    # Else none: a causal model's real tokens do not see what is behind them, and without a mask attention has kernels
+    # that do half the work and hold no (L, L) matrix.
+    hidden = backbone(**inputs.image_kwargs(), **tokens, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[before]
+
+
+def _left_aligned(
+    inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Prompt and response of each row without a gap, all padding behind them.
+
+    Args:
+        inputs: B prompts.
+        responses: (B, R) token ids.
+        mask: (B, R) bool, `True` at real tokens.
+
+    Returns:
+        tokens: (B, L) `input_ids`, and what else the model takes for each token.
+        attention_mask: (B, L) long, 1 at real tokens.
+        before: (n,) the place of the token before each real response token among the B * L.
+    """
+    real = torch.cat((inputs.attention_mask.bool(), mask), 1)
+    width = int(real.sum(1).max())
+    order = (~real).long().argsort(dim=1, stable=True)[:, :width]
+    attention_mask = real.long().gather(1, order)
+    # Padding becomes id 0: a pad id may lie outside of the embedding.
+    tokens = {"input_ids": torch.cat((inputs.input_ids, responses), 1).gather(1, order) * attention_mask}
+    for key, value in inputs.with_tokens().items():
+        tokens[key] = torch.cat((value, torch.zeros_like(responses)), 1).gather(1, order)
+    starts = inputs.attention_mask.sum(1) + width * torch.arange(len(inputs), device=mask.device)
+    before = starts.unsqueeze(1) + torch.arange(-1, mask.shape[1] - 1, device=mask.device)
+    return tokens, attention_mask, before[mask]
 
 
 def _packed_states(

@@ -78,8 +78,15 @@ class ModelInputs:
     @property
     def can_be_packed(self) -> bool:
         """Whether prompts repeat, and nothing but their ids goes with their tokens."""
-        with_tokens = any(value.shape == self.input_ids.shape for value in self.extras.values())
-        return len(set(self.groups)) < len(self) and not with_tokens
+        return len(set(self.groups)) < len(self) and not self.with_tokens()
+
+    def with_tokens(self) -> dict[str, torch.Tensor]:
+        """The extras that have one entry for each token.
+
+        Returns:
+            Name -> (B, Q).
+        """
+        return {key: value for key, value in self.extras.items() if value.shape == self.input_ids.shape}
 
     def repeated(self, times: int) -> "ModelInputs":
         """Every prompt several times, its copies beside each other.
@@ -107,9 +114,7 @@ class ModelInputs:
         rows = list(rows)
         padding = self.query_length - int(self.attention_mask[rows].sum(1).max())
         extras = self.images_of(rows)
-        for key, value in self.extras.items():
-            if value.shape == self.input_ids.shape:
-                extras[key] = value[rows, padding:]
+        extras |= {key: value[rows, padding:] for key, value in self.with_tokens().items()}
         return ModelInputs(
             self.input_ids[rows, padding:],
             self.attention_mask[rows, padding:],
@@ -168,26 +173,6 @@ class ModelInputs:
         if self.encoder is not None and self.digests:
             extras["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self.encoder(self))}
         return extras
-
-    def followed_by(self, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-        """Keyword arguments of a forward pass over prompt and response.
-
-        Args:
-            responses: (B, R) token ids.
-            mask: (B, R) bool, `True` at real tokens.
-
-        Returns:
-            `input_ids` and `attention_mask` of shape (B, Q + R), and the images.
-        """
-        attention_mask = torch.cat((self.attention_mask, mask.to(self.attention_mask.dtype)), 1)
-        # Padding becomes id 0: a pad id may lie outside of the embedding.
-        input_ids = torch.cat((self.input_ids, responses), 1).masked_fill(attention_mask == 0, 0)
-        token_kinds = {
-            key: torch.cat((value, torch.zeros_like(responses)), 1)
-            for key, value in self.extras.items()
-            if value.shape == self.input_ids.shape
-        }
-        return {**self.image_kwargs(), **token_kinds, "input_ids": input_ids, "attention_mask": attention_mask}
 
 
 @dataclass

@@ -161,9 +161,22 @@ def why_not(model: nn.Module) -> str | None:
     window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     if set(getattr(config, "layer_types", None) or [window]) != {"full_attention"}:
         return f"{type(base).__name__} has layers without full attention"
-    if any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base))):
+    if derives_positions(base):
         return f"{type(base).__name__} derives its own positions"
     return None
+
+
+def derives_positions(model: nn.Module) -> bool:
+    """Whether a model makes multimodal positions of its own from the attention mask.
+
+    Args:
+        model: any model of transformers, or a PEFT model around one.
+
+    Returns:
+        `False` for a model that takes plain position ids.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base)))
 
 
 def _attention(model: nn.Module) -> str:
