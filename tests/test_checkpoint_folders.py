@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from trl_llava.checkpoint_folders import (
     clear_leftovers,
     find_checkpoint,
     finish_checkpoint,
+    give_up_later,
     remove_oldest,
     start_checkpoint,
     unfinished,
@@ -28,6 +30,7 @@ def save(run_dir: Path, step: int, limit: int | None = None, text: str = "weight
     (folder / "value_model").mkdir()
     for name in ("a", "value_model/b"):
         (folder / name).write_text(f"{text} of {step}")
+    give_up_later(run_dir, step)
     remove_oldest(run_dir, limit, keep=[finish_checkpoint(run_dir, step)])
 
 
@@ -53,7 +56,7 @@ def killed_at(call: int, work: Callable[[], None]) -> bool:
         return wrapped
 
     for owner, name in (
-        *((os, name) for name in ("rename", "mkdir", "unlink", "rmdir", "fsync")),
+        *((os, name) for name in ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync")),
         *((Path, name) for name in ("rename", "write_text", "mkdir")),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
@@ -87,7 +90,7 @@ def test_a_save_killed_anywhere_leaves_whole_checkpoints_alone(tmp_path: Path, a
 def test_the_last_one_is_found_and_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
-    for step in (2, 10, 4):
+    for step in (2, 4, 10):
         save(tmp_path, step)
     (tmp_path / "checkpoint-12").write_text("a file")
     assert find_checkpoint(tmp_path).name == "checkpoint-10"
@@ -103,13 +106,19 @@ def test_the_last_one_is_found_and_damage_is_named(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "previous")
 
 
-def test_only_older_ones_make_room_and_the_given_up_ones_first(tmp_path: Path) -> None:
+def test_only_older_ones_make_room_and_the_given_up_ones_first(tmp_path: Path, caplog: Any) -> None:
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
     save(tmp_path, 5)  # of a run that went on from checkpoint-4
+    assert "checkpoint-8 is of a part of this run that was given up" in caplog.text
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == [
+        *("_checkpoint-6.given-up", "_checkpoint-8.given-up", "checkpoint-2", "checkpoint-4", "checkpoint-5")
+    ]
+    assert find_checkpoint(tmp_path).name == "checkpoint-5"  # and not the last step of the run that was given up
     newest, best = tmp_path / "checkpoint-5", tmp_path / "checkpoint-2"
     remove_oldest(tmp_path, 4, keep=[newest])
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5", "checkpoint-8"]
+    assert names(tmp_path) == ["_checkpoint-8.given-up", "checkpoint-2", "checkpoint-4", "checkpoint-5"]
     remove_oldest(tmp_path, 3, keep=[newest])
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     remove_oldest(tmp_path, 1, keep=[newest, best])

@@ -82,7 +82,15 @@ LAYERS = (
         *("data", "sources", "row_maker", "row_check", "row_formats", "captions"),
         *("convert_checkpoint", "convert_model", "convert_adapter", "checkpoint_layouts", "paper_tokenizer"),
         *("merge", "whole_folder"),
-        *("safe_checkpoints", "checkpoint_folders", "manifest", "loop_state", "full_weights"),
+        *(
+            "safe_checkpoints",
+            "generation_buffer",
+            "checkpoint_folders",
+            "finished_model",
+            "manifest",
+            "loop_state",
+            "full_weights",
+        ),
         *("stop_signals", "pass_on_signals", "resume_command", "disk_full"),
     ),
     (

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
 
-from trl_llava import output_dir, train_sft
+from trl_llava import output_dir, stage_run, train_sft
 from trl_llava.manifest import DamagedCheckpointError, write_manifest
 from trl_llava.output_dir import OutputDirError, claim, record
+from trl_llava.stage_run import StageRun
 
 
 def parse(folder: Path, *args: str) -> tuple[Any, Any]:
@@ -88,6 +90,24 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again_when_resumed(t
     assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint")) is None
     assert "holds no checkpoint of this run yet: starting at the first step" in capsys.readouterr().err
     assert not leftover.parent.exists() and (tmp_path / "run" / "completions").is_dir()
+
+
+def test_it_does_so_on_the_hub_too(hub: hub_server.Hub, tmp_path: Path) -> None:
+    words = ["--push_to_hub", "--hub_model_id", "run", "--output_dir", str(tmp_path / "run"), "--bf16", "false"]
+
+    def begin(*more: str) -> StageRun:
+        script_args, args, model_args, _, recipe = train_sft.make_parser().parse([*words, "--use_cpu", *more])
+        return stage_run.begin("sft", script_args, args, model_args, recipe)
+
+    killed = begin()
+    assert killed.repository is not None and killed.repository.verified
+    record(killed.training_args, killed.recipe)
+    (tmp_path / "run" / "completions").mkdir()
+    again = begin("--resume_from_checkpoint")  # the repository is its own
+    assert again.checkpoint is None and again.repository is not None and again.repository.verified
+    hub.fail("GET", "whoami", status=503, times=1)
+    unreached = begin("--resume_from_checkpoint")
+    assert unreached.repository is not None and not unreached.repository.verified
 
 
 def test_a_finished_run_without_checkpoints_cannot_be_continued(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
     output_dir/_checkpoint-6.unfinished/checkpoint-6/  being written, or left by a run that was killed
     output_dir/_checkpoint-4.replaced/                 while a new checkpoint-4 takes its place
     output_dir/_checkpoint-2.removed/                  being removed
+    output_dir/_checkpoint-8.given-up/                 of a run that was taken up again from an earlier one
 
 The names begin with an underscore because pushes to the Hub leave such names out.
 """
@@ -20,7 +21,8 @@ from trl_llava.manifest import DamagedCheckpointError, check_manifest, sync_fold
 
 OnDamaged = Literal["error", "previous"]
 _WHOLE = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"_(checkpoint-\d+)\.(unfinished|replaced|removed)")
+_GIVEN_UP = re.compile(r"_checkpoint-(\d+)\.given-up")
+_LEFTOVER = re.compile(r"_(checkpoint-\d+|finished)\.(unfinished|replaced|removed)")
 logger = logging.getLogger(__name__)
 
 
@@ -182,22 +184,38 @@ def _what_to_do(run_dir: Path, before: list[Path]) -> str:
     )
 
 
-def remove_oldest(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Remove checkpoints until no more are left than may be.
+def give_up_later(run_dir: Path, step: int) -> None:
+    """Set aside the checkpoints of later steps: a run that went on from an earlier one is not their run any more.
 
-    Those of later steps than the newest go first: they are of a run that was given up by resuming from an earlier one.
+    Under their own names, the next resume would take the last of them for its own.
+
+    Args:
+        run_dir: Folder of the run.
+        step: Step of a checkpoint that is about to get its place.
+    """
+    for path in checkpoints(run_dir):
+        if step_of(path) > step:
+            aside = run_dir / f"_{path.name}.given-up"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning(
+                "%s is of a part of this run that was given up by going on from before it: it is now %s.", path, aside
+            )
+
+
+def remove_oldest(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """Remove checkpoints until no more are left than may be; those that were given up go first.
 
     Args:
         run_dir: Folder of the run.
         limit: How many may be left; None or 0 for any number.
-        keep: Those that stay whatever the limit, the newest, which is whole, first.
+        keep: Those that stay whatever the limit; the newest, which is whole, is among them.
     """
-    kept = [path.resolve() for path in keep]
-    newest = step_of(kept[0])
-    others = [path for path in checkpoints(run_dir) if path.resolve() not in kept]
-    others.sort(key=lambda path: (step_of(path) <= newest, step_of(path)))
-    surplus = len(others) + len(set(kept)) - limit if limit else 0
+    kept = {path.resolve() for path in keep}
+    given_up = sorted(path for path in run_dir.iterdir() if _GIVEN_UP.fullmatch(path.name))
+    others = given_up + [path for path in checkpoints(run_dir) if path.resolve() not in kept]
+    surplus = len(others) + len(kept) - limit if limit else 0
     for path in others[: max(surplus, 0)]:
         # Under its own name, one that is half removed would pass for one that is damaged.
-        path = path.rename(run_dir / f"_{path.name}.removed")
+        path = path.rename(run_dir / f"_{path.name.removeprefix('_').removesuffix('.given-up')}.removed")
         shutil.rmtree(path, ignore_errors=True)

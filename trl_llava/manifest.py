@@ -54,6 +54,20 @@ def check_manifest(folder: str | Path) -> None:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {problem}")
 
 
+def force_to_disk(folder: Path) -> None:
+    """Force all that a folder holds to the disk, and its list of names.
+
+    Args:
+        folder: The folder.
+    """
+    files = _files(folder, all_of=True)
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    for inner in sorted({path.parent for path in files} | {folder}):
+        sync_folder(inner)
+
+
 def sync_folder(folder: Path) -> None:
     """Force a folder's list of names to the disk.
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import trl_llava
 from trl_llava.checkpoint_folders import checkpoints, clear_leftovers, find_checkpoint, is_leftover
 from trl_llava.disk_full import explain_full_disk
 from trl_llava.errors import InputError
+from trl_llava.finished_model import being_written, move_in, room_for_model
 from trl_llava.manifest import check_manifest
 from trl_llava.process_counts import check_processes
 from trl_llava.recipe import Recipe
@@ -24,7 +26,7 @@ from trl_llava.recipe_values import RecipeLoader
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
-FINISHED_FILE = "trainer_state.json"  # written last
+FINISHED_FILE = "trainer_state.json"  # comes last
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 # Where a run is and how it goes on says nothing about which run it is.
 _NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank"}
@@ -54,7 +56,7 @@ def claim(args: TrainingArguments, recipe: Recipe) -> str | None:
     folder = Path(args.output_dir)
     found: list[str | None] = [None]
     if args.process_index == 0:  # another process may look when this one has already begun to write
-        _check_owner(folder, recipe, resuming=_wants_resume(args))
+        _check_owner(folder, recipe, resuming=wants_resume(args))
         _check_writable(folder)
         clear_leftovers(folder)
         found = [_checkpoint(args, recipe)]
@@ -81,14 +83,24 @@ def finish(trainer: Any, dataset_name: str | None) -> None:
         trainer: The trainer, after training.
         dataset_name: Hub ID of the data, for the model card.
     """
-    folder = Path(trainer.args.output_dir)
-    with explain_full_disk(folder, "the finished model", last=next(reversed(checkpoints(folder)), None)):
-        trainer.save_model(str(folder), _internal_call=True)
+    folder, saves = Path(trainer.args.output_dir), trainer.args.should_save
+    last = next(reversed(checkpoints(folder)), None)
+    with (
+        explain_full_disk(folder, "the finished model", last=last),
+        room_for_model(folder) if saves else nullcontext(),
+    ):
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(being_written(folder)), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        if saves:
+            # A pickle, which nobody should load from elsewhere, and PEFT's model card.
+            for name in ("training_args.bin", "README.md"):
+                (being_written(folder) / name).unlink(missing_ok=True)
+            move_in(folder, FINISHED_FILE)
         trainer.create_model_card(dataset_name=dataset_name)
-        trainer.save_state()
-    if trainer.is_world_process_zero():
-        # A pickle, which nobody should load from elsewhere; recipe.yaml says the same to everybody.
-        (folder / "training_args.bin").unlink(missing_ok=True)
+        if saves:
+            trainer.state.save_to_json(str(being_written(folder) / FINISHED_FILE))
+            (being_written(folder) / FINISHED_FILE).replace(folder / FINISHED_FILE)
 
 
 def versions() -> dict[str, str]:
@@ -130,12 +142,20 @@ def write_atomically(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _wants_resume(args: TrainingArguments) -> bool:
+def wants_resume(args: TrainingArguments) -> bool:
+    """Whether a run is to go on: from a checkpoint, or from its first step if it was killed before it had one.
+
+    Args:
+        args: Training arguments of the run.
+
+    Returns:
+        `True` if so.
+    """
     return args.resume_from_checkpoint not in (None, False, "false", "False")
 
 
 def _checkpoint(args: TrainingArguments, recipe: Recipe) -> str | None:
-    if not _wants_resume(args):
+    if not wants_resume(args):
         return None
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted not in (True, "true", "True"):

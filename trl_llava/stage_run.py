@@ -82,5 +82,6 @@ def begin(
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
-    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=checkpoint is not None)
+    resuming = output_dir.wants_resume(training_args)  # also from the first step, if it was killed before it had more
+    repository = claim_repository(training_args, script_args, model_args, recipe, resuming=resuming)
     return StageRun(stage, script_args, training_args, recipe, checkpoint, repository)
