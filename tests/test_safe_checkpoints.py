@@ -16,9 +16,10 @@ from tiny_trainers import even_tokens, make_adapter, ppo_trainer
 from transformers import Trainer, TrainerCallback
 
 from trl_llava import safe_checkpoints, stop_signals
+from trl_llava.checkpoint_folders import checkpoints, find_checkpoint, step_of
 from trl_llava.disk_full import DiskFullError, explain_full_disk
 from trl_llava.errors import ExplainedError
-from trl_llava.manifest import check_manifest
+from trl_llava.manifest import DamagedCheckpointError, check_manifest
 from trl_llava.resume_command import with_resume
 from trl_llava.stop_signals import Stopped
 
@@ -171,19 +172,75 @@ def test_the_other_writers_errors_are_known(tmp_path: Path) -> None:
         assert not isinstance(raised.value, ExplainedError)
 
 
-def test_the_best_checkpoint_is_kept_under_its_final_name(tiny_llava_dir: Path, tmp_path: Path) -> None:
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_strategy": "steps"}
-    saving = {"eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "learning_rate": 10.0}
-    rows = test_sft_trainer.rows(3)
-    trainer = build("sft", tiny_llava_dir, tmp_path, eval_dataset=rows, **best, **saving)
+BEST = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
+SAVING = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 10.0}
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step_of(path) for path in checkpoints(folder)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [("sft", {"save_total_limit": 2}), ("sft", {"peft_config": None, "greater_is_better": True}), ("reward", {})],
+    ids=["two adapters", "one whole model", "one adapter with a head"],
+)
+def test_best_and_last_stay_and_the_best_is_what_ends(
+    tiny_llava_dir: Path, tmp_path: Path, stage: str, more: dict[str, Any]
+) -> None:
+    rows = {"sft": test_sft_trainer, "reward": test_reward_trainer}[stage].rows(3)
+    changes = {"eval_dataset": rows, "save_total_limit": 1, **BEST, **SAVING, **more}
+    trainer = build(stage, tiny_llava_dir, tmp_path / "run", **changes)
     trainer.train()
-    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
-    best_step = trainer.state.best_global_step
-    assert best_step < 4
-    for step in (best_step, 4):
-        check_manifest(tmp_path / f"checkpoint-{step}")
-        saved = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
-        assert saved["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best_step}")
+    best, run = trainer.state.best_global_step, tmp_path / "run"
+    assert best < 4 and steps_in(run) == [best, 4]
+    for step in (best, 4):
+        check_manifest(run / f"checkpoint-{step}")
+        saved = json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert saved["best_model_checkpoint"] == str(run / f"checkpoint-{best}")
+    trainer.save_model(str(tmp_path / "end"), _internal_call=True)
+    weights = next(path.name for path in (tmp_path / "end").glob("*model.safetensors"))
+    assert (tmp_path / "end" / weights).read_bytes() == (run / f"checkpoint-{best}" / weights).read_bytes()
+    run.rename(tmp_path / "moved")
+    moved = build(stage, tiny_llava_dir, tmp_path / "moved", **changes)
+    moved.train(resume_from_checkpoint=True)
+    assert same(trainer, moved) and moved.state.best_model_checkpoint == str(tmp_path / "moved" / f"checkpoint-{best}")
+    (tmp_path / "moved" / f"checkpoint-{best}" / weights).write_bytes(b"")
+    with pytest.raises(DamagedCheckpointError, match=f"checkpoint-{best} is damaged: {weights}: expected"):
+        build(stage, tiny_llava_dir, tmp_path / "moved", **changes).train(resume_from_checkpoint=True)
+    assert steps_in(tmp_path / "moved") == [best, 4]
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_limit_of_one_keeps_the_last_good_one_behind_a_damaged_one(
+    tiny_llava_dir: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    build(stage, tiny_llava_dir, tmp_path / "run", **saving).train()
+    for step in range(2, STEPS[stage] + 1):
+        (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    good = str(find_checkpoint(tmp_path / "run", "previous"))
+    assert good.endswith("checkpoint-1")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    limited = build(stage, tiny_llava_dir, tmp_path / "run", save_total_limit=1, **saving)
+    with monkeypatch.context() as patched:
+        patched.setattr(limited, "_save_rng_state", full)
+        with pytest.raises(DiskFullError):
+            limited.train(resume_from_checkpoint=good)
+    check_manifest(good)
+    assert find_checkpoint(tmp_path / "run", "previous") == Path(good)
+    limited = build(stage, tiny_llava_dir, tmp_path / "run", save_total_limit=1, **saving)
+    limited.train(resume_from_checkpoint=good)
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == [f"checkpoint-{STEPS[stage]}"]
+    check_manifest(tmp_path / "run" / f"checkpoint-{STEPS[stage]}")
 
 
 def test_transformers_own_answer_to_sigterm_is_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:

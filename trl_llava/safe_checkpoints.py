@@ -1,5 +1,7 @@
 """Checkpoints that survive a kill at any moment, and a training that stops when asked and goes on exactly."""
 
+import json
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from trl_llava.checkpoint_folders import (
     discard_checkpoint,
     find_checkpoint,
     finish_checkpoint,
+    give_up_later,
     remove_oldest,
     start_checkpoint,
     unfinished,
@@ -29,6 +32,8 @@ from trl_llava.loop_state import load_loop_state, save_loop_state
 from trl_llava.manifest import check_manifest
 from trl_llava.resume_command import resume_command
 from trl_llava.stop_signals import Stopped, StopSignals
+
+logger = logging.getLogger(__name__)
 
 
 class _AtStepEnds(TrainerCallback):
@@ -42,7 +47,7 @@ class _AtStepEnds(TrainerCallback):
     ) -> None:
         self.trainer.loop_started = time.time()
         if self.checkpoint is not None and hasattr(self.trainer, "_tr_loss"):
-            load_loop_state(self.trainer, Path(self.checkpoint))
+            self.trainer._restore_loop(Path(self.checkpoint))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,6 +115,7 @@ class SafeCheckpoints(Trainer):
             raise InputError(
                 "`enable_jit_checkpoint` must stay False: SIGTERM and Ctrl-C always save a checkpoint here"
             )
+        self._check_reference(wanted)
         run_dir = Path(self.args.output_dir)
         if self.args.should_save:
             clear_leftovers(run_dir)
@@ -126,6 +132,15 @@ class SafeCheckpoints(Trainer):
                     raise self._stopped(run_dir, stop.agreed, command)
         finally:
             self.remove_callback(at_step_ends)
+
+    def _check_reference(self, wanted: str | bool | None) -> None:
+        """TRL's `sync_ref_model` moves the reference, which no checkpoint of its trainers holds."""
+        if not getattr(self.args, "sync_ref_model", False):
+            return
+        problem = "with `sync_ref_model: true` the reference moves with the policy, and is in no checkpoint"
+        if wanted:
+            raise InputError(f"{problem}: this run cannot go on from one. Start it again, or without `sync_ref_model`")
+        logger.warning("%s: a run that stops cannot go on, it can only start again.", problem)
 
     def _whole_checkpoint(self, run_dir: Path, wanted: str | bool | None) -> str | None:
         if not wanted:
@@ -205,10 +220,17 @@ class SafeCheckpoints(Trainer):
                 state.save_to_json(str(self._written_beside / f"checkpoint-{state.global_step}" / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if args.should_save:
+            give_up_later(run_dir, state.global_step)
             checkpoint = finish_checkpoint(run_dir, state.global_step)
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
             remove_oldest(run_dir, args.save_total_limit, keep=[checkpoint, *best])
         self.accelerator.wait_for_everyone()
+
+    def _restore_loop(self, checkpoint: Path) -> None:
+        load_loop_state(self, checkpoint)
+        best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_model_checkpoint")
+        if best is not None and (checkpoint.parent / Path(best).name).is_dir():  # also where the run has been moved
+            self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -231,8 +253,23 @@ class SafeCheckpoints(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        # Steps and seconds of the run's earlier parts count too, as the sum of the losses does.
-        return super()._finalize_training(trial, num_train_samples, min(start_time, self.loop_started))
+        # With a limit of 1, upstream deletes all but the best here: the last one too, before the model is saved.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            # Steps and seconds of the run's earlier parts count too, as the sum of the losses does.
+            return super()._finalize_training(trial, num_train_samples, min(start_time, self.loop_started))
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if self.accelerator.is_main_process:
+            check_manifest(best)
+        self.accelerator.wait_for_everyone()
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            load_full_weights(self.model, best)
+        else:
+            super()._load_best_model()
 
 
 def _check_optimizer(checkpoint: Path) -> None:
