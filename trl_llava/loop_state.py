@@ -13,7 +13,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 # transformers' numbers, then those of TRL's trainers.
-_NUMBERS = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_total_train_tokens")
+_NUMBERS = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "_total_train_tokens", "_step")
 
 
 def save_loop_state(trainer: Any, folder: Path) -> None:

@@ -11,6 +11,7 @@ from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOT
 from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import OnlineArguments, refuse_vllm
+from trl_llava.generation_buffer import ResumableGenerations
 from trl_llava.lengths import drop_overlong
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.recipe import RecipeParser
@@ -18,7 +19,6 @@ from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_loading import load_reward_functions
 from trl_llava.reward_terms import length_term
 from trl_llava.rollout import COUNTS
-from trl_llava.safe_checkpoints import SafeCheckpoints
 from trl_llava.scoring import RewardFunction, needs_captions
 from trl_llava.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
 from trl_llava.splits import load_splits
@@ -89,7 +89,7 @@ def run_online(
     args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": [processor.image_token_id]}
     set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
     model, peft_config = load_policy_start(model_args)
-    trainer = type(trainer_class.__name__, (SafeCheckpoints, trainer_class), {})(
+    trainer = type(trainer_class.__name__, (ResumableGenerations, trainer_class), {})(
         model=model,
         reward_funcs=rewards,
         args=args,
