@@ -5,138 +5,22 @@ in its process. The first step of each side, which pays for warming up, is run a
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
-import time
+import tempfile
 import traceback
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import datasets
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MIB_PER_KIB = 1 / 1024
-
-
-class Gate(TrainerCallback):
-    """A side's end of the measurement: holds its trainer before each step until it is this side's turn."""
-
-    def __init__(self, pipe: Connection) -> None:
-        """Note what the process takes before it has made anything.
-
-        Args:
-            pipe: To the process that gives the turns.
-        """
-        self.pipe = pipe
-        self.bare_mib = memory_mib("VmRSS")
-        self.counter: FlopCounterMode | None = None
-        self.phases: dict[str, float] = defaultdict(float)
-        self.flops: dict[str, float] = defaultdict(float)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Wait for the first turn."""
-        self.pipe.send({"bare_mib": self.bare_mib})
-        self.wait()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Report the step, and wait for the next turn."""
-        self.report()
-        self.wait()
-
-    def wait(self) -> None:
-        """Hold until it is this side's turn."""
-        turn = self.pipe.recv()
-        self.phases.clear()
-        self.flops.clear()
-        if turn == "count":
-            self.counter = FlopCounterMode(display=False)
-            self.counter.__enter__()  # left in `report`: the step lies between two calls of this callback
-        CLEAR_REFS.write_text("5")  # the peak of resident memory starts again from what is resident now
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.start, self.cpu_start = _now(), time.process_time()
-
-    def report(self) -> None:
-        """Send what the step took."""
-        seconds = _now() - self.start
-        step = {
-            "seconds": seconds,
-            "cpu_seconds": time.process_time() - self.cpu_start,
-            "peak_mib": memory_mib("VmHWM") - self.bare_mib,
-            "phases": {**self.phases, "rest": seconds - sum(self.phases.values())},
-        }
-        if torch.cuda.is_available():
-            step["gpu_mib"] = torch.cuda.max_memory_reserved() / 2**20
-        if self.counter is not None:
-            self.counter.__exit__(None, None, None)
-            total = float(self.counter.get_total_flops())
-            step["flops"] = {**self.flops, "rest": total - sum(self.flops.values())}
-            self.counter = None
-        self.pipe.send(step)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure a part of the step.
-
-        Args:
-            name: What it does; parts of one name add up.
-
-        Yields:
-            Nothing.
-        """
-        before = self.counter.get_total_flops() if self.counter is not None else 0
-        start = _now()
-        yield
-        self.phases[name] += _now() - start
-        if self.counter is not None:
-            self.flops[name] += self.counter.get_total_flops() - before
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose calls are measured as a phase.
-
-        Args:
-            name: The phase.
-            function: Any function.
-
-        Returns:
-            It, with the same signature.
-        """
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        return call
-
-
-def gated(trainer_class: type[Trainer], gate: Gate) -> type[Trainer]:
-    """A trainer whose steps wait at a gate, and whose phases are measured.
-
-    Args:
-        trainer_class: A trainer of transformers' kind, whose loss is `compute_loss`.
-        gate: The gate.
-
-    Returns:
-        A subclass of it that behaves alike.
-    """
-
-    class Gated(trainer_class):  # type: ignore[misc,valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, callbacks=[gate], **kwargs)
-            self.data_collator = gate.timed("data", self.data_collator)
-            self.compute_loss = gate.timed("forward", self.compute_loss)
-            self.accelerator.backward = gate.timed("backward", self.accelerator.backward)
-
-    return Gated
-
+from benchmarks.gate import Gate
+from benchmarks.workload import Size, describe
 
 Side = Callable[[Gate], None]
 """Builds a trainer that has the gate among its callbacks, and trains; must be picklable."""
@@ -186,6 +70,47 @@ def alternate(sides: Mapping[str, Side], runs: int, *, count: Sequence[str] = ()
             process.join()
 
 
+class Work(Protocol):
+    """What a step does: a frozen dataclass of a benchmark."""
+
+    @property
+    def size(self) -> Size:
+        """The models."""
+
+
+W = TypeVar("W", bound=Work)
+
+
+def side_by_side(
+    step: W,
+    prepare: Callable[[Path, W], None],
+    sides: Mapping[str, Callable[..., None]],
+    runs: int,
+    *,
+    count: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Say what is measured, and `alternate` between sides that load the same files.
+
+    Args:
+        step: What a step does.
+        prepare: Writes the files into a temporary folder; the base model as `base`.
+        sides: Name -> a side, but that it takes that folder as `folder` too.
+        runs: As for `alternate`.
+        count: As for `alternate`.
+
+    Returns:
+        What `alternate` returns.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, step)
+        say(describe(step.size, folder / "base"))
+        say(f"{step}")
+        return alternate(
+            {key: functools.partial(side, folder=folder) for key, side in sides.items()}, runs, count=count
+        )
+
+
 def steps_needed(runs: int) -> int:
     """How many steps a side must be able to take.
 
@@ -197,13 +122,6 @@ def steps_needed(runs: int) -> int:
         that has come to its end would save its model in another side's turn.
     """
     return runs + 3
-
-
-def _now() -> float:
-    """Seconds, once the GPU has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _serve(pipe: Connection, side: Side) -> None:
@@ -229,24 +147,6 @@ def _receive(name: str, pipe: Connection) -> dict[str, Any]:
     if "failed" in message:
         raise RuntimeError(f"{name} failed:\n{message['failed']}")
     return message
-
-
-def memory_mib(field: str) -> float:
-    """Memory of this process.
-
-    Args:
-        field: "VmRSS" for what is resident, "VmHWM" for the peak of that.
-
-    Returns:
-        MiB.
-
-    Raises:
-        RuntimeError: If this is not Linux, the only system that lets a process reset its peak.
-    """
-    if not STATUS.exists():
-        raise RuntimeError("the benchmarks read memory from /proc, which only Linux has")
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * MIB_PER_KIB
 
 
 def quiet() -> None:

@@ -22,8 +22,8 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from trl.experimental.ppo import ppo_trainer as upstream
 
-from benchmarks.harness import Gate
-from benchmarks.rows import command_line, make_rows
+from benchmarks.gate import Gate
+from benchmarks.rows import NOTHING_ELSE, make_rows, run_stage
 from benchmarks.workload import (
     FULL,
     SPECIAL,
@@ -77,14 +77,10 @@ class Step:
             "num_ppo_epochs": self.epochs,
             "num_mini_batches": 1,
             "stop_token": "eos",
-            "learning_rate": 1e-5,
             "temperature": 1.0,
             "num_sample_generations": 0,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "bf16": False,
             "gradient_checkpointing": self.low_memory,
+            **NOTHING_ELSE,
         }
 
 
@@ -178,20 +174,8 @@ def our_side(
             self.clock.phase = both
 
     train_ppo.LlavaPPOTrainer = Gated
-    with tempfile.TemporaryDirectory(dir=folder) as output:
-        values = {
-            "model_name_or_path": folder / "base",
-            "use_peft": True,  # a fresh adapter, and the bare base as the reference, as on TRL's side
-            "lora_r": step.size.rank,
-            "lora_alpha": step.size.rank,
-            "reward_model_path": folder / "reward",
-            "dataset_name": folder / "rows" / "rows.jsonl",
-            "image_folder": folder / "rows",
-            "output_dir": output,
-            **step.values(),
-            **fields,
-        }
-        train_ppo.main(command_line(values))
+    # With a fresh adapter the reference is the bare base, as on TRL's side.
+    run_stage(train_ppo.main, folder, step.size, {"reward_model_path": folder / "reward", **step.values(), **fields})
 
 
 def copies_side(gate: Gate, folder: Path, step: Step) -> None:

@@ -15,17 +15,15 @@ and then allows nothing else.
 
 import functools
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import alternate, quiet, say, steps_needed
+from benchmarks.harness import quiet, side_by_side, steps_needed
 from benchmarks.paper_schedule import PaperSchedule
 from benchmarks.ppo_sides import Step, copies_side, our_side, prepare, trl_side, whole_side
 from benchmarks.tables import Ratio, arguments, report
-from benchmarks.workload import Size, describe
+from benchmarks.workload import Size
 
 OURS, TRL, PAPER = "ours", "TRL on text", "the paper's schedule"
 LOW, COPIES, WHOLE = "ours, low memory", "four copies, low memory", "four whole models, low memory"
@@ -48,25 +46,19 @@ def measure(step: Step, runs: int, only: str = "") -> list[dict[str, Any]]:
     Returns:
         What `alternate` returns.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, step)
-        say(describe(step.size, folder / "base"))
-        say(f"{step}")
-        low = replace(step, micro_batch=1, epochs=1, low_memory=True)
-        timed = {
-            OURS: functools.partial(our_side, step=step),
-            TRL: functools.partial(trl_side, step=step),
-            PAPER: functools.partial(our_side, step=step, trainer_class=PaperSchedule, share_base=False),
-        }
-        small = {
-            LOW: functools.partial(our_side, step=low),
-            COPIES: functools.partial(copies_side, step=low),
-            WHOLE: functools.partial(whole_side, step=low),
-        }
-        sides = {"time": timed, "memory": small}.get(only, timed | small)
-        count = [side for side in (OURS, TRL, PAPER) if side in sides]
-        return alternate({k: functools.partial(v, folder=folder) for k, v in sides.items()}, runs, count=count)
+    low = replace(step, micro_batch=1, epochs=1, low_memory=True)
+    timed = {
+        OURS: functools.partial(our_side, step=step),
+        TRL: functools.partial(trl_side, step=step),
+        PAPER: functools.partial(our_side, step=step, trainer_class=PaperSchedule, share_base=False),
+    }
+    small = {
+        LOW: functools.partial(our_side, step=low),
+        COPIES: functools.partial(copies_side, step=low),
+        WHOLE: functools.partial(whole_side, step=low),
+    }
+    sides = {"time": timed, "memory": small}.get(only, timed | small)
+    return side_by_side(step, prepare, sides, runs, count=[side for side in timed if side in sides])
 
 
 def measured(runs: list[dict[str, Any]]) -> dict[str, Ratio]:

@@ -9,7 +9,6 @@ without. Same model, adapter, rows and batch on both sides.
 
 import functools
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Gate, alternate, gated, quiet, say, steps_needed
-from benchmarks.rows import command_line, make_rows
+from benchmarks.gate import Gate, gated
+from benchmarks.harness import quiet, say, side_by_side, steps_needed
+from benchmarks.rows import NOTHING_ELSE, make_rows, run_stage
 from benchmarks.tables import Ratio, arguments, median_of, report
-from benchmarks.workload import FULL, Size, describe, make_base
+from benchmarks.workload import FULL, Size, make_base
 from trl_llava import train_reward
 from trl_llava.collators import PreferenceCollator
 from trl_llava.reward_trainer import LlavaRewardTrainer
@@ -106,27 +106,16 @@ def side(
         return make(**(kwargs if judged else {**kwargs, "judging_prompt": None}))
 
     train_reward.LlavaRewardTrainer = trainer
-    with tempfile.TemporaryDirectory(dir=folder) as output:
-        values = {
-            "model_name_or_path": folder / "base",
-            "use_peft": True,
-            "lora_r": step.size.rank,
-            "dataset_name": folder / "rows" / "rows.jsonl",
-            "image_folder": folder / "rows",
-            "output_dir": output,
-            "per_device_train_batch_size": step.pairs,
-            "max_steps": step.steps,
-            "max_length": None,
-            "learning_rate": 1e-5,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            **fields,
-        }
-        train_reward.main(command_line(values))
+    values = {
+        "per_device_train_batch_size": step.pairs,
+        "max_steps": step.steps,
+        "max_length": None,
+        "gradient_checkpointing": False,
+        "logging_strategy": "no",
+        **NOTHING_ELSE,
+        **fields,
+    }
+    run_stage(train_reward.main, folder, step.size, values)
 
 
 def measure(step: Step, runs: int) -> list[dict[str, Any]]:
@@ -139,19 +128,14 @@ def measure(step: Step, runs: int) -> list[dict[str, Any]]:
     Returns:
         What `alternate` returns.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, step)
-        say(describe(step.size, folder / "base"))
-        say(f"{step}")
-        sides = {
-            label + turn: functools.partial(
-                side, folder=folder, step=step, trainer_class=kind, judged=turn == JUDGED, share_prefix=label == OURS
-            )
-            for turn in (JUDGED, BARE)
-            for label, kind in ((OURS, LlavaRewardTrainer), (WHOLE, WholeRewardTrainer))
-        }
-        return alternate(sides, runs, count=[OURS + JUDGED, WHOLE + JUDGED])
+    sides = {
+        label + turn: functools.partial(
+            side, step=step, trainer_class=kind, judged=turn == JUDGED, share_prefix=label == OURS
+        )
+        for turn in (JUDGED, BARE)
+        for label, kind in ((OURS, LlavaRewardTrainer), (WHOLE, WholeRewardTrainer))
+    }
+    return side_by_side(step, prepare, sides, runs, count=[OURS + JUDGED, WHOLE + JUDGED])
 
 
 def main(words: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Rows whose tokens can be counted, as files on disk."""
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,15 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.workload import SPECIAL, Size
+
+NOTHING_ELSE: dict[str, Any] = {
+    "learning_rate": 1e-5,
+    "bf16": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Config fields of every trainer that is measured, ours or TRL's: its steps, and nothing beside them."""
 
 
 def words(rng: np.random.Generator, count: int, size: Size) -> str:
@@ -67,3 +77,26 @@ def command_line(values: Mapping[str, Any]) -> list[str]:
         The words.
     """
     return [word for key, value in values.items() for word in (f"--{key}", "null" if value is None else str(value))]
+
+
+def run_stage(main: Callable[[Sequence[str]], None], folder: Path, size: Size, values: Mapping[str, Any]) -> None:
+    """Run a stage as a user does, with a fresh adapter; what it writes is thrown away.
+
+    Args:
+        main: Its entry point.
+        folder: Has the base model and the rows.
+        size: Knows the adapter's rank.
+        values: All other keys of the recipe; those that are given here too count instead.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        recipe = {
+            "model_name_or_path": folder / "base",
+            "use_peft": True,
+            "lora_r": size.rank,
+            "lora_alpha": size.rank,
+            "dataset_name": folder / "rows" / "rows.jsonl",
+            "image_folder": folder / "rows",
+            "output_dir": output,
+            **values,
+        }
+        main(command_line(recipe))

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Gate, alternate, quiet, say, steps_needed
+from benchmarks.gate import Gate
+from benchmarks.harness import alternate, quiet, say, steps_needed
 from benchmarks.ppo_sides import Step, our_side, prepare
 from benchmarks.tables import arguments, markdown, median_of, write_json
 from benchmarks.workload import Size, describe

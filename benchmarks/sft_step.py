@@ -18,10 +18,11 @@ from typing import Any
 from datasets import Dataset, Image, List
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.harness import Gate, alternate, gated, quiet, say, steps_needed
-from benchmarks.rows import command_line, make_rows
+from benchmarks.gate import Gate, gated
+from benchmarks.harness import quiet, side_by_side, steps_needed
+from benchmarks.rows import NOTHING_ELSE, make_rows, run_stage
 from benchmarks.tables import Ratio, arguments, report
-from benchmarks.workload import FULL, Size, describe, lora, make_base
+from benchmarks.workload import FULL, Size, lora, make_base
 from trl_llava import train_sft
 from trl_llava.models import load_processor
 from trl_llava.sft_trainer import LlavaSFTTrainer
@@ -55,13 +56,9 @@ class Step:
             "per_device_train_batch_size": self.rows,
             "max_steps": self.steps,
             "max_length": None,
-            "learning_rate": 1e-5,
-            "bf16": False,
             "gradient_checkpointing": False,
-            "save_strategy": "no",
             "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
+            **NOTHING_ELSE,
         }
 
 
@@ -86,20 +83,8 @@ def our_side(gate: Gate, folder: Path, step: Step, **fields: Any) -> None:
         **fields: Further keys of the recipe.
     """
     train_sft.LlavaSFTTrainer = gated(LlavaSFTTrainer, gate)
-    with tempfile.TemporaryDirectory(dir=folder) as output:
-        values = {
-            "model_name_or_path": folder / "base",
-            "use_peft": True,
-            "lora_r": step.size.rank,
-            "lora_alpha": step.size.rank,
-            "lora_dropout": 0.0,  # the default of a recipe is 0.05, that of TRL's side 0
-            "dataset_name": folder / "rows" / "rows.jsonl",
-            "image_folder": folder / "rows",
-            "output_dir": output,
-            **step.values(),
-            **fields,
-        }
-        train_sft.main(command_line(values))
+    # The default dropout of a recipe is 0.05, that of TRL's side 0.
+    run_stage(train_sft.main, folder, step.size, {"lora_dropout": 0.0, **step.values(), **fields})
 
 
 def trl_side(gate: Gate, folder: Path, step: Step) -> None:
@@ -147,16 +132,8 @@ def measure(step: Step, runs: int) -> list[dict[str, Any]]:
     Returns:
         What `alternate` returns.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, step)
-        say(describe(step.size, folder / "base"))
-        say(f"{step}")
-        sides = {
-            OURS: functools.partial(our_side, folder=folder, step=step),
-            TRL: functools.partial(trl_side, folder=folder, step=step),
-        }
-        return alternate(sides, runs, count=list(sides))
+    sides = {OURS: functools.partial(our_side, step=step), TRL: functools.partial(trl_side, step=step)}
+    return side_by_side(step, prepare, sides, runs, count=list(sides))
 
 
 def main(words: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationMixin
 
 from benchmarks import gpu, gpu_work, ppo_sides, ppo_step, reward_step, scaling, sft_step, tables, workload
-from benchmarks.harness import Gate
+from benchmarks.gate import Gate
 from benchmarks.paper_schedule import PaperSchedule
 from benchmarks.tables import Ratio
 from benchmarks.workload import TOY
