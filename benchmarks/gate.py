@@ -19,14 +19,15 @@ MIB_PER_KIB = 1 / 1024
 class Gate(TrainerCallback):
     """A side's end of the measurement: holds its trainer before each step until it is this side's turn."""
 
-    def __init__(self, pipe: Connection) -> None:
-        """Note what the process takes before it has made anything.
+    def __init__(self, pipe: Connection, bare_mib: float = 0.0) -> None:
+        """Take note of what is no part of a side's own.
 
         Args:
             pipe: To the process that gives the turns.
+            bare_mib: What a process like this takes that has done a step with a model of no size.
         """
         self.pipe = pipe
-        self.bare_mib = memory_mib("VmRSS")
+        self.bare_mib = bare_mib
         self.counter: FlopCounterMode | None = None
         self.phases: dict[str, float] = defaultdict(float)
         self.peaks: dict[str, float] = defaultdict(float)
@@ -34,7 +35,7 @@ class Gate(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Wait for the first turn."""
-        self.pipe.send({"bare_mib": self.bare_mib})
+        self.pipe.send({"ready": True})
         self.wait()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -66,6 +67,7 @@ class Gate(TrainerCallback):
             "peak_mib": max(self.peaks.values()),
             "held_mib": self.held_mib,
             "peaks": dict(self.peaks),
+            "resident_mib": memory_mib("VmRSS"),
             "phases": {**self.phases, "rest": seconds - sum(self.phases.values())},
         }
         if torch.cuda.is_available():

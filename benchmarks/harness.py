@@ -11,49 +11,47 @@ import os
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import datasets
+from accelerate.utils import patch_environment
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.gate import Gate
-from benchmarks.workload import Size, describe
+from benchmarks.workload import TOY, describe
 
 Side = Callable[[Gate], None]
 """Builds a trainer that has the gate among its callbacks, and trains; must be picklable."""
 
 
-def alternate(sides: Mapping[str, Side], runs: int, *, count: Sequence[str] = ()) -> list[dict[str, Any]]:
+def alternate(
+    sides: Mapping[str, Side], runs: int, *, count: Sequence[str] = (), bare: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Let the sides take one step each in turn, `runs` times after a first time that is thrown away.
 
     Args:
         sides: Name -> side. Each must be able to take `steps_needed(runs)` steps.
         runs: How many steps of each side count.
         count: Sides that take one more step at the end, in which floating-point operations are counted.
+        bare: Name -> MiB that are no part of the side's own, as `bare_memory` finds them; 0 where it is not there.
 
     Returns:
         One entry per counted step: `run` (from 1), `side`, `seconds`, `cpu_seconds` (of all threads), `peak_mib` over
-        the bare process, `phases` (name -> seconds). Then one per side in `count`, whose
-        `run` is "counted" and which has `flops` by phase.
+        the bare process, `held_mib` of that before the step, `peaks` (phase -> MiB), `phases` (phase -> seconds).
+        Then one per side in `count`, whose `run` is "counted" and which has `flops` by phase.
 
     Raises:
         RuntimeError: If a side fails; with its traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    try:
-        for name, side in sides.items():  # one by one, so that building does not disturb building
-            pipes[name], child = context.Pipe()
-            process = context.Process(target=_serve, args=(child, side), daemon=True)
-            process.start()
-            processes.append(process)
-            child.close()
-            bare = _receive(name, pipes[name])["bare_mib"]
-            say(f"{name}: ready; the bare process takes {bare:.0f} MiB")
+    with contextlib.ExitStack() as started:  # one by one, so that building does not disturb building
+        pipes = {
+            name: started.enter_context(_process(name, side, (bare or {}).get(name, 0.0)))
+            for name, side in sides.items()
+        }
         measured = []
         for run in range(runs + 1):
             for name, pipe in pipes.items():
@@ -64,27 +62,48 @@ def alternate(sides: Mapping[str, Side], runs: int, *, count: Sequence[str] = ()
         for name in count:
             measured.append({"run": "counted", "side": name, **_turn(name, pipes[name], "count")})
         return measured
-    finally:
-        for process in processes:
-            process.kill()  # not terminate: a trainer takes SIGTERM as the wish for a last checkpoint
-            process.join()
 
 
-class Work(Protocol):
-    """What a step does: a frozen dataclass of a benchmark."""
+def bare_memory(name: str, side: Side) -> float:
+    """What a process takes that has imported and run everything, but holds no model to speak of.
 
-    @property
-    def size(self) -> Size:
-        """The models."""
+    Libraries are imported, and their pages read, up to the end of the first step.
+
+    Args:
+        name: For messages.
+        side: A side with a model of no size, that can take two steps.
+
+    Returns:
+        MiB that are resident after its first step.
+
+    Raises:
+        RuntimeError: If the side fails; with its traceback.
+    """
+    with _process(name, side, 0.0) as pipe:
+        found = _turn(name, pipe, "go")["resident_mib"]
+    say(f"{name}: the bare process takes {found:.0f} MiB")
+    return found
 
 
-W = TypeVar("W", bound=Work)
+@contextlib.contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Let processes that are started inside give memory back to the system once it is free.
+
+    glibc keeps freed blocks of up to 32 MiB for the next ones that fit. What a step leaves behind so, several times
+    its tensors, depends on the order in which blocks came and went, not on what was in use. It costs time: for
+    measurements of memory alone.
+
+    Yields:
+        Nothing.
+    """
+    with patch_environment(MALLOC_MMAP_THRESHOLD_=1 << 16):
+        yield
 
 
 def side_by_side(
-    step: W,
-    prepare: Callable[[Path, W], None],
-    sides: Mapping[str, Callable[..., None]],
+    step: Any,
+    prepare: Callable[[Path, Any], None],
+    sides: Mapping[str, functools.partial[None]],
     runs: int,
     *,
     count: Sequence[str] = (),
@@ -92,9 +111,9 @@ def side_by_side(
     """Say what is measured, and `alternate` between sides that load the same files.
 
     Args:
-        step: What a step does.
-        prepare: Writes the files into a temporary folder; the base model as `base`.
-        sides: Name -> a side, but that it takes that folder as `folder` too.
+        step: What a step does, a benchmark's dataclass with a `size`.
+        prepare: Writes the files for a step into a folder; the base model as `base`.
+        sides: Name -> a side with its `step`, which takes the folder as `folder` too.
         runs: As for `alternate`.
         count: As for `alternate`.
 
@@ -106,9 +125,23 @@ def side_by_side(
         prepare(folder, step)
         say(describe(step.size, folder / "base"))
         say(f"{step}")
-        return alternate(
-            {key: functools.partial(side, folder=folder) for key, side in sides.items()}, runs, count=count
-        )
+        toys = {key: functools.partial(side, folder=folder / "toy", step=toy_of(side)) for key, side in sides.items()}
+        prepare(folder / "toy", replace(step, size=TOY))
+        bare = {key: bare_memory(key, side) for key, side in toys.items()}
+        here = {key: functools.partial(side, folder=folder) for key, side in sides.items()}
+        return alternate(here, runs, count=count, bare=bare)
+
+
+def toy_of(side: functools.partial[None]) -> Any:
+    """A side's step with a model of no size.
+
+    Args:
+        side: A side with its `step`.
+
+    Returns:
+        The step.
+    """
+    return replace(side.keywords["step"], size=TOY)
 
 
 def steps_needed(runs: int) -> int:
@@ -124,12 +157,28 @@ def steps_needed(runs: int) -> int:
     return runs + 3
 
 
-def _serve(pipe: Connection, side: Side) -> None:
+@contextlib.contextmanager
+def _process(name: str, side: Side, bare_mib: float) -> Iterator[Connection]:
+    """A side's process, which waits for its first turn."""
+    context = multiprocessing.get_context("spawn")
+    pipe, child = context.Pipe()
+    process = context.Process(target=_serve, args=(child, side, bare_mib), daemon=True)
+    process.start()
+    child.close()
+    try:
+        _receive(name, pipe)
+        yield pipe
+    finally:
+        process.kill()  # not terminate: a trainer takes SIGTERM as the wish for a last checkpoint
+        process.join()
+
+
+def _serve(pipe: Connection, side: Side, bare_mib: float) -> None:
     """What a side's process runs; what its trainer logs goes nowhere."""
     quiet()
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            side(Gate(pipe))
+            side(Gate(pipe, bare_mib))
     except Exception:
         pipe.send({"failed": traceback.format_exc()})
 

@@ -54,7 +54,8 @@ class Step:
         epochs: Passes of the update over the answers; the paper's recipe has 2.
         steps: How many steps are run.
         processes: How many processes run such a step together.
-        low_memory: Whether passes are run again in the backward pass instead of being kept.
+        low_memory: Whether to run as where memory is short: passes are run again in the backward pass instead of
+            being kept, and the phases before it, generation included, take micro-batches too, not all rows at once.
     """
 
     size: Size = FULL
@@ -71,7 +72,7 @@ class Step:
         return {
             "per_device_train_batch_size": self.micro_batch,
             "gradient_accumulation_steps": len(self.lengths) // self.micro_batch,
-            "local_rollout_forward_batch_size": len(self.lengths),
+            "local_rollout_forward_batch_size": self.micro_batch if self.low_memory else len(self.lengths),
             "response_length": self.response_length,
             "total_episodes": len(self.lengths) * self.steps * self.processes,
             "num_ppo_epochs": self.epochs,
@@ -116,19 +117,23 @@ class StopSchedule(LogitsProcessor):
 
 
 def force_lengths(lengths: Sequence[int]) -> None:
-    """Make every `generate` of this process give answers of these lengths.
+    """Make every `generate` of this process give answers of these lengths, one batch after the other.
 
     Args:
         lengths: Tokens of each answer of a batch, the stop token included.
     """
     generate = GenerationMixin.generate
+    answered = 0
 
     @functools.wraps(generate)
     def scheduled(self: Any, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+        nonlocal answered
         ids = kwargs["input_ids"]
-        if len(ids) != len(lengths):
-            raise ValueError(f"{len(ids)} prompts are answered at once, but the schedule is for {len(lengths)}")
-        schedule = StopSchedule(lengths, ids.shape[1], SPECIAL.index(STOP))
+        own = lengths[answered : answered + len(ids)]
+        if len(ids) != len(own):
+            raise ValueError(f"{len(ids)} prompts are answered at once, but {len(own)} of the batch are left")
+        answered = (answered + len(ids)) % len(lengths)
+        schedule = StopSchedule(own, ids.shape[1], SPECIAL.index(STOP))
         processors = LogitsProcessorList([*(logits_processor or []), schedule])
         return generate(self, *args, logits_processor=processors, **kwargs)
 

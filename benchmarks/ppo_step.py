@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.harness import quiet, side_by_side, steps_needed
+from benchmarks.harness import quiet, returning_freed_memory, side_by_side, steps_needed
 from benchmarks.paper_schedule import PaperSchedule
 from benchmarks.ppo_sides import Step, copies_side, our_side, prepare, trl_side, whole_side
 from benchmarks.tables import Ratio, arguments, report
@@ -44,7 +44,7 @@ def measure(step: Step, runs: int, only: str = "") -> list[dict[str, Any]]:
         only: "time" or "memory" for the sides whose time, or whose memory, is compared; all otherwise.
 
     Returns:
-        What `alternate` returns.
+        What `alternate` returns, of the sides that are timed and of those whose memory is compared.
     """
     low = replace(step, micro_batch=1, epochs=1, low_memory=True)
     timed = {
@@ -57,8 +57,13 @@ def measure(step: Step, runs: int, only: str = "") -> list[dict[str, Any]]:
         COPIES: functools.partial(copies_side, step=low),
         WHOLE: functools.partial(whole_side, step=low),
     }
-    sides = {"time": timed, "memory": small}.get(only, timed | small)
-    return side_by_side(step, prepare, sides, runs, count=[side for side in timed if side in sides])
+    runs_of_both = []
+    if only != "memory":
+        runs_of_both += side_by_side(step, prepare, timed, runs, count=list(timed))
+    if only != "time":
+        with returning_freed_memory():
+            runs_of_both += side_by_side(low, prepare, small, runs)
+    return runs_of_both
 
 
 def measured(runs: list[dict[str, Any]]) -> dict[str, Ratio]:

@@ -159,6 +159,33 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_ppo, "LlavaPPOTrainer", LlavaPPOTrainer)
 
 
+def test_lengths_go_on_where_the_last_micro_batch_of_answers_ended(unpatched: None) -> None:
+    seen: list[Any] = []
+    GenerationMixin.generate = lambda self, *args, logits_processor, **kwargs: seen.append(logits_processor[0].lengths)
+    ppo_sides.force_lengths((3, 1, 2, 4))
+    for rows in (1, 3, 2, 2):
+        GenerationMixin.generate(None, input_ids=torch.zeros(rows, 5, dtype=torch.long))
+    assert [own.tolist() for own in seen] == [[3], [1, 2, 4], [3, 1], [2, 4]]
+    GenerationMixin.generate(None, input_ids=torch.zeros(3, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="2 prompts are answered at once, but 1 of the batch are left"):
+        GenerationMixin.generate(None, input_ids=torch.zeros(2, 5, dtype=torch.long))
+
+
+def test_the_peak_of_a_phase_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = OpenGate()
+    gate.on_train_begin()
+    kept = []
+    with gate.phase("wide"):
+        kept.append(bytearray(b"x" * 2**26))
+        kept.clear()
+    with gate.phase("narrow"):
+        kept.append(bytearray(b"x" * 2**24))
+    gate.report()
+    step = gate.steps[-1]
+    assert step["peak_mib"] == max(step["peaks"].values()) == step["peaks"]["wide"]
+    assert step["peaks"]["wide"] - step["held_mib"] >= 60 and step["peaks"]["wide"] - step["peaks"]["narrow"] >= 40
+
+
 def test_text_prompts_are_as_long_as_those_with_pictures(prepared: Path) -> None:
     prompts = ppo_sides.text_prompts(prepared)
     texts = 16 + 1 + 6 + 24  # picture, its line break's neighbour, question, template
@@ -193,7 +220,7 @@ def test_the_papers_schedule_computes_what_ours_does(prepared: Path, unpatched: 
     assert ours[1]["objective/kl"] > 0  # so the second step saw what the first had learned, on both sides
     for gate in gates:
         bare, *steps = gate.steps
-        assert set(bare) == {"bare_mib"} and len(steps) == 2
+        assert bare == {"ready": True} and len(steps) == 2
         for step in steps:
             assert step["phases"].keys() >= {"generation", "forward", "score", "update", "rest"}
             assert sum(step["phases"].values()) == pytest.approx(step["seconds"])

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, Gemma2Config, Gemma2ForCau
 
 from trl_llava.adapter_switching import active_adapter
 from trl_llava.chunked_head import Sampling, entropies_of, logprobs_of, token_statistics
+from trl_llava.memory_trace import MemoryTrace
 from trl_llava.passes import check_plain_head, response_logprobs
 from trl_llava.rollout import ModelInputs
 
@@ -27,6 +28,14 @@ def test_a_suppressed_token_has_probability_0_and_temperature_divides() -> None:
     logits = Sampling(temperature=0.5, suppressed=(2, 99)).logits(torch.tensor([[0.0, math.log(3.0) / 2, 50.0]]))
     torch.testing.assert_close(logprobs_of(logits, torch.tensor([1])), torch.tensor([3 / 4]).log())
     assert entropies_of(logits).isfinite().all()
+
+
+def test_logits_are_copied_once_and_those_of_the_head_stay() -> None:
+    raw = torch.ones(4, 1000)
+    with MemoryTrace() as trace:
+        logits = Sampling(suppressed=(5,)).logits(raw)
+    assert trace.peak < 1.1 * raw.nbytes
+    assert bool((raw == 1).all()) and logits[0, 5] == torch.finfo(torch.float32).min
 
 
 def prompts_and_answers() -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:

@@ -40,12 +40,11 @@ class Sampling(NamedTuple):
         """
         logits = raw.float() / (self.temperature + 1e-7)
         blocked = [token for token in self.suppressed if token < logits.shape[-1]]
-        if not blocked:
-            return logits
-        mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        mask[blocked] = True
-        # The smallest finite number rather than -inf: probability 0, and no 0 * inf in the entropy.
-        return logits.masked_fill(mask, torch.finfo(logits.dtype).min)
+        if blocked:  # in place: a copy would be as large again as the widest tensor of the model
+            # The smallest finite number rather than -inf: probability 0, and no 0 * inf in the entropy.
+            places = torch.tensor(blocked, device=logits.device)
+            logits.index_fill_(-1, places, torch.finfo(logits.dtype).min)
+        return logits
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
