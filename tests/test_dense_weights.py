@@ -91,9 +91,7 @@ def test_other_roles_on_the_base_do_not_show(tiny_llava_dir: Path, adapter: Path
 
 def test_a_projector_that_is_trained_whole_is_sent_as_trained(tiny_llava_dir: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, dtype=torch.float32)
-    model = get_peft_model(
-        model, LoraConfig(r=1, target_modules=TARGETS, modules_to_save=["multi_modal_projector"])
-    )
+    model = get_peft_model(model, LoraConfig(r=1, target_modules=TARGETS, modules_to_save=["multi_modal_projector"]))
     wrapper = model.get_base_model().model.multi_modal_projector
     with torch.no_grad():
         wrapper.modules_to_save["default"].linear_1.bias.fill_(7.0)

@@ -72,4 +72,9 @@ def refuse_vllm(args: Any) -> None:
     Raises:
         ValueError: If `use_vllm` is set.
     """
-    refuse(args, {"use_vllm": (False, "keeping image tokens out of answers has not been tried there")})
+    reason = (
+        "TRL 1.12 gives vLLM prompts whose image tokens are expanded already, which a colocated one expands again "
+        "(https://github.com/huggingface/trl/issues/6294), and knows no way to keep image tokens out of answers there; "
+        "`trl-llava ppo` has `use_vllm`"
+    )
+    refuse(args, {"use_vllm": (False, reason)})

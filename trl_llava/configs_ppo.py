@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl_llava.configs import OVERLONG_HELP, ROWS_ARE_OURS, TEMPLATE_HELP, Overlong, option, refuse, require_positive
+from trl_llava.configs_vllm import VLLMOptions, check_vllm
 from trl_llava.hub_names import split_fields
 
 with warnings.catch_warnings():
@@ -14,7 +15,7 @@ with warnings.catch_warnings():
 
 
 @dataclass
-class LlavaPPOConfig(PPOConfig):
+class LlavaPPOConfig(VLLMOptions, PPOConfig):
     """TRL's PPO config, plus prompts with images, the factual reward's terms and the first-step health check.
 
     With our fields at their defaults and text-only rows, training is TRL's.
@@ -172,6 +173,7 @@ class LlavaPPOConfig(PPOConfig):
                 f"{self.value_init!r}: set it to 'reward', or `value_head` to 'zero'."
             )
         self._check_batches()
+        check_vllm(self)
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("`stop_token` and `stop_token_id` exclude each other: leave one of them out.")
         if self.missing_eos_penalty is not None and self.stop_token is None and self.stop_token_id is None:

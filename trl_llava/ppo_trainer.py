@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -36,6 +36,7 @@ from trl_llava.blank_picture import look_on_every_process
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs_vllm import require_vllm
 from trl_llava.errors import InputError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
@@ -58,6 +59,9 @@ from trl_llava.rollout import ModelInputs, Rollout, lengths_of
 from trl_llava.scoring import RewardFunction, Scorer, needs_captions
 from trl_llava.shared_prefix import why_not
 from trl_llava.shared_weights import shares_weights
+
+if TYPE_CHECKING:
+    from trl_llava.vllm_rollouts import VLLMGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +130,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         image_features: ImageFeatures | None = None,
     ) -> None:
         refuse_launches(args)
+        require_vllm(args)
         honour_max_steps(args)
         set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -183,6 +188,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         self.generator = Generator(
             args, self.accelerator, self.tokenizer, self.stop_token_id, self.sampling, keep_logprobs=keep
         )
+        self.vllm = self._connect_to_vllm() if args.use_vllm else None
         self.share_prefix = self._can_share_prefix()
         self.ppo_update = PPOUpdate(
             args, self.accelerator, self.model, self.optimizer, self.sampling, self.share_prefix
@@ -270,6 +276,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
         with self.clock.phase("forward"):
             logprobs, ref_logprobs, values = self._ask_roles(*prompts, answers)
+        if self.vllm is not None:
+            self.vllm.compare(logprobs, answers.mask, step)
         return Rollout(
             inputs=inputs,
             value_inputs=value_inputs,
@@ -294,6 +302,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         Returns:
             The answers.
         """
+        if self.vllm is not None:
+            return self.vllm(inputs, columns["images"], step)
         return self.generator(policy, inputs, step)
 
     def score(self, rollout: Rollout, step: int) -> None:
@@ -432,6 +442,15 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
                 )
         return found
 
+    def _connect_to_vllm(self) -> "VLLMGenerator":
+        from trl_llava.vllm_rollouts import VLLMGenerator  # takes vLLM along, which takes its time and the GPU
+
+        policy = self.accelerator.unwrap_model(self.model).policy
+        tokens = (self.stop_token_id, list(self.sampling.suppressed))
+        return VLLMGenerator(
+            self.args, self.accelerator, self.processing_class, policy, *tokens, updates=lambda: self.state.global_step
+        )
+
     def _can_share_prefix(self) -> bool:
         """Whether several answers to a prompt run as one row, in every role alike."""
         if self.args.num_generations_per_prompt == 1 or not self.args.share_prefix:
@@ -480,7 +499,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         """
         gather = self.accelerator.gather
         metrics = step_metrics(rollout, update_metrics, self.args.kl_coef, gather, self.sum_over_processes)
-        metrics |= self.clock.metrics()
+        metrics |= self.clock.metrics() | ({} if self.vllm is None else self.vllm.differences)
         metrics["tokens_per_second"] = self.sum_over_processes(rollout.mask.sum()).item() / metrics["time/step"]
         episodes = self.state.episode - self.first_episode
         metrics["eps"] = episodes / (time.perf_counter() - self.train_start)

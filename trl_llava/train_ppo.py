@@ -18,6 +18,7 @@ from trl import DatasetMixtureConfig
 from trl_llava.adapter_role import cast_adapters
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs_vllm import require_vllm
 from trl_llava.console import run_as_program
 from trl_llava.factual_reward import FactualReward
 from trl_llava.image_features import GIB, ImageFeatures
@@ -61,6 +62,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     """
     words = sys.argv[1:] if args is None else args
     script_args, training_args, model_args, mixture, recipe = make_parser("train_ppo").parse(words)
+    require_vllm(training_args)
     run = begin("ppo", script_args, training_args, model_args, recipe)
     train_rows, eval_rows = load_splits(
         script_args,
