@@ -73,8 +73,7 @@ def refuse_vllm(args: Any) -> None:
         ValueError: If `use_vllm` is set.
     """
     reason = (
-        "TRL 1.12 gives vLLM prompts whose image tokens are expanded already, which a colocated one expands again "
-        "(https://github.com/huggingface/trl/issues/6294), and knows no way to keep image tokens out of answers there; "
-        "`trl-llava ppo` has `use_vllm`"
+        "TRL 1.12 hands vLLM prompts with expanded image tokens, which a colocated engine expands once more "
+        "(https://github.com/huggingface/trl/issues/6294); `trl-llava ppo` has `use_vllm`"
     )
     refuse(args, {"use_vllm": (False, reason)})
