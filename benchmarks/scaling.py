@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks.gate import Gate
-from benchmarks.harness import alternate, quiet, say, steps_needed
+from benchmarks.harness import alternate, bare_memory, quiet, returning_freed_memory, say, steps_needed
 from benchmarks.ppo_sides import Step, our_side, prepare
 from benchmarks.tables import arguments, markdown, median_of, write_json
-from benchmarks.workload import Size, describe
+from benchmarks.workload import TOY, Size, describe
 
 SMALL = Size(vocabulary=8_000, hidden=128, layers=4, heads=4, tower_hidden=64, tower_layers=3, image_tokens=144)
 GROWING: dict[str, tuple[int, ...]] = {
@@ -140,13 +140,29 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def measure(what: str, steps: dict[int, Step], runs: int) -> list[dict[str, Any]]:
+def bare(step: Step) -> float:
+    """What one process takes without a model to speak of.
+
+    Args:
+        step: Any step.
+
+    Returns:
+        MiB.
+    """
+    toy = replace(step, size=TOY, lengths=step.lengths[:1], response_length=max(step.lengths[:1]), micro_batch=1)
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), toy)
+        return bare_memory("bare", functools.partial(our_side, folder=Path(name), step=toy))
+
+
+def measure(what: str, steps: dict[int, Step], runs: int, bare_mib: float = 0.0) -> list[dict[str, Any]]:
     """Run the points of one thing that grows, in turn.
 
     Args:
         what: Its name.
         steps: Value -> step.
         runs: How many steps of each point count.
+        bare_mib: What `bare` returns; peaks are counted from there.
 
     Returns:
         One entry per point and run; `side` is the point's value, `growing` is `what`.
@@ -159,8 +175,9 @@ def measure(what: str, steps: dict[int, Step], runs: int) -> list[dict[str, Any]
             folder = Path(name)
             prepare(folder, step)
             side = functools.partial(one_of, rank=0, processes=processes, port=port, folder=folder, step=step)
+            point = f"{what} {value}"
             with followers(processes, port, folder, step):
-                found = alternate({f"{what} {value}": side}, runs)
+                found = alternate({point: side}, runs, bare={point: bare_mib})
         entries += [{**run, "growing": what, "value": value} for run in found]
     return entries
 
@@ -233,7 +250,11 @@ def main(words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), points("batch", (4,), start)[4])
         say(describe(SMALL, Path(folder) / "base"))
-    runs = [run for what in options.only for run in measure(what, points(what, GROWING[what], start), options.runs)]
+    runs = []
+    with returning_freed_memory():
+        bare_mib = bare(points("batch", (4,), start)[4])
+        for what in options.only:
+            runs += measure(what, points(what, GROWING[what], start), options.runs, bare_mib)
     orders = growth(runs)
     print(table(runs), end="\n\n")
     print(markdown([{"what grows by what": name, "order": order} for name, order in orders.items()]))
