@@ -49,6 +49,7 @@ LAYERS = (
             "micro_batches",
             "shared_prefix",
             "generation",
+            "growing_cache",
             "generation_batches",
             "ppo_setup",
             "ppo_update",

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoProcessor,
+    DynamicCache,
     LlamaConfig,
     LogitsProcessorList,
     MistralConfig,
@@ -24,7 +25,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.cache_utils import DynamicLayer
 
+from trl_llava import generation, growing_cache
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.data import rows_from
@@ -180,6 +183,7 @@ def make_generator(keep_logprobs: bool = False, stop: int = 2, **changes: Any) -
         "seed": 0,
         "local_rollout_forward_batch_size": 3,
         "cache_implementation": "dynamic",
+        "generation_cache_gib": None,
         "share_prefix": True,
         "torch_compile": False,
         **changes,
@@ -217,6 +221,39 @@ def test_a_static_cache_and_prompts_run_once_give_the_same_answers(
             policy, inputs, 1
         ).responses
         assert torch.equal(once, expected) and torch.equal(static, expected)
+
+
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+def test_the_growing_cache_gives_the_answers_of_transformers_own(
+    family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, _ = policy_and_value(family, request.getfixturevalue(family))
+    inputs = make_inputs(family, request.getfixturevalue(family))
+    monkeypatch.setattr(growing_cache, "ROOM", 3)  # moves in the middle of an answer
+    for rows in ([0, 1, 2, 3], [0, 2, 0, 1, 2]):  # each with its own prompt; prompts run once
+        generator = make_generator(keep_logprobs=True, response_length=9)
+        grown = generator(policy, inputs.select(rows), 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "growing_cache", lambda policy, _: DynamicCache(config=policy.config))
+            expected = generator(policy, inputs.select(rows), 1)
+        assert torch.equal(grown.responses, expected.responses)
+        torch.testing.assert_close(grown.logprobs, expected.logprobs, rtol=0, atol=1e-6)
+
+
+def test_a_growing_layer_is_a_dynamic_one_that_seldom_moves() -> None:
+    ours, theirs, places = growing_cache.GrowingLayer(100), DynamicLayer(), set()
+    chunks = torch.randn(100, 2, 2, 3, 1, 4, generator=torch.Generator().manual_seed(0))
+    for step, (keys, values) in enumerate(chunks):
+        for actual, expected in zip(ours.update(keys, values), theirs.update(keys, values), strict=True):
+            assert torch.equal(actual, expected)
+        if step == 20:  # rows are picked and tokens dropped in between
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([1, 0]))
+                layer.crop(-2)
+        places.add(ours.keys.data_ptr())
+    assert ours.get_seq_length() == theirs.get_seq_length() == 98
+    assert len(places) <= 4  # at the start, after rows were picked, when it is full, and behind the most
+    assert ours.whole["keys"][0].shape[-2] == 100
 
 
 @pytest.mark.parametrize("family", SCORE_CLASSES)

@@ -504,9 +504,12 @@ def test_logprobs_of_the_draw_and_of_a_pass_of_their_own_train_alike(tiny_llava_
         ("no", torch.bfloat16, {}, False),
         ("no", torch.float32, {"tf32": True}, False),
         ("no", torch.float32, {"is_quantized": True}, False),
+        ("no", torch.float32, {"device": "cuda"}, False),
+        ("no", torch.float32, {"device": "cuda", "generation_cache_gib": 1.0}, True),
     ],
 )
 def test_only_in_float32_do_generation_and_passes_round_alike(precision, dtype, settings, alike):
     policy = SimpleNamespace(dtype=dtype, is_quantized=settings.get("is_quantized", False))
-    args = SimpleNamespace(tf32=settings.get("tf32"))
-    assert rounds_alike(policy, args, SimpleNamespace(mixed_precision=precision)) == alike
+    args = SimpleNamespace(tf32=settings.get("tf32"), generation_cache_gib=settings.get("generation_cache_gib"))
+    accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device(settings.get("device", "cpu")))
+    assert rounds_alike(policy, args, accelerator) == alike

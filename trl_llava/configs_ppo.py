@@ -92,7 +92,8 @@ class LlavaPPOConfig(VLLMOptions, PPOConfig):
         "Ask the policy about its own answers in a pass of its own, instead of keeping the log-probabilities that the "
         "tokens were drawn with. None: only where the two differ by more than the last digits of float32, which is "
         "in 16 bit, with tf32 and on a quantised base: there KL and ratios would start from the rounding of "
-        "generation's KV cache. False there also needs a larger `first_step_kl_tolerance`.",
+        "generation's KV cache, and False also needs a larger `first_step_kl_tolerance`; and on a GPU without "
+        "`generation_cache_gib`, where the memory that is free would have a part in those last digits.",
     )
     logits_chunk_size: int = option(
         512, "For how many response tokens the language-model head runs at once: memory of this times the vocabulary."

@@ -18,6 +18,7 @@ from trl_llava.answers import Answers
 from trl_llava.chunked_head import Sampling, logprobs_of
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.generation_batches import GenerationBatches
+from trl_llava.growing_cache import growing_cache
 from trl_llava.passes import position_kwargs
 from trl_llava.randomness import RowNoise, row_keys
 from trl_llava.rollout import ModelInputs, chunks, pad_right
@@ -184,10 +185,14 @@ class Generator:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, R) token ids, and the log-probabilities that they were drawn with, if they are kept."""
         config, given = self.config, inputs.image_kwargs()
-        if self.args.share_prefix and config.cache_implementation == "dynamic" and can_prefill_once(policy, inputs):
+        if config.cache_implementation == "dynamic":
             config = copy.deepcopy(config)
             config.cache_implementation = None  # transformers takes a cache, or the name of one
-            given = {"past_key_values": prompts_once(policy, inputs)}
+            cache = growing_cache(policy, inputs.query_length + self.args.response_length)
+            if self.args.share_prefix and can_prefill_once(policy, inputs):
+                run_prompts_once(policy, inputs, cache)
+                given = {}
+            given["past_key_values"] = cache
         # Ahead of the noise, which is no part of the distribution.
         chosen = ChosenLogprobs(self.sampling) if self.keep_logprobs and keys is not None else None
         noise = None if keys is None else RowNoise(keys, inputs.query_length, self.args.temperature)
@@ -217,29 +222,27 @@ def can_prefill_once(policy: nn.Module, inputs: ModelInputs) -> bool:
     return getattr(policy.config, "image_token_id", None) not in inputs.input_ids[:, -1].tolist()
 
 
-def prompts_once(policy: nn.Module, inputs: ModelInputs) -> Cache:
-    """What the policy keeps of prompts, all but their last token, each run once and its copies made.
+def run_prompts_once(policy: nn.Module, inputs: ModelInputs, cache: Cache) -> None:
+    """Fill a cache with what the policy keeps of prompts, all but their last token, each run once and copied.
 
     Args:
         policy: the unwrapped policy.
         inputs: B prompts of which some are the same.
-
-    Returns:
-        A cache of B rows and Q - 1 tokens.
+        cache: an empty one; afterwards it has B rows and Q - 1 tokens.
     """
     first = {group: row for row, group in reversed(list(enumerate(inputs.groups)))}
     once = sorted(first.values())
     # Not `select`, which would cut padding: the cache has to be as wide as all prompts are.
     attention_mask = inputs.attention_mask[once][:, :-1]
     with computing(policy) as base:
-        cache = getattr(base, base.base_model_prefix)(
+        getattr(base, base.base_model_prefix)(
             **inputs.select(once).image_kwargs(),
             input_ids=inputs.input_ids[once][:, :-1].masked_fill(attention_mask == 0, 0),
             attention_mask=attention_mask,
             **position_kwargs(base, attention_mask),
+            past_key_values=cache,
             use_cache=True,
-        ).past_key_values
+        )
     place = {inputs.groups[row]: index for index, row in enumerate(once)}
     rows = torch.tensor([place[group] for group in inputs.groups], device=inputs.input_ids.device)
     cache.batch_select_indices(rows)
-    return cache

@@ -104,14 +104,16 @@ def rounds_alike(policy: nn.Module, args: LlavaPPOConfig, accelerator: Accelerat
 
     Args:
         policy: the policy.
-        args: `tf32`.
-        accelerator: knows the precision of passes.
+        args: `tf32` and `generation_cache_gib`.
+        accelerator: knows device and precision of passes.
 
     Returns:
-        `False` in 16 bit, with tf32, and on a quantised base, whose rounding depends on what else is in the batch.
+        `False` in 16 bit, with tf32, and on a quantised base, whose rounding depends on what else is in the batch; and
+        where free memory says how many prompts run at once, which a resumed run may find otherwise.
     """
     in_float32 = accelerator.mixed_precision == "no" and policy.dtype == torch.float32
-    return in_float32 and not args.tf32 and not getattr(policy, "is_quantized", False)
+    same_batches = accelerator.device.type == "cpu" or args.generation_cache_gib is not None
+    return in_float32 and same_batches and not args.tf32 and not getattr(policy, "is_quantized", False)
 
 
 def compile_layers(model: nn.Module, args: LlavaPPOConfig) -> None:
