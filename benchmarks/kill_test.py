@@ -3,7 +3,8 @@
     python -m benchmarks.kill_test [--kills 50] [--stage all] [--seed 0] [--json FILE]
 
 Each kill is a run of its own: started through a stage's entry point on a tiny model, killed in a rollout, in an
-update, within a save or anywhere (start and end included), and resumed with `--resume_from_checkpoint`. It counts as
+update, within a save, while the finished model is saved, or anywhere (start and end included), and resumed with
+`--resume_from_checkpoint`. No run may leave a model that loads and is not the uninterrupted run's. It counts as
 bit-identical if every logged number (times aside) and every byte of the final weights are those of the uninterrupted
 run. Steps lost are those that had been finished and had to be run again; a checkpoint is written every two steps.
 Processes are forked from this one, which has imported everything, so that a run takes seconds.
@@ -36,8 +37,9 @@ from rich.console import Console
 from rich.table import Table
 from tiny_trainers import even_tokens
 
-from trl_llava import train_ppo, train_reward, train_sft
+from trl_llava import output_dir, train_ppo, train_reward, train_sft
 from trl_llava.checkpoint_folders import checkpoints, step_of
+from trl_llava.finished_model import CONFIG_FILES
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sft_trainer import LlavaSFTTrainer
@@ -47,8 +49,9 @@ TRAINERS = {"sft": LlavaSFTTrainer, "reward": LlavaRewardTrainer, "ppo": LlavaPP
 PHASES = {"rollout": "rollout", "update": "update", "training_step": "update", "_save_checkpoint": "save"}
 """Method of a trainer -> the phase that it is."""
 MOMENTS = (
-    *(("ppo", "rollout"), ("ppo", "update"), ("ppo", "save"), ("sft", "save"), ("reward", "save")),
-    *(("ppo", "anywhere"), ("sft", "update"), ("reward", "update"), ("sft", "anywhere"), ("reward", "anywhere")),
+    *(("ppo", "rollout"), ("ppo", "update"), ("ppo", "save"), ("sft", "save"), ("sft", "end")),
+    *(("ppo", "end"), ("sft", "update"), ("reward", "update"), ("sft", "anywhere"), ("reward", "anywhere")),
+    *(("ppo", "anywhere"), ("reward", "end"), ("reward", "save")),
 )
 STEPS = 5
 TIMED = ("time/", "tokens_per_second", "eps", "train_runtime", "train_samples_per", "train_steps_per")
@@ -159,6 +162,7 @@ class Runs:
             for method, phase in PHASES.items():
                 if hasattr(TRAINERS[stage], method):
                     setattr(TRAINERS[stage], method, _told(getattr(TRAINERS[stage], method), phase, writer))
+            output_dir.finish = _told(output_dir.finish, "end", writer)
             MAINS[stage](words)
             status = 0
         except BaseException:
@@ -229,13 +233,24 @@ class Whole:
             name for name in sorted({*weights, *self.weights}) if weights.get(name) != self.weights.get(name)
         )
 
+    def left_half(self, folder: Path) -> str:
+        """A model that loads from a killed run's folder though it is not the one here; empty if there is none."""
+        loadable = [part for part in (".", "value_model") for file in CONFIG_FILES if (folder / part / file).is_file()]
+        wanted = {name: text for name, text in self.weights.items() if str(Path(name).parent) in loadable}
+        found = _weights(folder)
+        return ", ".join(sorted(name for name in wanted if found.get(name) != wanted[name]))
+
 
 def _outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """What a finished run has logged, and the hashes of its weights."""
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     numbers = [{name: value for name, value in entry.items() if not name.startswith(TIMED)} for entry in log]
+    return numbers, _weights(folder)
+
+
+def _weights(folder: Path) -> dict[str, str]:
     files = [*folder.glob("*.safetensors"), *folder.glob("value_model/*.safetensors")]
-    return numbers, {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def kill_and_resume(runs: Runs, stage: str, out: str, moment: Moment, whole: Whole) -> Kill | None:
@@ -246,8 +261,10 @@ def kill_and_resume(runs: Runs, stage: str, out: str, moment: Moment, whole: Who
     folder = runs.folder / out
     resumed_at = max(map(step_of, checkpoints(folder)), default=0)
     begun = (folder / "recipe.yaml").is_file()  # else it was killed before there was a run to resume
+    if half := whole.left_half(folder):
+        half = f"left half a model: {half}"
     status, _ = runs.run(stage, out, *(["--resume_from_checkpoint"] if begun else []))
-    difference = whole.difference(folder) if status == 0 else f"exit status {status}"
+    difference = half or (whole.difference(folder) if status == 0 else f"exit status {status}")
     landed_in = events[-1].phase if events and events[-1].begins else "between"
     finished = events[-1].finished_steps if events else 0
     return Kill(stage, moment.phase, landed_in, finished, resumed_at, difference)
@@ -257,11 +274,13 @@ def kill_all(folder: Path, kills: int, stages: list[str], seed: int) -> list[Kil
     """Kill and resume so many runs, the stages and phases in turn."""
     torch.set_num_threads(1)  # what is forked must have no threads
     runs = Runs(folder)
-    whole = {stage: Whole(runs, stage) for stage in stages}
+    whole: dict[str, Whole] = {}
     moments = [moment for moment in MOMENTS if moment[0] in stages]
     done: list[Kill] = []
     for attempt in range(4 * kills):
         stage, phase = moments[len(done) % len(moments)]
+        if stage not in whole:
+            whole[stage] = Whole(runs, stage)
         moment = whole[stage].draw(phase, random.Random(f"{seed}-{attempt}"))
         kill = kill_and_resume(runs, stage, f"{stage}_{attempt}", moment, whole[stage])
         if kill is not None:

@@ -18,6 +18,6 @@ def test_five_kills(tmp_path: Path) -> None:
     result = json.loads(report.read_text())
     assert (result["kills"], result["identical"]) == (5, 5)
     assert [(kill["stage"], kill["aimed_at"]) for kill in result["each"]] == [
-        *(("ppo", "rollout"), ("ppo", "update"), ("ppo", "save"), ("sft", "save"), ("reward", "save"))
+        *(("ppo", "rollout"), ("ppo", "update"), ("ppo", "save"), ("sft", "save"), ("sft", "end"))
     ]
     assert all(0 <= kill["lost"] <= 2 for kill in result["each"])  # a checkpoint is written every two steps

@@ -15,7 +15,7 @@ import torch
 from tiny_trainers import even_tokens, make_adapter, ppo_trainer
 from transformers import Trainer, TrainerCallback
 
-from trl_llava import safe_checkpoints, stop_signals
+from trl_llava import checkpoint_folders, safe_checkpoints, stop_signals
 from trl_llava.checkpoint_folders import checkpoints, find_checkpoint, step_of
 from trl_llava.disk_full import DiskFullError, explain_full_disk
 from trl_llava.errors import ExplainedError
@@ -232,7 +232,7 @@ def test_a_limit_of_one_keeps_the_last_good_one_behind_a_damaged_one(
 
     limited = build(stage, tiny_llava_dir, tmp_path / "run", save_total_limit=1, **saving)
     with monkeypatch.context() as patched:
-        patched.setattr(limited, "_save_rng_state", full)
+        patched.setattr(checkpoint_folders, "write_manifest", full)  # all is written, and the later ones set aside
         with pytest.raises(DiskFullError):
             limited.train(resume_from_checkpoint=good)
     check_manifest(good)
