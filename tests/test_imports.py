@@ -61,6 +61,7 @@ LAYERS = (
             "health",
             "finite_steps",
             "blank_picture",
+            "fsdp_layers",
             "shared_weights",
             "reward_settings",
         ),
@@ -96,7 +97,7 @@ LAYERS = (
             "loop_state",
             "full_weights",
         ),
-        *("stop_signals", "pass_on_signals", "resume_command", "disk_full"),
+        *("stop_signals", "worker_signals", "pass_on_signals", "resume_command", "disk_full"),
     ),
     (
         *(

@@ -54,5 +54,17 @@ def test_deepspeed_reads_only_its_own_number_of_parts(tmp_path: Path, monkeypatc
 
 def test_without_deepspeed_nothing_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ProcessCountError, match="written without DeepSpeed, and this run is under DeepSpeed with 1"):
+    with pytest.raises(ProcessCountError, match="without DeepSpeed or FSDP, and this run is under DeepSpeed with 1"):
         check_processes(checkpoint(tmp_path), arguments(1, 2))
+
+
+def test_fsdp_keeps_its_optimizer_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = checkpoint(tmp_path, processes=2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ProcessCountError, match="written without DeepSpeed or FSDP, and this run is under FSDP"):
+        check_processes(place, arguments(1, 4))
+    (place / "pytorch_model_fsdp.bin").touch()
+    check_processes(place, arguments(1, 4))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    with pytest.raises(ProcessCountError, match="written under FSDP, and this run is without"):
+        check_processes(place, arguments(1, 4))

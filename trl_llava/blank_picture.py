@@ -33,7 +33,8 @@ def look_on_every_process(
 ) -> bool:
     """Let passes without a picture run tower and projector on a blank one, where that is needed.
 
-    The features are multiplied by 0 and added to the hidden states, so they change neither result nor gradients.
+    The features are multiplied by 0 and added to what the language model reads, so they change neither result nor
+    gradients.
 
     Args:
         model: the model that will be prepared, with or without PEFT around it.
@@ -84,7 +85,7 @@ def sees_with_trained_parts(model: nn.Module) -> bool:
 
 
 class _Look:
-    """The two hooks around a pass: tower and projector first, whoever has pictures, then the language model."""
+    """The hooks of a pass: tower and projector first, whoever has pictures, then the language model."""
 
     def __init__(self, backbone: nn.Module, blank: dict[str, torch.Tensor]) -> None:
         self.blank = blank
@@ -92,6 +93,8 @@ class _Look:
         self.can = takes_encoded_images(backbone)
         self.nothing: torch.Tensor | None = None
         backbone.register_forward_pre_hook(self.before, with_kwargs=True)
+        if (language_model := getattr(backbone, "language_model", None)) is not None:
+            language_model.register_forward_pre_hook(self.into_embeddings, with_kwargs=True)
         backbone.register_forward_hook(self.after)
 
     def before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -116,6 +119,17 @@ class _Look:
         encoded = backbone.get_image_features(**given, return_dict=True)
         left = {name: value for name, value in kwargs.items() if name not in given}
         return args, {**left, "mm_encoder_outputs": {"image": encoded}}
+
+    def into_embeddings(
+        self, language_model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        # Where pictures enter too: FSDP shares out a layer's gradients when those of its input are there, so that with
+        # a trained projector the first layer would come in another order on a process that has none.
+        embeddings, nothing = kwargs.get("inputs_embeds"), self.nothing
+        if embeddings is None or nothing is None:
+            return None
+        self.nothing = None
+        return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}
 
     def after(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
         if self.nothing is not None:

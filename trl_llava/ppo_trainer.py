@@ -264,12 +264,13 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         columns = {
             name: [entry for entry in column for _ in range(times)] for name, column in batch["columns"].items()
         }
+        self.image_features.begin_step()
+        if self.ref_model is not None:  # else the reference sees with the policy's tower
+            with torch.no_grad(), self.gathered(self.ref_model) as reference, self.clock.phase("images"):
+                ref_inputs = self.image_features.encode(reference, ref_inputs, at_once).repeated(times)
         with torch.no_grad(), self.gathered() as model:
             with self.clock.phase("images"):
-                self.image_features.begin_step()
                 value_inputs = self.image_features.encode(model.value_model, value_inputs, at_once).repeated(times)
-                if self.ref_model is not None:  # else the reference sees with the policy's tower
-                    ref_inputs = self.image_features.encode(self.ref_model, ref_inputs, at_once).repeated(times)
                 inputs = self.image_features.encode(model.policy, inputs, at_once).repeated(times)
             with self.clock.phase("generation"):
                 answers = self.generate(model.policy, inputs, columns, step)
@@ -382,17 +383,21 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
         return self.accelerator.reduce(value, reduction="sum")
 
     @contextmanager
-    def gathered(self) -> Iterator[PolicyAndValue]:
-        """The unwrapped models in eval mode, whole on every process.
+    def gathered(self, prepared: nn.Module | None = None) -> Iterator[Any]:
+        """A model unwrapped, in eval mode and whole on every process.
 
         Inside, processes may run different numbers of passes, as when one of them has no image to encode.
 
+        Args:
+            prepared: a prepared model; by default policy and value model together.
+
         Yields:
-            Policy and value model.
+            The model.
         """
-        self.model.eval()
+        prepared = self.model if prepared is None else prepared
+        prepared.eval()
         gather = self.args.ds3_gather_for_generation
-        with unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=gather) as model:
+        with unwrap_model_for_generation(prepared, self.accelerator, gather_deepspeed3_params=gather) as model:
             yield model
 
     @contextmanager

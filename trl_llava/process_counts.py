@@ -1,8 +1,8 @@
 """A checkpoint and the number of processes that go on from it: what fits, and what is refused before anything loads.
 
 Which rows a step takes, and in PPO the noise of every draw, are functions of seed and step, not of processes; so under
-DDP a run goes on with another number of them, as long as a step takes as many rows as before. What DeepSpeed has cut
-into one part for each process is read by as many again.
+DDP and FSDP a run goes on with another number of them, as long as a step takes as many rows as before. What DeepSpeed
+has cut into one part for each process is read by as many again.
 """
 
 import json
@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 
 from trl_llava.errors import InputError
 from trl_llava.recipe_values import RecipeLoader
+
+_WHOLE, _FSDP = "without DeepSpeed or FSDP", "under FSDP"
 
 
 class ProcessCountError(InputError):
@@ -32,16 +34,15 @@ def check_processes(checkpoint: Path, args: TrainingArguments) -> None:
         args: the arguments of the run that goes on.
 
     Raises:
-        ProcessCountError: if DeepSpeed wrote it for another number of processes, or one of the two runs is without
-            DeepSpeed, or a step would take another number of rows.
+        ProcessCountError: if DeepSpeed wrote it for another number of processes, or only one of the two runs is under
+            DeepSpeed or FSDP, or a step would take another number of rows.
     """
     processes = PartialState().num_processes  # PPO's `world_size` is not set yet
-    written = _shards(checkpoint)
-    now = processes if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else 0
+    written, now = _way_written(checkpoint), _way(processes)
     if written != now:
         raise ProcessCountError(
-            f"checkpoint {checkpoint} was written {_by(written)}, and this run is {_by(now)}: DeepSpeed keeps the "
-            f"optimizer in one part for each process. Resume {_by(written)}, or start a new run with its weights"
+            f"checkpoint {checkpoint} was written {written}, and this run is {now}: each way keeps the optimizer in "
+            f"parts or files of its own. Resume {written}, or start a new run with its weights"
         )
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     before = _rows_per_step(checkpoint, state)
@@ -55,16 +56,25 @@ def check_processes(checkpoint: Path, args: TrainingArguments) -> None:
         )
 
 
-def _by(processes: int) -> str:
-    return f"under DeepSpeed with {processes} processes" if processes else "without DeepSpeed"
+def _way(processes: int) -> str:
+    """How this run shares its optimizer out, as `_way_written` says it of a checkpoint."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return _deepspeed(processes)
+    return _FSDP if os.environ.get("ACCELERATE_USE_FSDP") == "true" else _WHOLE
 
 
-def _shards(checkpoint: Path) -> int:
-    """For how many processes DeepSpeed wrote; 0 without it."""
+def _way_written(checkpoint: Path) -> str:
+    if any(checkpoint.glob("pytorch_model_fsdp*")):
+        return _FSDP
     tag = checkpoint / "latest"
     if not tag.is_file():
-        return 0
-    return len(list((checkpoint / tag.read_text().strip()).glob("*zero_pp_rank_*_optim_states.pt")))
+        return _WHOLE
+    parts = (checkpoint / tag.read_text().strip()).glob("*zero_pp_rank_*_optim_states.pt")
+    return _deepspeed(len(list(parts)))
+
+
+def _deepspeed(processes: int) -> str:
+    return f"under DeepSpeed with {processes} processes"
 
 
 def _rows_per_step(checkpoint: Path, state: dict[str, Any]) -> int | None:

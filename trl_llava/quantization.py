@@ -9,6 +9,7 @@ import logging
 
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import get_quantization_config
 
 from trl_llava.configs import LlavaModelConfig
@@ -30,12 +31,17 @@ def quantization_config(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
 
     Raises:
         ImportError: If bitsandbytes is not installed.
-        ValueError: If 4 bit comes without a dtype to compute in.
+        ValueError: If 4 bit comes without a dtype to compute in, or the model is to be loaded under ZeRO-3.
     """
     field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError(
             f"{field} needs bitsandbytes, which is not installed: `pip install trl-llava[qlora]`"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise InputError(
+            f"{field} does not go with ZeRO-3, which cannot share packed weights out over processes. Use it under "
+            "DDP or ZeRO-2 (`--accelerate_config ddp` or `zero2`), or ZeRO-3 with a base in 16 bit"
         )
     if model_args.load_in_4bit and model_args.dtype in (None, "auto"):
         raise InputError(f"{field} needs a dtype to compute in: set dtype to bfloat16 (found {model_args.dtype!r})")

@@ -14,6 +14,7 @@ from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
+from trl_llava.fsdp_layers import shard_by_layers
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
@@ -80,6 +81,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, RewardTrainer):
             processing_class.chat_template = tokenizer.chat_template
         self.processing_class = self.callback_handler.processing_class = processing_class
         look_on_every_process(self.model, processing_class, self.accelerator)
+        shard_by_layers(self.model, self.accelerator)
 
     def _why_pairs_run_apart(self) -> str | None:
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model

@@ -12,6 +12,7 @@ from trl_llava.collators import SFTCollator
 from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
+from trl_llava.fsdp_layers import shard_by_layers
 from trl_llava.lengths import drop_overlong
 from trl_llava.safe_checkpoints import SafeCheckpoints
 
@@ -71,6 +72,7 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, SFTTrainer):
             **kwargs,
         )
         look_on_every_process(self.model, processing_class, self.accelerator)
+        shard_by_layers(self.model, self.accelerator)
 
     def _set_signature_columns_if_needed(self) -> None:
         # `None` until transformers asks for the first time.

@@ -11,6 +11,8 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from trl_llava.worker_signals import workers_shielded
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ONE_PRESS = 1.0
 """Seconds within which a second SIGINT is the same press: the terminal and the launcher both pass it on."""
@@ -62,7 +64,8 @@ class StopSignals:
             return
         before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         try:
-            yield
+            with workers_shielded():
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
