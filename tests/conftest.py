@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stage_runs
 import tiny_models
 import torch
 from hub_login import hub_client
@@ -45,6 +46,14 @@ def tiny_llava_onevision_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random text-only Llama and its tokenizer. Read only."""
     return tiny_models.tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def one_process(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `stage_runs.run_as_one`: what runs of several processes start from and are compared with."""
+    folder = tmp_path_factory.mktemp("stages")
+    stage_runs.run_as_one(folder, tiny_llava_dir)
+    return folder
 
 
 @pytest.fixture

@@ -1,129 +1,123 @@
 """Really launched processes train as one with the same global batch does: all stages, saved and resumed too."""
 
-import importlib
 import json
 import os
 import socket
 import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny_models
 import torch
 import yaml
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from stage_runs import BACKENDS, launch, run_words, start, write_rows
-from transformers import LlamaConfig, LlamaForCausalLM
+from stage_runs import (
+    BACKENDS,
+    CONFIGS,
+    NOT_COMPARED,
+    NOT_RESUMED,
+    STAGES,
+    assert_same_logs,
+    end_of,
+    launch,
+    run_words,
+    start,
+    whole_model_words,
+)
 
 # One worker of pytest-xdist makes the runs that these tests compare.
 pytestmark = pytest.mark.xdist_group("launched")
-CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
-STAGES = ("sft", "reward", "ppo")
-# Measured times, and what TRL and transformers count anew after a restart.
-NOT_COMPARED = ("time/", "tokens_per_second", "eps", "runtime", "per_second", "flos")
-NOT_RESUMED = (*NOT_COMPARED, "num_tokens", "train_loss")
-
-
-@pytest.fixture(scope="module")
-def work(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows, an adapter and a reward model to start PPO from, and the runs of one process, in `one/`."""
-    folder = tmp_path_factory.mktemp("stages")
-    write_rows(folder)
-    for stage in ("sft", "reward"):
-        run(stage, run_words(folder, tiny_llava_dir, folder / "start", stage, 1, "--max_steps", "1"))
-    for stage in STAGES:
-        run(stage, run_words(folder, tiny_llava_dir, folder / "one", stage, 1))
-    return folder
-
-
-def run(stage: str, words: list[str]) -> None:
-    importlib.import_module(f"trl_llava.train_{stage}").main(words)
 
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
-def two(request: pytest.FixtureRequest, work: Path, tiny_llava_dir: Path) -> Path:
-    """The same runs on two processes, and again in `resumed/` from their second checkpoint."""
-    out = work / request.param
+def two(request: pytest.FixtureRequest, one_process: Path, tiny_llava_dir: Path) -> Path:
+    """The same runs on two processes, and again in `resumed/` from their second checkpoint.
+
+    In `killed/`, PPO is killed while it writes its last checkpoint, and goes on from the one before.
+    """
+    out = one_process / request.param
     out.mkdir()
-    plan = [(stage, run_words(work, tiny_llava_dir, out, stage, 2)) for stage in STAGES]
+
+    def words(folder: str, stage: str, *more: str) -> list[str]:
+        return run_words(one_process, tiny_llava_dir, out / folder, stage, 2, *more)
+
+    def launched(*plan: tuple) -> tuple[int, str]:
+        (out / "plan.json").write_text(json.dumps(plan))
+        return launch(out, BACKENDS[request.param], 2, "launched_stages.py", str(out / "plan.json"))
+
+    tokens = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--num_mini_batches", "1"]
+    tokens += ["--learning_rate", "0.001", "--max_tokens_per_micro_batch", "33"]
+    whole = [(stage, words("", stage)) for stage in STAGES] + [("ppo", words("tokens", "ppo", *tokens))]
+    if request.param == "zero3":
+        whole.append(("ppo", whole_model_words(one_process, tiny_llava_dir, out / "whole_model", 2)))
+    status, errors = launched(*whole, ("ppo", words("killed", "ppo"), ("killed_at", 3)))
+    assert status == 1 and "SIGKILL" in errors, errors[-5000:]
+    assert sorted(path.name for path in (out / "killed" / "ppo").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    assert (out / "killed" / "ppo" / "_checkpoint-3.unfinished").is_dir()
+    plan = [("ppo", words("killed", "ppo", "--resume_from_checkpoint"))]
     for stage in STAGES:
-        resume = ["--resume_from_checkpoint", f"{out}/{stage}/checkpoint-2"]
-        plan.append((stage, run_words(work, tiny_llava_dir, out / "resumed", stage, 2, *resume)))
-    if request.param == "ddp":
-        for stage in STAGES:
-            resume = ["--resume_from_checkpoint", f"{work}/one/{stage}/checkpoint-2"]
-            plan.append((stage, run_words(work, tiny_llava_dir, out / "joined", stage, 2, *resume)))
-    (out / "plan.json").write_text(json.dumps(plan))
-    status, errors = launch(out, BACKENDS[request.param], 2, "launched_stages.py", str(out / "plan.json"))
+        plan.append((stage, words("resumed", stage, "--resume_from_checkpoint", f"{out}/{stage}/checkpoint-2")))
+        if request.param == "ddp":
+            joined = ["--resume_from_checkpoint", f"{one_process}/one/{stage}/checkpoint-2"]
+            plan.append((stage, words("joined", stage, *joined)))
+    status, errors = launched(*plan)
     assert status == 0, errors[-5000:]
     assert not (out / "compiled").exists()  # or every new machine would wait for it
     return out
 
 
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return json.loads((run / "trainer_state.json").read_text())["log_history"]
-
-
-def assert_same_logs(actual: Path, expected: Path, without: tuple[str, ...]) -> None:
-    assert len(log_of(actual)) == len(log_of(expected))
-    for entry, wanted in zip(log_of(actual), log_of(expected), strict=True):
-        for name, value in wanted.items():
-            if not any(part in name for part in without):
-                assert entry[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, wanted.get("step"))
-
-
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_log_and_train_as_one(work: Path, two: Path, stage: str) -> None:
-    assert_same_logs(two / stage, work / "one" / stage, NOT_COMPARED)
+def test_two_processes_log_and_train_as_one(one_process: Path, two: Path, stage: str) -> None:
+    assert_same_logs(two / stage, one_process / "one" / stage, NOT_COMPARED)
     parts = ["adapter_model.safetensors"] + ["value_model/adapter_model.safetensors"] * (stage == "ppo")
     for part in parts:
-        expected, actual = (load_file(folder / stage / part) for folder in (work / "one", two))
+        expected, actual = (load_file(folder / stage / part) for folder in (one_process / "one", two))
         assert expected.keys() == actual.keys()
         for name, weight in expected.items():
             torch.testing.assert_close(actual[name], weight, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_resume_as_if_never_stopped(two: Path, stage: str) -> None:
-    assert_same_logs(two / "resumed" / stage, two / stage, NOT_RESUMED)
-    expected, actual = (load_file(folder / stage / "adapter_model.safetensors") for folder in (two, two / "resumed"))
+def test_token_budgets_that_split_each_process_otherwise_change_nothing(one_process: Path, two: Path) -> None:
+    assert_same_logs(two / "tokens" / "ppo", one_process / "one_mini_batch" / "ppo", NOT_COMPARED)
+
+
+@pytest.mark.parametrize(("again", "stage"), [*(("resumed", stage) for stage in STAGES), ("killed", "ppo")])
+def test_two_processes_resume_as_if_never_stopped(two: Path, again: str, stage: str) -> None:
+    assert_same_logs(two / again / stage, two / stage, NOT_RESUMED, tolerance=0)
+    expected, actual = (load_file(folder / stage / "adapter_model.safetensors") for folder in (two, two / again))
     assert all(torch.equal(actual[name], weight) for name, weight in expected.items())
 
 
+def test_a_reference_with_weights_of_its_own_sees_on_every_process(one_process: Path, two: Path) -> None:
+    """Under ZeRO-3 it is shared out too, so that none may look alone."""
+    if two.name == "zero3":
+        assert_same_logs(two / "whole_model" / "ppo", one_process / "one_whole_model" / "ppo", NOT_COMPARED)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_go_on_from_a_checkpoint_of_one(work: Path, two: Path, stage: str) -> None:
+def test_two_processes_go_on_from_a_checkpoint_of_one(one_process: Path, two: Path, stage: str) -> None:
     if two.name == "ddp":
-        assert_same_logs(two / "joined" / stage, work / "one" / stage, NOT_RESUMED)
+        assert_same_logs(two / "joined" / stage, one_process / "one" / stage, NOT_RESUMED)
 
 
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_process_that_fails_ends_the_run_in_seconds_and_says_why_first(
-    work: Path, tiny_llava_dir: Path, tmp_path: Path
+    one_process: Path, tiny_llava_dir: Path, tmp_path: Path, stage: str
 ) -> None:
-    own = [
-        "--value_init",
-        "policy",
-        "--reward_funcs",
-        "launched_stages:failing_on_the_second",
-        "--save_strategy",
-        "no",
-    ]
-    words = run_words(work, tiny_llava_dir, tmp_path, "ppo", 2, *own)
-    (tmp_path / "plan.json").write_text(json.dumps([("ppo", words)]))
-    status, errors = launch(tmp_path, BACKENDS["ddp"], 2, "launched_stages.py", str(tmp_path / "plan.json"))
-    seconds = time.time() - float((tmp_path / "failed_at").read_text())
-    assert status == 1 and seconds < 20
+    words = run_words(one_process, tiny_llava_dir, tmp_path, stage, 2, "--save_strategy", "no")
+    (tmp_path / "plan.json").write_text(json.dumps([(stage, words, ("fails_on", 1))]))
+    process = start(tmp_path, BACKENDS["ddp"], 2, "launched_stages.py", str(tmp_path / "plan.json"))
+    status, _, errors, seconds = end_of(process, since="error (process")
+    assert status == 1 and seconds < 20, errors[-5000:]
     said = errors.index("error (process 1 of 2): rows.json[3]: its picture is gone")
     assert "Traceback" not in errors[:said]
     assert "rank      : 1" in errors[errors.index("Root Cause") :]
 
 
-def test_two_machines_train_as_one_process(work: Path, tiny_llava_dir: Path, tmp_path: Path) -> None:
-    words = run_words(work, tiny_llava_dir, tmp_path, "ppo", 2, "--save_strategy", "no")
+def test_two_machines_train_as_one_process(one_process: Path, tiny_llava_dir: Path, tmp_path: Path) -> None:
+    words = run_words(one_process, tiny_llava_dir, tmp_path, "ppo", 2, "--save_strategy", "no")
     (tmp_path / "plan.json").write_text(json.dumps([("ppo", words)]))
     multi_node = yaml.safe_load((CONFIGS / "multi_node.yaml").read_text())
     machines = {"num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": free_port()}
@@ -135,7 +129,7 @@ def test_two_machines_train_as_one_process(work: Path, tiny_llava_dir: Path, tmp
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    assert_same_logs(tmp_path / "ppo", work / "one" / "ppo", NOT_COMPARED)
+    assert_same_logs(tmp_path / "ppo", one_process / "one" / "ppo", NOT_COMPARED)
 
 
 def free_port() -> int:
@@ -160,16 +154,3 @@ def test_slurm_script_starts_one_launcher_on_each_machine(tmp_path: Path) -> Non
         "-m trl_llava.train_ppo --config ppo.yaml --run_name two words"
     )
     assert printed == f"{expected}\n"
-
-
-def test_fsdp2_configuration_makes_accelerates_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = launch_command_parser()
-    args = parser.parse_args(["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2", "script.py"])
-    args, _, _ = _validate_launch_command(args)
-    for name, value in prepare_multi_gpu_env(args).items():
-        if name.startswith(("FSDP_", "ACCELERATE_")):
-            monkeypatch.setenv(name, value)
-    plugin = FullyShardedDataParallelPlugin()
-    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
-    plugin.set_auto_wrap_policy(tiny_model := LlamaForCausalLM(LlamaConfig(**tiny_models.text_config(64))))
-    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(tiny_model.model.layers[0])}
