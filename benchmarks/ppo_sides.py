@@ -55,7 +55,8 @@ class Step:
         steps: How many steps are run.
         processes: How many processes run such a step together.
         low_memory: Whether to run as where memory is short: passes are run again in the backward pass instead of
-            being kept, and the phases before it, generation included, take micro-batches too, not all rows at once.
+            being kept, the phases before the update, generation included, take micro-batches too instead of all rows
+            at once, and our trainer's head runs at 64 tokens at once.
     """
 
     size: Size = FULL
@@ -180,7 +181,10 @@ def our_side(
 
     train_ppo.LlavaPPOTrainer = Gated
     # With a fresh adapter the reference is the bare base, as on TRL's side.
-    run_stage(train_ppo.main, folder, step.size, {"reward_model_path": folder / "reward", **step.values(), **fields})
+    values = {"reward_model_path": folder / "reward", **step.values()}
+    if step.low_memory:
+        values["logits_chunk_size"] = 64
+    run_stage(train_ppo.main, folder, step.size, {**values, **fields})
 
 
 def copies_side(gate: Gate, folder: Path, step: Step) -> None:
