@@ -51,10 +51,8 @@ class Gate(TrainerCallback):
         if turn == "count":
             self.counter = FlopCounterMode(display=False)
             self.counter.__enter__()  # left in `report`: the step lies between two calls of this callback
-        CLEAR_REFS.write_text("5")  # the peak of resident memory starts again from what is resident now
-        self.held_mib = memory_mib("VmRSS") - self.bare_mib
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        _start_peak_again()
+        self.held_mib, self.reserved_mib = held_mib() - self.bare_mib, 0.0
         self.start, self.cpu_start = _now(), time.process_time()
 
     def report(self) -> None:
@@ -67,11 +65,11 @@ class Gate(TrainerCallback):
             "peak_mib": max(self.peaks.values()),
             "held_mib": self.held_mib,
             "peaks": dict(self.peaks),
-            "resident_mib": memory_mib("VmRSS"),
+            "resident_mib": held_mib(),
             "phases": {**self.phases, "rest": seconds - sum(self.phases.values())},
         }
         if torch.cuda.is_available():
-            step["gpu_mib"] = torch.cuda.max_memory_reserved() / 2**20
+            step["gpu_mib"] = self.reserved_mib
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
             total = float(self.counter.get_total_flops())
@@ -104,8 +102,10 @@ class Gate(TrainerCallback):
         Args:
             name: What has been done since.
         """
-        self.peaks[name] = max(self.peaks[name], memory_mib("VmHWM") - self.bare_mib)
-        CLEAR_REFS.write_text("5")
+        self.peaks[name] = max(self.peaks[name], _peak_mib() - self.bare_mib)
+        if torch.cuda.is_available():
+            self.reserved_mib = max(self.reserved_mib, torch.cuda.max_memory_reserved() / 2**20)
+        _start_peak_again()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function whose calls are measured as a phase.
@@ -151,6 +151,28 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def held_mib() -> float:
+    """What is held now.
+
+    Returns:
+        MiB: of the GPU's memory where there is one, else resident memory of this process.
+    """
+    return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else memory_mib("VmRSS")
+
+
+def _peak_mib() -> float:
+    """The most that was held since `_start_peak_again`."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else memory_mib("VmHWM")
+
+
+def _start_peak_again() -> None:
+    """Let peaks start from what is held now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        CLEAR_REFS.write_text("5")
 
 
 def memory_mib(field: str) -> float:

@@ -4,24 +4,29 @@
 
 For each stage and base, the batch doubles until the card is full: tokens/s, peak memory, the share of the card's
 bfloat16 peak that the step's matrix work makes up, the share of its memory bandwidth that generation reads weights and
-cache at, and the largest of these batches that fits cards of 24, 48, 80 and 140 GB. Nothing is downloaded: the weights
-are drawn (14 GB on disk, in a temporary folder that `--folder` moves).
+cache at, and the largest of these batches that fits cards of 24, 48, 80 and 140 GB: what took more of this card is
+tried again with PyTorch kept to what such a card has. Nothing is downloaded: the weights are drawn (14 GB on disk, in
+a temporary folder that `--folder` moves). A fault ends the sweep with the table of what was measured until then.
 
 Without a CUDA device the command ends with an error.
 """
 
+import argparse
 import functools
-import statistics
+import multiprocessing
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks import ppo_sides, reward_step, sft_step
-from benchmarks.gpu_work import Card, decoding_bytes, find_card, pass_flops, training_flops
+from benchmarks.gate import Gate
+from benchmarks.gpu_tables import Case, largest_batches, ppo_of, table
+from benchmarks.gpu_work import Card, find_card
 from benchmarks.harness import Side, alternate, quiet, say, steps_needed
 from benchmarks.rows import make_rows
 from benchmarks.tables import arguments, markdown, write_json
@@ -37,23 +42,8 @@ BASES: dict[str, dict[str, Any]] = {
     "nf4": {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "load_in_4bit": True},
 }
 """Base -> keys of the recipe. TRL's default for 4 bit is NF4."""
-CAPACITIES_GB = (24, 48, 80, 140)
-USABLE = 0.95
-"""The share of a card that PyTorch may fill: the rest is CUDA's own, and what fragments."""
-
-
-class Case(NamedTuple):
-    """One point of the sweep.
-
-    Attributes:
-        stage: "sft", "reward" or "ppo".
-        base: "bf16" or "nf4".
-        batch: Rows (pairs of the reward model) that a pass takes at once, and a step trains on.
-    """
-
-    stage: str
-    base: str
-    batch: int
+OUT_OF_MEMORY = ("OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""What a traceback says of a case that does not fit."""
 
 
 def make_side(case: Case, size: Size, folder: Path, steps: int, response_length: int) -> Side:
@@ -82,24 +72,8 @@ def make_side(case: Case, size: Size, folder: Path, steps: int, response_length:
             reward_step.side, folder=folder, step=pairs, trainer_class=LlavaRewardTrainer, judged=True, **fields
         )
     step = ppo_of(case, size, steps, response_length)
-    make_rows(size, folder / "rows", case.batch, {})
+    make_rows(size, folder / "rows", case.batch * steps, {})
     return functools.partial(ppo_sides.our_side, folder=folder, step=step, **fields)
-
-
-def ppo_of(case: Case, size: Size, steps: int, response_length: int) -> ppo_sides.Step:
-    """The PPO step of a case: answers of four lengths, evenly spread up to the limit.
-
-    Args:
-        case: Which.
-        size: The model.
-        steps: How many steps are run.
-        response_length: The limit.
-
-    Returns:
-        The step.
-    """
-    lengths = tuple(response_length * (1 + row % 4) // 4 for row in reversed(range(case.batch)))
-    return ppo_sides.Step(size, lengths, response_length, micro_batch=case.batch, epochs=1, steps=steps)
 
 
 def prepare(size: Size, folder: Path, device: str) -> None:
@@ -115,136 +89,65 @@ def prepare(size: Size, folder: Path, device: str) -> None:
     make_reward(base, size, folder / "reward", **place)
 
 
-def sweep(cases: Sequence[Case], size: Size, folder: Path, runs: int, response_length: int) -> list[dict[str, Any]]:
+def limited(gate: Gate, side: Side, gb: float) -> None:
+    """Run a side with no more of the GPU's memory than a smaller card would give it.
+
+    Args:
+        gate: The gate.
+        side: The side.
+        gb: 10^9 bytes.
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gb * 1e9 / total))
+    side(gate)
+
+
+def run_case(
+    case: Case, size: Size, folder: Path, runs: int, response_length: int, gb: float | None = None
+) -> list[dict[str, Any]]:
+    """Run a case.
+
+    Args:
+        case: Which.
+        size: The model.
+        folder: What `prepare` has written.
+        runs: How many steps count.
+        response_length: Of PPO.
+        gb: What PyTorch may take of the card, in 10^9 bytes; None for all.
+
+    Returns:
+        What `alternate` returns, with `stage`, `base` and `batch`; nothing if the case does not fit.
+
+    Raises:
+        RuntimeError: If the run fails for another reason than memory.
+    """
+    name = " ".join(map(str, case)) + (f" in {gb:.0f} GB" if gb is not None else "")
+    side = make_side(case, size, folder, steps_needed(runs), response_length)
+    if gb is not None:
+        side = functools.partial(limited, side=side, gb=gb)
+    try:
+        found = alternate({name: side}, runs)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        say(f"{name}: does not fit")
+        return []
+    return [{**run, **case._asdict()} for run in found]
+
+
+def sweep(cases: Sequence[Case], run: Callable[[Case], list[dict[str, Any]]], entries: list[dict[str, Any]]) -> None:
     """Run cases of one stage and base in order of their batches, until one does not fit.
 
     Args:
         cases: The cases, smallest batch first.
-        size: The model.
-        folder: What `prepare` has written.
-        runs: How many steps of each count.
-        response_length: Of PPO.
-
-    Returns:
-        What `alternate` returns for each case that fits, with `stage`, `base` and `batch`.
-
-    Raises:
-        RuntimeError: If a run fails for another reason than memory.
+        run: Runs one of them.
+        entries: What is found is added here, case by case; one that does not fit has `seconds` None.
     """
-    entries = []
     for case in cases:
-        name = " ".join(map(str, case))
-        try:
-            found = alternate({name: make_side(case, size, folder, steps_needed(runs), response_length)}, runs)
-        except RuntimeError as error:
-            if "OutOfMemoryError" not in str(error):
-                raise
-            say(f"{name}: does not fit this card")
+        found = run(case)
+        entries += found or [{**case._asdict(), "run": "does not fit", "side": str(case), "seconds": None}]
+        if not found:
             break
-        entries += [{**run, **case._asdict()} for run in found]
-    return entries
-
-
-def speeds(case: Case, size: Size, runs: list[dict[str, Any]], card: Card, response_length: int) -> dict[str, Any]:
-    """A row of the table.
-
-    Args:
-        case: The case.
-        size: The model.
-        runs: Its runs.
-        card: What the card can do.
-        response_length: Of PPO.
-
-    Returns:
-        Column -> cell. Lengths are those of the workload's middle: prompts have about 40 tokens of template.
-    """
-    seconds = statistics.median(run["seconds"] for run in runs)
-    prompt = size.image_tokens + size.question + 40
-    bandwidth = None
-    if case.stage == "ppo":
-        answers = ppo_of(case, size, 1, response_length).lengths
-        rows = [prompt + answer for answer in answers]
-        # Prompts once and tokens one by one in generation; policy, reference, value and reward; two trained.
-        generated = pass_flops(size, rows, sum(answers), 0)
-        asked = 2 * pass_flops(size, rows, sum(answers), 0) + 2 * pass_flops(size, rows, 0, 0)
-        trained = training_flops(size, rows, sum(answers), 0) + training_flops(size, rows, 0, 0)
-        flops = generated + asked + trained + pass_flops(size, [], 0, case.batch)
-        generation = statistics.median(run["phases"]["generation"] for run in runs)
-        moved = decoding_bytes(size, case.base, [prompt] * case.batch, answers)
-        bandwidth = moved / generation / (card.gbs * 1e9)
-        tokens = sum(rows)
-    else:
-        answer = sum(sft_step.Step.answer) / 2
-        copies, tail = (2, 200) if case.stage == "reward" else (1, 0)  # the judging turn with captions
-        rows = [round(prompt + answer + tail)] * (copies * case.batch)
-        predicted = 0 if case.stage == "reward" else sum(rows)
-        flops = training_flops(size, rows, predicted, case.batch)
-        tokens = sum(rows)
-    return {
-        **case._asdict(),
-        "s per step": seconds,
-        "tokens/s": tokens / seconds,
-        "peak GB": peak_gb(runs),
-        "of bf16 peak": flops / seconds / (card.tflops * 1e12),
-        "of bandwidth, generation": bandwidth,
-    }
-
-
-def peak_gb(runs: list[dict[str, Any]]) -> float:
-    """Peak memory of a case.
-
-    Args:
-        runs: Its runs.
-
-    Returns:
-        10^9 bytes, of the GPU if there is one.
-    """
-    return max(run.get("gpu_mib", run["peak_mib"]) for run in runs) * 2**20 / 1e9
-
-
-def largest_batches(entries: list[dict[str, Any]], total_gb: float) -> list[dict[str, Any]]:
-    """The largest batch of the sweep that fits cards of some sizes.
-
-    Args:
-        entries: What `sweep` returns, of all cases.
-        total_gb: Memory of this card: what would fit a larger one is not known.
-
-    Returns:
-        A row for each stage and base: `24 GB` and so on -> batch, 0 if none fits, None if not known.
-    """
-    rows = []
-    for stage, base in dict.fromkeys((entry["stage"], entry["base"]) for entry in entries):
-        row: dict[str, Any] = {"stage": stage, "base": base}
-        own = [entry for entry in entries if (entry["stage"], entry["base"]) == (stage, base)]
-        for capacity in CAPACITIES_GB:
-            fits = [
-                batch
-                for batch in {entry["batch"] for entry in own}
-                if peak_gb([entry for entry in own if entry["batch"] == batch]) <= USABLE * capacity
-            ]
-            row[f"{capacity} GB"] = max(fits, default=0) if capacity <= total_gb * 1.05 else None
-        rows.append(row)
-    return rows
-
-
-def tables(entries: list[dict[str, Any]], size: Size, card: Card, total_gb: float, response_length: int) -> str:
-    """Both tables.
-
-    Args:
-        entries: What `sweep` returns, of all cases.
-        size: The model.
-        card: What the card can do.
-        total_gb: Its memory.
-        response_length: Of PPO.
-
-    Returns:
-        Markdown.
-    """
-    cases: dict[Case, list[dict[str, Any]]] = {}
-    for entry in entries:
-        cases.setdefault(Case(entry["stage"], entry["base"], entry["batch"]), []).append(entry)
-    rows = [speeds(case, size, runs, card, response_length) for case, runs in cases.items()]
-    return f"{markdown(rows)}\n\nLargest batch:\n\n{markdown(largest_batches(entries, total_gb))}"
 
 
 def main(words: Sequence[str]) -> None:
@@ -267,24 +170,49 @@ def main(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     if not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device: this benchmark measures a GPU (the others run on a CPU)")
+    if torch.cuda.device_count() > 1:  # a trainer would split its batches over all that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     quiet()
     properties = torch.cuda.get_device_properties(0)
     card = find_card(properties.name, options.peak_tflops, options.bandwidth_gbs)
     total_gb = properties.total_memory / 1e9
     say(f"{properties.name}, {total_gb:.0f} GB; by its data sheet {card.tflops} TFLOP/s bfloat16, {card.gbs} GB/s")
-    entries = []
+    measure(options, card, total_gb)
+
+
+def measure(options: argparse.Namespace, card: Card, total_gb: float) -> None:
+    """Run the sweep, and print and write what it found, also where it ends with a fault.
+
+    Args:
+        options: The command line.
+        card: What the card can do.
+        total_gb: Its memory.
+    """
+    entries: list[dict[str, Any]] = []
+    ratios: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        prepare(SEVEN_B, Path(name), "cuda")
-        torch.cuda.empty_cache()  # the sides run in processes of their own, and need all of the card
-        for stage in options.stages:
-            for base in options.bases:
-                cases = [Case(stage, base, batch) for batch in sorted(options.batches)]
-                entries += sweep(cases, SEVEN_B, Path(name), options.runs, options.response_length)
-    print(tables(entries, SEVEN_B, card, total_gb, options.response_length))
-    if options.json is not None:
-        shares = largest_batches(entries, total_gb)
-        ratios = {f"{row['stage']} {row['base']} {key}": row[key] for row in shares for key in row if "GB" in key}
-        write_json(options.json, ratios, entries)
+        run = functools.partial(
+            run_case, size=SEVEN_B, folder=Path(name), runs=options.runs, response_length=options.response_length
+        )
+        # In a process of its own: what it leaves on the card would be missing in the sides' processes.
+        drawing = multiprocessing.get_context("spawn").Process(target=prepare, args=(SEVEN_B, Path(name), "cuda"))
+        drawing.start()
+        drawing.join()
+        if drawing.exitcode:
+            raise SystemExit(f"error: the models could not be written (exit code {drawing.exitcode}); see above")
+        try:
+            for stage in options.stages:
+                for base in options.bases:
+                    sweep([Case(stage, base, batch) for batch in sorted(options.batches)], run, entries)
+            tried = functools.partial(run, runs=1)
+            shares = largest_batches(entries, total_gb, lambda case, gb: bool(tried(case, gb=gb)))
+            say(f"\nLargest batch:\n\n{markdown(shares)}\n")
+            ratios = {f"{row['stage']} {row['base']} {key}": row[key] for row in shares for key in row if "GB" in key}
+        finally:
+            if entries:
+                print(table(entries, SEVEN_B, card, options.response_length))
+            if options.json is not None:
+                write_json(options.json, ratios, entries)
 
 
 if __name__ == "__main__":

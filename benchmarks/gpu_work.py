@@ -22,14 +22,19 @@ class Card(NamedTuple):
 
 
 CARDS = {
+    "B200": Card(2250, 8000),
+    "GH200": Card(989, 4000),
     "H200": Card(989, 4800),
     "H100 PCIe": Card(756, 2000),
+    "H100 NVL": Card(835, 3938),
     "H100": Card(989, 3350),
     "A100-SXM4-80GB": Card(312, 2039),
     "A100-PCIE-40GB": Card(312, 1555),
     "A100": Card(312, 1935),
     "L40S": Card(362, 864),
+    "L40": Card(181, 864),
     "L4": Card(121, 300),
+    "A10G": Card(70, 600),
     "A10": Card(125, 600),
     "RTX 4090": Card(165, 1008),
     "RTX 3090": Card(71, 936),

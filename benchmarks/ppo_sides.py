@@ -56,7 +56,7 @@ class Step:
         processes: How many processes run such a step together.
         low_memory: Whether to run as where memory is short: passes are run again in the backward pass instead of
             being kept, the phases before the update, generation included, take micro-batches too instead of all rows
-            at once, and our trainer's head runs at 64 tokens at once.
+            at once, our trainer's head runs at 64 tokens at once, and it keeps no pictures of the step before.
     """
 
     size: Size = FULL
@@ -152,7 +152,8 @@ def prepare(folder: Path, step: Step) -> None:
     make_text_model(step.size, folder / "text")
     make_reward(base, step.size, folder / "reward")
     make_reward(base, step.size, folder / "whole_reward", whole=True)
-    make_rows(step.size, folder / "rows", len(step.lengths), {})
+    # Pictures of its own for every step: none of them has been encoded before.
+    make_rows(step.size, folder / "rows", len(step.lengths) * step.steps * step.processes, {})
 
 
 def our_side(
@@ -183,7 +184,7 @@ def our_side(
     # With a fresh adapter the reference is the bare base, as on TRL's side.
     values = {"reward_model_path": folder / "reward", **step.values()}
     if step.low_memory:
-        values["logits_chunk_size"] = 64
+        values |= {"logits_chunk_size": 64, "image_cache_gib": 0.005}
     run_stage(train_ppo.main, folder, step.size, {**values, **fields})
 
 

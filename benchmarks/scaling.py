@@ -218,7 +218,7 @@ def growth(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Time and memory of every point.
+    """Time and memory of every point, and how often they are those of the first point.
 
     Args:
         runs: What `measure` returns.
@@ -227,12 +227,26 @@ def table(runs: list[dict[str, Any]]) -> str:
         A Markdown table.
     """
     phases = dict.fromkeys(phase for run in runs for phase in run["phases"])
-    rows = []
+    rows: list[dict[str, Any]] = []
+    first: dict[str, tuple[float, float, float]] = {}
     for what, value in dict.fromkeys((run["growing"], run["value"]) for run in runs):
         side = f"{what} {value}"
         parts = {f"{phase} s": median_of(runs, side, "phases", phase) for phase in phases}
         seconds, memory = (median_of(runs, side, field) for field in ("seconds", "peak_mib"))
-        rows.append({"growing": what, "value": value, "s per step": seconds, "peak MiB": memory, **parts})
+        point = (value, seconds, memory)
+        grown = [new / old for new, old in zip(point, first.setdefault(what, point), strict=True)]
+        rows.append(
+            {
+                "growing": what,
+                "value": value,
+                "times the first": grown[0],
+                "s per step": seconds,
+                "times the first's s": grown[1],
+                "peak MiB": memory,
+                "times the first's MiB": grown[2],
+                **parts,
+            }
+        )
     return markdown(rows)
 
 

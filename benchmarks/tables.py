@@ -118,6 +118,29 @@ def side_table(runs: list[dict[str, Any]]) -> str:
     )
 
 
+def memory_table(runs: list[dict[str, Any]]) -> str:
+    """Where the peak memory of every side lies: what it holds before a step, and the peak within each phase.
+
+    Args:
+        runs: What `alternate` returns.
+
+    Returns:
+        A Markdown table of medians, in MiB over the bare process.
+    """
+    sides = dict.fromkeys(run["side"] for run in runs)
+    phases = dict.fromkeys(phase for run in runs for phase in run["peaks"])
+    return markdown(
+        [
+            {
+                "side": side,
+                "MiB before the step": median_of(runs, side, "held_mib"),
+                **{f"{phase} peak": median_of(runs, side, "peaks", phase) for phase in phases},
+            }
+            for side in sides
+        ]
+    )
+
+
 def ratio_table(runs: list[dict[str, Any]], ratios: Mapping[str, Ratio]) -> str:
     """The ratios beside what was aimed at.
 
@@ -170,6 +193,7 @@ def report(runs: list[dict[str, Any]], ratios: Mapping[str, Ratio], path: Path |
         path: The JSON file `{"ratios": {name: median}, "runs": [...]}`; None for none.
     """
     print(side_table(runs), end="\n\n")
+    print(memory_table(runs), end="\n\n")
     print(ratio_table(runs, ratios), end="\n\n")
     if any(run["run"] == "counted" for run in runs):
         print(work_table(runs), end="\n\n")

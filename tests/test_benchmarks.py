@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from benchmarks import gpu, gpu_work, ppo_sides, ppo_step, reward_step, scaling, sft_step, tables, workload
+from benchmarks import gpu, gpu_tables, gpu_work, ppo_sides, ppo_step, reward_step, scaling, sft_step, tables, workload
 from benchmarks.gate import Gate
 from benchmarks.paper_schedule import PaperSchedule
 from benchmarks.tables import Ratio
@@ -39,6 +39,8 @@ def entry(run: int | str, side: str, seconds: float, **more: Any) -> dict[str, A
         "side": side,
         "seconds": seconds,
         "peak_mib": 10 * seconds,
+        "held_mib": seconds,
+        "peaks": {"rest": 10 * seconds},
         "phases": {"rest": seconds},
         **more,
     }
@@ -89,6 +91,7 @@ def test_growth_is_the_slope_of_the_logarithms() -> None:
     assert scaling.order_of_growth((144, 2.0), (576, 32.0)) == 2.0
     runs = [{**entry(1, f"batch {n}", float(n)), "growing": "batch", "value": n} for n in (4, 8, 16)]
     assert scaling.growth(runs) == {"seconds by batch": 1.0, "peak_mib by batch": 1.0}
+    assert scaling.table(runs).splitlines()[-1] == "| batch | 16 | 4 | 16 | 4 | 160 | 4 | 16 |"
     steps = scaling.points("response length", (32, 128), replace(STEP, lengths=(0,) * 4))
     assert steps[128].lengths == (32, 64, 96, 128) and steps[32].response_length == 32
 
@@ -112,17 +115,62 @@ def test_seven_billion_weights() -> None:
 
 def test_largest_batch_is_one_that_was_measured() -> None:
     def run(batch: int, gb: float) -> dict[str, Any]:
-        return {"stage": "sft", "base": "nf4", "batch": batch, "gpu_mib": gb * 1e9 / 2**20, "peak_mib": 1.0}
+        return {
+            "stage": "sft",
+            "base": "nf4",
+            "batch": batch,
+            "seconds": 1.0,
+            "gpu_mib": gb * 1e9 / 2**20,
+            "peak_mib": 1.0,
+        }
+
+    asked = []
+
+    def fits(case: gpu.Case, gb: float) -> bool:
+        asked.append((case.batch, gb))
+        return case.batch == 1
 
     entries = [run(1, 9.0), run(2, 15.0), run(2, 16.0), run(4, 30.0)]
+    entries.append({"stage": "sft", "base": "nf4", "batch": 8, "run": "does not fit", "seconds": None})
     row = {"stage": "sft", "base": "nf4", "24 GB": 2, "48 GB": 4, "80 GB": None, "140 GB": None}
-    assert gpu.largest_batches(entries, total_gb=50.0) == [row]
-    assert gpu.largest_batches([run(1, 47.9)], total_gb=50.0)[0]["48 GB"] == 0
+    assert gpu_tables.largest_batches(entries, 50.0, fits) == [row]
+    assert asked == [(4, 0.95 * 24)]  # it took 30 of a large card, and would not do with less
+    assert gpu_tables.largest_batches([run(1, 47.9), run(2, 48.0)], 50.0, fits)[0]["48 GB"] == 1
+    assert gpu_tables.largest_batches(entries[-1:], 50.0, fits)[0]["48 GB"] == 0
+
+
+def test_what_does_not_fit_is_a_row_and_other_faults_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "make_side", lambda *_: None)
+    faults = {1: None, 2: "torch.OutOfMemoryError: CUDA out of memory.", 4: "KeyError: 'x'"}
+
+    def one_run(sides: dict[str, Any], runs: int) -> list[dict[str, Any]]:
+        batch = int(next(iter(sides)).split()[2])
+        if faults[batch]:
+            raise RuntimeError(faults[batch])
+        return [entry(1, "sft bf16 1", 2.0, gpu_mib=1000.0)]
+
+    monkeypatch.setattr(gpu, "alternate", one_run)
+    entries: list[dict[str, Any]] = []
+
+    def run(case: gpu.Case) -> list[dict[str, Any]]:
+        return gpu.run_case(case, TOY, Path(), 1, 8)
+
+    gpu.sweep([gpu.Case("sft", "bf16", batch) for batch in (1, 2, 4)], run, entries)
+    assert [found["batch"] for found in entries] == [1, 2]  # nothing larger is tried
+    lines = gpu_tables.table(entries, TOY, gpu_work.Card(1, 100), 8).splitlines()
+    assert lines[2].startswith("| sft | bf16 | 1 | 2 |") and lines[3].startswith(
+        "| sft | bf16 | 2 | does not fit |  |"
+    )
+    with pytest.raises(RuntimeError, match="KeyError"):
+        run(gpu.Case("sft", "bf16", 4))
 
 
 def test_cards_are_known_or_described() -> None:
     assert gpu_work.find_card("NVIDIA H100 PCIe", None, None).gbs == 2000
     assert gpu_work.find_card("NVIDIA L40S", None, None).tflops == 362
+    assert gpu_work.find_card("NVIDIA L40", None, None).tflops == 181  # and not the L4, whose name is part of it
+    assert gpu_work.find_card("NVIDIA A10G", None, None).tflops == 70
+    assert gpu_work.find_card("NVIDIA GH200 480GB", None, None).gbs == 4000
     assert gpu_work.find_card("Fancy 1", 10.0, 20.0) == (10.0, 20.0)
     with pytest.raises(SystemExit, match="--peak-tflops"):
         gpu_work.find_card("Fancy 1", None, 20.0)
@@ -271,8 +319,12 @@ def test_gpu_sweep_at_toy_size_on_the_cpu(base: str, tmp_path: Path, monkeypatch
     monkeypatch.setitem(gpu.BASES, base, {**gpu.BASES[base], "use_cpu": True})
     size = replace(TOY, hidden=64)
     gpu.prepare(size, tmp_path, "cpu")
-    entries = []
+    entries: list[dict[str, Any]] = []
+
+    def run(case: gpu.Case) -> list[dict[str, Any]]:
+        return gpu.run_case(case, size, tmp_path, 1, 8)
+
     for stage in gpu.STAGES:
-        entries += gpu.sweep([gpu.Case(stage, base, batch) for batch in (1, 2)], size, tmp_path, 1, 8)
-    table = gpu.tables(entries, size, gpu_work.Card(1, 100), 50.0, 8)
-    assert table.count(f"| {base} | 1 |") == 3 and "Largest batch" in table
+        gpu.sweep([gpu.Case(stage, base, batch) for batch in (1, 2)], run, entries)
+    assert gpu_tables.table(entries, size, gpu_work.Card(1, 100), 8).count(f"| {base} | 1 |") == 3
+    assert gpu_tables.largest_batches(entries, 50.0, lambda case, gb: False)[0]["24 GB"] == 2
