@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_trainers import TARGETS, make_adapter, make_policy
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 from trl_llava.adapter_role import AdapterRole
 from trl_llava.dense_weights import DenseWeights
@@ -75,6 +77,18 @@ def test_names_are_those_of_the_checkpoint_that_was_loaded(tiny_llava_dir: Path,
     sent = dict(DenseWeights(model).tensors())
     assert set(sent) == set(weights)
     assert all(torch.equal(sent[name], weights[name]) for name in weights)
+
+
+def test_names_are_found_again_where_the_model_does_not_remember_them(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    """As after loading under ZeRO-3."""
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model._weight_conversions = get_model_conversion_mapping(model)
+    assert "language_model.model.model.norm.weight" in revert_weight_conversion(model, dict(model.named_parameters()))
+    for folder in (tiny_llava_dir, tmp_path):
+        model.name_or_path = str(folder)
+        assert {name for name, _ in DenseWeights(model).tensors()} == names_in(tiny_llava_dir)
 
 
 def test_other_roles_on_the_base_do_not_show(tiny_llava_dir: Path, adapter: Path) -> None:

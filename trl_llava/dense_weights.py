@@ -4,8 +4,10 @@ An adapter is added to its layer's weights on the way out, in a tensor of its ow
 and each way there and back would leave a base that other roles compute with slightly different.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,11 +16,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from trl_llava.errors import InputError
+from trl_llava.reward_settings import find_file
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
 """Makes parameters whole, where they are spread over processes, inside a `with` block."""
@@ -145,7 +149,32 @@ def _checkpoint_names(base: PreTrainedModel, names: list[str]) -> dict[str, str]
             f"the weights of {type(base).__name__} cannot be handed over one by one: `{missing[0]}` has no place of "
             "its own in its checkpoint"
         )
-    return {name: found[id(value)] for name, value in stand_ins.items()}
+    known = {name: found[id(value)] for name, value in stand_ins.items()}
+    # A model that was loaded under ZeRO-3 does not know what was renamed: the file itself tells.
+    stored = {_place(name): name for name in _stored_names(base)}
+    return {name: stored.get(_place(name), guess) for name, guess in known.items()}
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """What all spellings of a weight's name have in common: transformers moves parts into `model` and out of it."""
+    steps = name.split(".")
+    without = {"model", "vision_model"} | ({"language_model"} if "lm_head" in steps else set())
+    return tuple(step for step in steps if step not in without)
+
+
+def _stored_names(base: PreTrainedModel) -> set[str]:
+    """What the checkpoint calls its weights, where it can be found."""
+    if not base.name_or_path:
+        return set()
+    revision = getattr(base.config, "_commit_hash", None)
+    index = find_file(base.name_or_path, "model.safetensors.index.json", revision)
+    if index is not None:
+        return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    single = find_file(base.name_or_path, "model.safetensors", revision)
+    if single is None:
+        return set()
+    with safe_open(single, "pt") as file:
+        return set(file.keys())
 
 
 def _cannot(name: str, what: str) -> InputError:

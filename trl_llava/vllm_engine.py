@@ -7,9 +7,9 @@ for each picture, which vLLM expands by itself: TRL hands over prompts that are 
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +65,24 @@ class Answer:
     logprobs: list[float]
 
 
+def _trls_names(args: LlavaPPOConfig) -> dict[str, Any]:
+    """What `VLLMGeneration` calls the fields of the config."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return {
+        "mode": args.vllm_mode,
+        "server_base_url": args.vllm_url,
+        "server_timeout": args.vllm_server_timeout,
+        "group_port": args.vllm_group_port,
+        "tensor_parallel_size": args.vllm_tensor_parallel_size,
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+        "max_model_length": args.vllm_max_model_length,
+        "max_num_seqs": rows * args.vllm_tensor_parallel_size,
+        "enable_sleep_mode": args.vllm_enable_sleep_mode,
+        "model_impl": args.vllm_model_impl,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
 class VLLMEngine(vllm_generation.VLLMGeneration):
     """TRL's `VLLMGeneration`, which the policy is sent to as dense weights and which is asked prompt by prompt."""
 
@@ -96,24 +114,8 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
                 "and differently. Use `vllm_mode: server`, which is sent what the base computes with, or load it in "
                 "16 bit"
             )
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         try:
-            super().__init__(
-                policy,
-                accelerator,
-                processing_class,
-                mode=args.vllm_mode,
-                server_base_url=self.url,
-                server_timeout=args.vllm_server_timeout,
-                group_port=args.vllm_group_port,
-                tensor_parallel_size=args.vllm_tensor_parallel_size,
-                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                max_model_length=args.vllm_max_model_length,
-                max_num_seqs=rows * args.vllm_tensor_parallel_size,
-                enable_sleep_mode=args.vllm_enable_sleep_mode,
-                model_impl=args.vllm_model_impl,
-                trust_remote_code=args.trust_remote_code,
-            )
+            super().__init__(policy, accelerator, processing_class, **_trls_names(args))
         except (requests.ConnectionError, socket.gaierror) as error:
             raise RolloutEngineError(
                 f"no vLLM server answers at {self.url} (waited {args.vllm_server_timeout:g} s, "
@@ -141,11 +143,15 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight as vLLM takes it; TRL's own merges the adapter into the base and back."""
-        return self.weights.tensors(self._gathered if self._dist.is_zero3 else None)
+        if self._dist.is_zero3:
+            return self.weights.tensors(self._gathered)
+        speaks = self.mode == "colocate" or self.accelerator.is_main_process
+        return self.weights.tensors() if speaks else iter(())
 
     def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
         """Make these whole under ZeRO-3, but for those that an outer block has gathered and will release."""
-        return self._dist.gather_params([p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"])
+        away = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
+        return self._dist.gather_params(away) if away else nullcontext()
 
     def send_weights(self) -> None:
         """Let vLLM answer as the policy does now; on every process.
@@ -153,16 +159,24 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         Raises:
             RolloutEngineError: if the server fails.
         """
-        failure = None
-        try:
-            if self.mode == "server" and self.accelerator.is_main_process:
-                self.vllm_client.check_server()  # a dead one would let the processes wait for each other for ever
+        if self.mode == "colocate":
             self.sync_weights()
-        except Exception as error:  # TRL raises plain ones for whatever a server answers
-            if self.mode != "server":
-                raise
-            failure = error
+            return
+        # Asked before: under ZeRO-3 the processes make each tensor together, and would wait for one that has stopped.
+        speaks = self.accelerator.is_main_process
+        self._agree(None, self._failure_of(self.vllm_client.check_server) if speaks else None)
+        failure = self._failure_of(self.sync_weights)
+        if failure is not None and self._dist.is_zero3:
+            raise RolloutEngineError(self._explained(failure)) from failure
         self._agree(None, failure)
+
+    @staticmethod
+    def _failure_of(work: Callable[[], None]) -> Exception | None:
+        try:
+            work()
+        except Exception as error:  # TRL raises plain ones for whatever a server answers
+            return error
+        return None
 
     def ask(self, questions: Sequence[Question]) -> list[list[Answer]]:
         """Answer the prompts of this process; on every process, with as many prompts.
@@ -182,29 +196,29 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         answers: list[list[Answer]] = []
         failure = None
         if self.accelerator.is_main_process:
-            try:
-                answers = self._ask_server(everybody)
-            except Exception as error:  # as above
-                failure = error
+            failure = self._failure_of(lambda: answers.extend(self._ask_server(everybody)))
         answers = self._agree(answers, failure)
         first = self.accelerator.process_index * len(questions)
         return answers[first : first + len(questions)]
 
     def _agree(self, result: Result, failure: Exception | None) -> Result:
         """Give the main process's result to all, or let all of them stop with its failure."""
-        words = None
-        if isinstance(failure, ExplainedError):
-            words = str(failure)
-        elif failure is not None:
-            words = (
-                f"the vLLM server at {self.url} failed ({type(failure).__name__}: "
-                f"{' '.join(str(failure).split())[:300]}). The checkpoints of this run are whole: start the server "
-                f"again with `trl vllm-serve --model {self.model.name_or_path}`, and go on with {resume_command()}"
-            )
+        words = None if failure is None else self._explained(failure)
         result, words = broadcast_object_list([result, words])
         if words is not None:
             raise RolloutEngineError(words) from failure
         return result
+
+    def _explained(self, failure: Exception) -> str:
+        """What failed, and how to go on."""
+        if isinstance(failure, ExplainedError):
+            return str(failure)
+        words = " ".join(str(failure).split())[:300]
+        return (
+            f"the vLLM server at {self.url} failed ({type(failure).__name__}: {words}). The checkpoints of "
+            f"this run are whole: start the server again with `trl vllm-serve --model "
+            f"{self.model.name_or_path}`, and go on with {resume_command()}"
+        )
 
     def _ask_server(self, questions: Sequence[Question]) -> list[list[Answer]]:
         token = getattr(self.processing_class, "image_token_id", None)
