@@ -1,7 +1,9 @@
 """Whole runs to the Hub and back: push, delete, load by ID, equal numbers."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,15 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import hub_server
 import hub_visitor
+import pandas as pd
 import pytest
 import tiny_models
 import yaml
 from hub_login import hub_client
 from safetensors.torch import load_file
 
-from trl_llava import cli, train_grpo, train_ppo, train_reward, train_sft
+from trl_llava import cli, train_dpo, train_grpo, train_ppo, train_reward, train_rloo, train_sft
 
 STAGES = ("sft", "reward", "ppo")
 QUICK = [
@@ -158,3 +162,64 @@ def test_grpo_by_hub_id(trained: Trained, tmp_path: Path) -> None:
     words += ["--num_generations", "2", "--max_completion_length", "4"]
     trainer = train_grpo.main([*QUICK, *words])
     assert trainer.state.global_step == 1
+
+
+REVISIONS = {
+    "model_name_or_path": "model_revision",
+    "adapter_name_or_path": "adapter_revision",
+    "sft_model_path": "sft_model_revision",
+    "reward_model_path": "reward_model_revision",
+    "value_model_path": "value_model_revision",
+    "dataset_name": None,  # taken apart where it is read, as each of `datasets`
+    "datasets": None,
+    "chat_template_path": None,
+    "resume_from_checkpoint": None,  # a folder only
+}
+"""Every field of a recipe that names a model or data -> the field that its `@revision` goes to."""
+PARSERS = {
+    **{"sft": train_sft.make_parser, "reward": train_reward.make_parser, "ppo": train_ppo.make_parser},
+    **{"grpo": train_grpo.make_parser, "rloo": train_rloo.make_parser, "dpo": train_dpo.make_parser},
+}
+
+
+@pytest.mark.parametrize("stage", PARSERS)
+def test_every_field_of_a_recipe_takes_a_revision(stage: str) -> None:
+    parser = PARSERS[stage]()
+    names = {name for name in parser.field_names if re.search(r"(name_or_path|_path|^dataset_name|^datasets)$", name)}
+    assert names - set(REVISIONS) == set()
+    taken = {name: other for name, other in REVISIONS.items() if name in names and other is not None}
+    words = [word for name in taken for word in (f"--{name}", f"org/{name}@v1")]
+    *configs, recipe = parser.parse(["--use_cpu", "--bf16", "false", "--output_dir", "run", *words])
+    values = {name: value for config in configs for name, value in vars(config).items()}
+    assert {name: (values[name], values[other]) for name, other in taken.items()} == {
+        name: (f"org/{name}", "v1") for name in taken
+    }
+    assert all(recipe.values[name] == f"org/{name}@v1" for name in taken)  # recipe.yaml says it as it was said
+
+
+def test_every_field_reads_its_revision(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there at `main` is empty: whoever reads a file of it fails."""
+    hub = trained.hub
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    for name in ("sft", "reward"):
+        hub.add(f"org/{name}", hub.files(f"tester/tiny-{name}", "checkpoint-2"))
+    rows = {"prompt": ["what is it?"] * 2, "completion": ["a square"] * 2, "captions": [["red"]] * 2}
+    file = io.BytesIO()
+    pd.DataFrame(rows).to_parquet(file)
+    hub.add("org/rows", {"data/train-00000.parquet": file.getvalue()}, kind="datasets")
+    for kind, name in (("models", "org/sft"), ("models", "org/reward"), ("datasets", "org/rows")):
+        repo = hub.repos[kind, name]
+        repo.tags["v1"] = repo.branches["main"]
+        repo.commit({}, title="all gone")
+    (tmp_path / "mixture.yaml").write_text("datasets:\n- path: org/rows@v1\n")
+    more = ["--model_name_or_path", "org/base@v1", "--adapter_name_or_path", "org/sft@v1", "--max_steps", "1"]
+    more += ["--chat_template_path", "org/base@v1", "--config", str(tmp_path / "mixture.yaml")]
+    sft = train_sft.main([*QUICK, *more, "--save_strategy", "no", "--output_dir", str(tmp_path / "sft")])
+    assert sft.state.global_step == 1
+    more = ["--sft_model_path", "org/sft@v1", "--reward_model_path", "org/reward@v1", "--dataset_name", "org/rows@v1"]
+    more += ["--value_model_path", "org/reward@v1", "--total_episodes", "2", "--response_length", "4"]
+    more += ["--stop_token", "eos", "--num_sample_generations", "0", "--save_strategy", "no"]
+    ppo = train_ppo.main([*QUICK, *more, "--output_dir", str(tmp_path / "ppo")])
+    assert ppo.state.global_step == 1

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from trl_llava.card_plots import CURVES, plot_curves
-from trl_llava.model_card import wilson_interval, write_model_card
-from trl_llava.recipe import Recipe
+from trl_llava.model_card import wilson_interval, write_card_of
 
 
 def card(folder: Path, stage: str, *, adapter: bool = True, **options: Any) -> tuple[dict[str, Any], str]:
@@ -24,8 +23,9 @@ def card(folder: Path, stage: str, *, adapter: bool = True, **options: Any) -> t
         state=SimpleNamespace(log_history=options.pop("log_history", [])),
         eval_dataset=range(options.pop("pairs", 0)),
     )
-    recipe = Recipe({"dataset_name": "org/rows@v1", **options.pop("recipe", {})}, {})
-    write_model_card(trainer, stage, options.pop("base", "org/base"), recipe, **options)
+    (folder / "recipe.yaml").write_text("")
+    values = {"dataset_name": "org/rows@v1", **options.pop("recipe", {})}
+    write_card_of(trainer, stage, options.pop("base", "org/base"), values, **options)
     _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(metadata), text
 

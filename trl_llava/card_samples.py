@@ -12,11 +12,9 @@ from trl_llava.collators import PromptCollator
 from trl_llava.factual_reward import FactualReward
 from trl_llava.images import load_image
 from trl_llava.ppo_report import last_question
+from trl_llava.shareable import SAMPLES
 
 logger = logging.getLogger(__name__)
-
-SAMPLES = "samples"
-"""Folder with the pictures and samples.json."""
 
 LONGEST_SIDE = 256
 LONGEST_ANSWER = 64

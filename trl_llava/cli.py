@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return importlib.import_module("trl_llava.check_data").main(words[1:])
         if words[:1] == ["plan"]:
             return importlib.import_module("trl_llava.plan").main(words[1:])
+        if words[:1] == ["push"]:
+            return importlib.import_module("trl_llava.push").main(words[1:])
         args = parser.parse_args(words or ["--help"])
         return {"score": _score, "convert": _convert, "merge": _merge}[args.command](args)
     except ExplainedError as error:
@@ -189,6 +191,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="all three stages in minutes, on a drawn world", add_help=False)
     commands.add_parser("check-data", help="walk all rows of a recipe, without a model", add_help=False)
     commands.add_parser("plan", help="the memory that a recipe will need, and what fits", add_help=False)
+    commands.add_parser("push", help="push a run that lies in a folder to the Hub", add_help=False)
     score = commands.add_parser("score", help="score one answer with a factual reward model")
     score.add_argument("--reward_model", required=True, help="FactualReward checkpoint: Hub ID or folder")
     score.add_argument("--image", required=True, help="image file")

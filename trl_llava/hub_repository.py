@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,27 @@ class Repository:
         name: Hub ID.
         revision: Branch.
         private: Whether it is to be private; None is what account or organisation have as default.
-        recipe: The run's recipe, as it is pushed.
+        recipe: The run's recipe, as it is pushed; None if it has none.
         onto_existing: Whether a repository that holds another run, or something else, gets a new commit.
+        token: What to log in with; None for what the machine is logged in with.
         verified: Whether the Hub has been asked.
     """
 
     name: str
     revision: str | None
     private: bool | None
-    recipe: Recipe
+    recipe: Recipe | None
     onto_existing: bool
+    token: str | None = field(default=None, repr=False)
     verified: bool = False
+
+    def api(self) -> HfApi:
+        """A client.
+
+        Returns:
+            It, with the repository's token.
+        """
+        return HfApi(token=self.token)
 
     def verify(self) -> None:
         """Ask who we are, make the repository if it is not there, and look what it holds.
@@ -58,7 +68,7 @@ class Repository:
         Raises:
             HubError: If we may not write there, or it holds something else.
         """
-        api = HfApi()
+        api = self.api()
         user = _who_am_i(api)
         if "/" not in self.name:
             self.name = f"{user}/{self.name}"
@@ -96,10 +106,10 @@ class Repository:
         )
         if RECIPE_FILE not in files:
             raise HubError(f"`push_to_hub`: {other}something else (it has no {RECIPE_FILE}). {fix}")
-        path = hf_hub_download(self.name, RECIPE_FILE)
+        path = hf_hub_download(self.name, RECIPE_FILE, token=self.token)
         with open(path, encoding="utf-8") as file:
             there = yaml.load(file, Loader=RecipeLoader) or {}
-        changes = differences(_compared(there), _compared(self.recipe.values))
+        changes = differences(_compared(there), _compared({} if self.recipe is None else self.recipe.values))
         if changes:
             more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
             raise HubError(
@@ -144,7 +154,7 @@ def claim_repository(
         if not resuming:
             raise HubError(
                 f"`push_to_hub`: the Hub cannot be reached ({cause(error)}), so it is not known whether this run can "
-                "be pushed. Try again later, or start without `push_to_hub` and push with `hf upload` afterwards"
+                "be pushed. Try again later, or start without `push_to_hub` and push with `trl-llava push` afterwards"
             ) from error
         logger.warning("The Hub cannot be reached (%s). The run goes on, and is pushed when it can be.", cause(error))
     base_model = model_args.model_name_or_path
@@ -161,7 +171,7 @@ def claim_repository(
 def _who_am_i(api: HfApi) -> str:
     if is_offline_mode():
         raise HubError("`push_to_hub` needs the network, but HF_HUB_OFFLINE is set: unset one of the two")
-    if get_token() is None:
+    if api.token is None and get_token() is None:
         raise HubError(f"`push_to_hub` needs a token with write access, and there is none: {_LOGIN}")
     try:
         me = api.whoami()

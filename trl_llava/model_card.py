@@ -7,17 +7,17 @@ import html
 import json
 import math
 import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from trl_llava.card_plots import plot_curves
-from trl_llava.card_samples import SAMPLES
 from trl_llava.hub_names import split_revision
 from trl_llava.output_dir import RECIPE_FILE, VERSIONS_FILE, versions, write_atomically
-from trl_llava.recipe import Recipe
-from trl_llava.shareable import without_paths
+from trl_llava.shareable import FACTS_FILE, SAMPLES, without_paths
 
 CURVES_FILE = "curves.png"
 _TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model", "ppo": "policy after PPO"}
@@ -53,59 +53,143 @@ _LIMITS = {
 }
 
 
-def write_model_card(
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says that neither the log nor the folder's files say.
+
+    Attributes:
+        stage: "sft", "reward", "ppo", "dpo", "grpo" or "rloo".
+        base_model: Hub ID or folder of the base model.
+        made_of: Fields of recipe or config, and their values.
+        datasets: Hub IDs of the data.
+        held_out: How many rows were held out.
+    """
+
+    stage: str
+    base_model: str
+    made_of: dict[str, Any]
+    datasets: list[str]
+    held_out: int
+
+    def save(self, folder: Path) -> None:
+        """Keep them, so that the card can be written when the process is gone.
+
+        Args:
+            folder: The run's folder.
+        """
+        write_atomically(folder / FACTS_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "CardFacts":
+        """Read them again.
+
+        Args:
+            folder: The run's folder.
+
+        Returns:
+            The facts.
+        """
+        return cls(**json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
+
+
+def card_facts(trainer: Any, stage: str, base_model: str, values: dict[str, Any]) -> CardFacts:
+    """Collect what a trainer and its recipe know.
+
+    Args:
+        trainer: The trainer of the run.
+        stage: The name of the stage.
+        base_model: Hub ID or folder of the base model.
+        values: Fields of its recipe or config.
+
+    Returns:
+        The facts.
+    """
+    made_of = {field: values.get(field) for field in _DATA_FIELDS + _TERM_FIELDS}
+    sources = [source["path"] for source in values.get("datasets") or []]
+    made_of |= {"datasets": sources or None}
+    known = {field: value for field, value in made_of.items() if value is not None}
+    held_out = trainer.eval_dataset
+    rows = 0 if held_out is None or isinstance(held_out, dict) else len(held_out)
+    return CardFacts(stage, base_model, known, _hub_data(sources or [values.get("dataset_name")]), rows)
+
+
+def write_card_of(
     trainer: Any,
     stage: str,
     base_model: str,
-    recipe: Recipe,
+    values: dict[str, Any],
     model_name: str | None = None,
     dataset_name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> None:
-    """Writes README.md into `output_dir`; takes the place of the trainer's `create_model_card`.
-
-    For a run that is pushed also the curves, and without paths of this machine.
+    """Writes the card of a run that a trainer is in; takes the place of its `create_model_card`.
 
     Args:
-        trainer: The trainer of the run.
-        stage: "sft", "reward" or "ppo".
+        trainer: The trainer.
+        stage: The name of the stage.
         base_model: Hub ID or folder of the base model.
-        recipe: The resolved recipe.
+        values: Fields of its recipe or config.
         model_name: Name in the title; by default the folder's.
         dataset_name: Hub ID of the data, by default the recipe's.
         tags: Further tags.
     """
     if not trainer.is_world_process_zero():
         return
+    facts = card_facts(trainer, stage, base_model, values)
+    if dataset_name is not None:
+        facts = replace(facts, datasets=_hub_data([dataset_name]))
     folder = Path(trainer.args.output_dir)
-    pushed = trainer.hub_model_id is not None
-    values = without_paths(recipe.values) if pushed else recipe.values
-    names = [tags] if isinstance(tags, str) else list(tags or [])
-    adapter = _adapter_config(folder)
-    on_hub = not Path(base_model).is_dir()
-    metadata = ModelCardData(
-        base_model=base_model if on_hub else None,
-        base_model_relation=("finetune" if adapter is None else "adapter") if on_hub else None,
-        datasets=_hub_data(dataset_name, recipe) or None,
-        library_name="transformers" if adapter is None else "peft",
-        pipeline_tag=None if stage == "reward" else "image-text-to-text",
-        tags=sorted({"trl", "trl-llava", stage, *names}),
-    )
-    has_curves = pushed and plot_curves(stage, trainer.state.log_history, folder / CURVES_FILE)
-    shown = base_model if on_hub or not pushed else Path(base_model).name
-    name = trainer.hub_model_id or str(trainer.args.output_dir)
-    title = trainer.hub_model_id.split("/")[-1] if pushed else folder.name
+    facts.save(folder)
+    write_model_card(folder, facts, trainer.state.log_history, trainer.hub_model_id, model_name, tags)
+
+
+def write_model_card(
+    folder: Path,
+    facts: CardFacts,
+    log_history: Sequence[dict[str, Any]],
+    hub_id: str | None,
+    model_name: str | None = None,
+    tags: str | list[str] | None = None,
+) -> None:
+    """Writes README.md into the folder of a run; if it is pushed also the curves, and no paths of this machine.
+
+    Args:
+        folder: The run's folder.
+        facts: What else there is to say.
+        log_history: The entries of trainer_state.json.
+        hub_id: Where it is pushed to, or None.
+        model_name: Name in the title; by default the folder's.
+        tags: Further tags.
+    """
+    pushed, stage = hub_id is not None, facts.stage
+    adapter, on_hub = _adapter_config(folder), not Path(facts.base_model).is_dir()
+    has_curves = pushed and plot_curves(stage, log_history, folder / CURVES_FILE)
+    shown = facts.base_model if on_hub or not pushed else Path(facts.base_model).name
+    title = model_name or (folder.name if hub_id is None else hub_id.split("/")[-1])
     parts = [
-        f"# {model_name or title}\n\nA {_TITLES[stage]}, trained from `{shown}` with trl-llava.",
-        _loading(stage, shown, name, adapter),
-        _made_of(values),
-        _how_it_went(trainer, stage, has_curves),
+        f"# {title}\n\nA {_TITLES[stage]}, trained from `{shown}` with trl-llava.",
+        _loading(stage, shown, hub_id or str(folder), adapter),
+        _made_of(without_paths(facts.made_of) if pushed else facts.made_of),
+        _how_it_went(log_history if has_curves else [], stage, facts.held_out),
         _samples(folder) if pushed else "",
         f"## Limits\n\n{_LIMITS['reward' if stage == 'reward' else 'policy']}",
-        _repeating(stage),
+        _repeating(folder, stage),
     ]
     body = "\n\n".join(part for part in parts if part)
+    names = [tags] if isinstance(tags, str) else list(tags or [])
+    metadata = _metadata(facts, adapter is not None, on_hub, names)
     write_atomically(folder / "README.md", str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")))
+
+
+def _metadata(facts: CardFacts, has_adapter: bool, on_hub: bool, tags: list[str]) -> ModelCardData:
+    return ModelCardData(
+        base_model=facts.base_model if on_hub else None,
+        base_model_relation=("adapter" if has_adapter else "finetune") if on_hub else None,
+        datasets=facts.datasets or None,
+        library_name="peft" if has_adapter else "transformers",
+        pipeline_tag=None if facts.stage == "reward" else "image-text-to-text",
+        tags=sorted({"trl", "trl-llava", facts.stage, *tags}),
+    )
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -140,23 +224,23 @@ def _loading(stage: str, base_model: str, name: str, adapter: dict[str, Any] | N
 
 def _made_of(values: dict[str, Any]) -> str:
     """Data, terms and weights: what the recipe says about them, beside what it leaves out."""
-    rows = [(field, values.get(field)) for field in _DATA_FIELDS + _TERM_FIELDS]
-    for source in values.get("datasets") or []:
-        rows.append(("datasets", source["path"]))
-    lines = [f"| `{field}` | {html.escape(str(value))} |" for field, value in rows if value is not None]
-    return "\n".join(["## Made of", "", "| field | value |", "|---|---|", *lines])
+    lines = []
+    for field, value in values.items():
+        told = [html.escape(str(one)).replace("|", "\\|") for one in (value if isinstance(value, list) else [value])]
+        lines.append(f"| `{field}` | {', '.join(told)} |")
+    return "" if not lines else "\n".join(["## Made of", "", "| field | value |", "|---|---|", *lines])
 
 
-def _how_it_went(trainer: Any, stage: str, has_curves: bool) -> str:
-    history = trainer.state.log_history if has_curves else []
-    lines = ["## How it went", "", f"![curves]({CURVES_FILE})"] if has_curves else []
-    held_out = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
-    if stage == "reward" and held_out and trainer.eval_dataset is not None:
-        count = len(trainer.eval_dataset)
-        low, high = wilson_interval(held_out[-1], count)
+def _how_it_went(history: Sequence[dict[str, Any]], stage: str, held_out: int) -> str:
+    if not history:
+        return ""
+    lines = ["## How it went", "", f"![curves]({CURVES_FILE})"]
+    accuracies = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
+    if stage == "reward" and accuracies and held_out:
+        low, high = wilson_interval(accuracies[-1], held_out)
         lines += [
             "",
-            f"Prefers the better answer in {held_out[-1]:.1%} of {count} held-out pairs "
+            f"Prefers the better answer in {accuracies[-1]:.1%} of {held_out} held-out pairs "
             f"(95 % interval {low:.1%} to {high:.1%}, Wilson).",
         ]
     return "\n".join(lines)
@@ -182,8 +266,12 @@ def _quoted(text: str) -> str:
     return html.escape(" ".join(text.split())).translate({ord(mark): f"\\{mark}" for mark in "\\`*_[]!#|~"})
 
 
-def _repeating(stage: str) -> str:
-    used = "\n".join(f"- {package}: {version}" for package, version in versions().items())
+def _repeating(folder: Path, stage: str) -> str:
+    file = folder / VERSIONS_FILE  # written when the run began, which may be long ago
+    ran_with = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else versions()
+    used = "\n".join(f"- {package}: {version}" for package, version in ran_with.items())
+    if not (folder / RECIPE_FILE).is_file():
+        return f"## Versions\n\n{used}"
     return (
         f"## Repeat it\n\n`{RECIPE_FILE}` is the resolved recipe, `{VERSIONS_FILE}` what it ran with:\n\n"
         f"```bash\naccelerate launch -m trl_llava.train_{stage} --config {RECIPE_FILE} --output_dir repeated\n```\n\n"
@@ -201,10 +289,9 @@ def _adapter_config(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _hub_data(dataset_name: str | None, recipe: Recipe) -> list[str]:
-    named = [source["path"] for source in recipe.values.get("datasets") or []] or [recipe.values.get("dataset_name")]
-    names = [split_revision("dataset_name", name)[0] for name in ([dataset_name] if dataset_name else named) if name]
-    return [name for name in names if _is_hub_id(name)]
+def _hub_data(names: Iterable[str | None]) -> list[str]:
+    found = [split_revision("dataset_name", name)[0] for name in names if name]
+    return [name for name in found if _is_hub_id(name)]
 
 
 def _is_hub_id(name: Any) -> bool:

@@ -40,6 +40,7 @@ from trl_llava.configs_vllm import require_vllm
 from trl_llava.errors import InputError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
+from trl_llava.hub_trainer import PushesSafely
 from trl_llava.image_features import GIB, ImageFeatures
 from trl_llava.micro_batches import micro_batches
 from trl_llava.passes import PolicyAndValue, check_plain_head, response_logprobs, response_values
@@ -80,7 +81,7 @@ def _no_reward_model_to_shard() -> Iterator[None]:
         upstream.prepare_deepspeed = prepare_deepspeed
 
 
-class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
+class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
     """TRL's `PPOTrainer` with images: `train()` is rollout -> score -> advantages -> update -> log, masked everywhere.
 
     Differs from TRL's in this: prompts are rows with images; the reward is a sum of callables with TRL's
@@ -110,6 +111,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PPOTrainer):
             runs under FSDP.
     """
 
+    stage = "ppo"
     control: TrainerControl
 
     def __init__(

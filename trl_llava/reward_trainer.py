@@ -15,6 +15,7 @@ from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
 from trl_llava.fsdp_layers import shard_by_layers
+from trl_llava.hub_trainer import PushesSafely
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
@@ -28,7 +29,7 @@ EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 PAPER_CENTERING = 1e-3
 
 
-class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, RewardTrainer):
+class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrainer):
     """TRL's `RewardTrainer` on pairs of answers to a question about an image.
 
     Differs from TRL's in its collator, which renders the judging turn and runs image and question once per pair, and
@@ -43,6 +44,8 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, RewardTrainer):
         judging_prompt: what the reward model is asked after the answer; `None` lets it judge where the answer ends.
         **kwargs: all else that `RewardTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
     """
+
+    stage = "reward"
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from trl_llava.disk_full import explain_full_disk, size_of
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.full_weights import load_full_weights
 from trl_llava.loop_state import load_loop_state, save_loop_state
-from trl_llava.manifest import check_manifest
+from trl_llava.manifest import DamagedCheckpointError, check_manifest
 from trl_llava.resume_command import resume_command
 from trl_llava.stop_signals import Stopped, StopSignals
 
@@ -74,7 +75,15 @@ class SafeCheckpoints(Trainer):
     loop_started = 0.0
     _stop: StopSignals | None = None
     _written_beside: Path | None = None
-    _push_due = False
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has ended the training.
+
+        Returns:
+            `True` from the end of the step in which it came.
+        """
+        return self._stop is not None and self._stop.agreed > 0
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Upstream's training, from a checkpoint that has been checked.
@@ -130,6 +139,11 @@ class SafeCheckpoints(Trainer):
                 yield checkpoint
                 if stop.agreed:
                     raise self._stopped(run_dir, stop.agreed, command)
+        except pickle.UnpicklingError as error:  # what `weights_only` refuses; all else that is unpickled is ours
+            raise DamagedCheckpointError(
+                f"checkpoint {checkpoint} is refused: one of its files holds more than numbers "
+                f"({str(error).strip().splitlines()[0]}). Nothing of it was run; take it from where you trust it"
+            ) from error
         finally:
             self.remove_callback(at_step_ends)
 
@@ -199,7 +213,6 @@ class SafeCheckpoints(Trainer):
                 self._written_beside = None
                 if self.args.should_save:
                     discard_checkpoint(run_dir, step)
-        self._push_if_due(run_dir / what)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, run_dir: Path) -> None:
         """Every process writes its share beside the checkpoint's place; then one moves it there."""
@@ -208,7 +221,7 @@ class SafeCheckpoints(Trainer):
             start_checkpoint(run_dir, state.global_step)
         self.accelerator.wait_for_everyone()
         self._written_beside = unfinished(run_dir, state.global_step)
-        only_model, asked_to_stop = args.save_only_model, self._stop is not None and self._stop.agreed > 0
+        only_model, asked_to_stop = args.save_only_model, self.asked_to_stop
         try:
             args.save_only_model = only_model and not asked_to_stop  # a run that stops is one that shall go on
             super()._save_checkpoint(model, trial)
@@ -236,15 +249,6 @@ class SafeCheckpoints(Trainer):
         super()._save_rng_state(output_dir)
         if hasattr(self, "_tr_loss"):  # PPO has a loop of its own, which sums nothing over steps
             save_loop_state(self, Path(output_dir))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Upstream pushes before the checkpoint has its place: afterwards, the name and the manifest are right.
-        self._push_due = True
-
-    def _push_if_due(self, checkpoint: Path) -> None:
-        due, self._push_due = self._push_due, False
-        if due:
-            super()._push_from_checkpoint(str(checkpoint))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # else a run resumed at its end takes one step more

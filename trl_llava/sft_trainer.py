@@ -13,13 +13,14 @@ from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
 from trl_llava.fsdp_layers import shard_by_layers
+from trl_llava.hub_trainer import PushesSafely
 from trl_llava.lengths import drop_overlong
 from trl_llava.safe_checkpoints import SafeCheckpoints
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
-class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, SFTTrainer):
+class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
     """TRL's `SFTTrainer` with answer-only labels over all turns of conversations with images.
 
     Differs from TRL's in its collator and in what it does to the data sets: rows are checked and named, image tokens
@@ -34,6 +35,8 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, SFTTrainer):
         eval_dataset: the same, or a dict of them.
         **kwargs: all else that `SFTTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
     """
+
+    stage = "sft"
 
     def __init__(
         self,

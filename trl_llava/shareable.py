@@ -14,7 +14,13 @@ from trl_llava.recipe import Recipe
 SUFFIXES = (".safetensors", ".json", ".yaml", ".jinja", ".model", ".txt", ".md", ".png", ".jpg")
 """Files that are pushed; all else that a folder holds stays, pickles above all."""
 
-STAYS = ("checkpoint-*", "completions", "runs", MANIFEST)
+SAMPLES = "samples"
+"""Folder of a run with the pictures that its card shows, and samples.json."""
+
+FACTS_FILE = "card.json"
+"""What the card says beside log and files, with the paths of this machine."""
+
+STAYS = ("checkpoint-*", "completions", "runs", MANIFEST, FACTS_FILE)
 ARGUMENTS = "training_args.bin"
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 # Vocabularies may hold anything, also what looks like a path.

@@ -2,16 +2,18 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import Trainer, TrainingArguments
 
 from trl_llava import output_dir
+from trl_llava.card_samples import write_samples
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.console import quiet_libraries
-from trl_llava.hub_push import push_saves
 from trl_llava.hub_repository import Repository, claim_repository
-from trl_llava.model_card import write_model_card
+from trl_llava.hub_saves import push_saves
+from trl_llava.model_card import card_facts, write_card_of
 from trl_llava.recipe import Recipe
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -47,9 +49,12 @@ class StageRun:
         Returns:
             The trainer.
         """
-        trainer.create_model_card = functools.partial(write_model_card, trainer, self.stage, base, self.recipe)
-        push = push_saves(trainer, self.repository, self.script_args.card_samples)
+        trainer.create_model_card = functools.partial(write_card_of, trainer, self.stage, base, self.recipe.values)
+        samples = functools.partial(write_samples, trainer, self.script_args.card_samples)
+        push = push_saves(trainer, self.repository, write_samples=samples, end_follows=True)
         output_dir.record(self.training_args, self.recipe)
+        if trainer.is_world_process_zero():  # `trl-llava push` reads them when this process is gone
+            card_facts(trainer, self.stage, base, self.recipe.values).save(Path(self.training_args.output_dir))
         trainer.train(resume_from_checkpoint=self.checkpoint)
         output_dir.finish(trainer, self.script_args.dataset_name)
         if push is not None:

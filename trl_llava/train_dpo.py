@@ -16,6 +16,7 @@ from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import LlavaDPOConfig
 from trl_llava.console import run_as_program
 from trl_llava.dpo_collator import DPOCollator
+from trl_llava.hub_trainer import PushesSafely
 from trl_llava.lengths import drop_overlong
 from trl_llava.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.recipe import RecipeParser
@@ -24,8 +25,10 @@ from trl_llava.splits import load_splits
 from trl_llava.stage_run import begin
 
 
-class LlavaDPOTrainer(SafeCheckpoints, DPOTrainer):
+class LlavaDPOTrainer(SafeCheckpoints, PushesSafely, DPOTrainer):
     """TRL's `DPOTrainer` with checkpoints that survive a kill, and that a run goes on from."""
+
+    stage = "dpo"
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
