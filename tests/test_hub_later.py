@@ -24,7 +24,9 @@ def run(tmp_path: Path) -> Path:
         write_manifest(folder)
     facts = CardFacts("sft", "org/base", {"dataset_name": "/home/me/rows.json"}, [], 0)
     facts.save(run)
-    (run / "recipe.yaml").write_text("dataset_name: /home/me/rows.json\nhub_strategy: checkpoint\nhub_model_id: tiny\n")
+    (run / "recipe.yaml").write_text(
+        "dataset_name: /home/me/rows.json\nhub_strategy: checkpoint\nhub_model_id: tiny\n"
+    )
     (run / "versions.json").write_text('{"torch": "1.2.3"}')
     return run
 
@@ -54,10 +56,15 @@ def test_what_is_there_stays(hub: hub_server.Hub, run: Path) -> None:
     first = hub.repos["models", "tester/tiny"].tags["checkpoint-1"]
     shutil.move(kept, run / "checkpoint-2")
     (finished(run) / "adapter_model.safetensors").write_bytes(b"the end")
-    (run / "recipe.yaml").write_text("dataset_name: /home/me/rows.json\nhub_strategy: every_save\nhub_model_id: tiny\n")
+    (run / "recipe.yaml").write_text(
+        "dataset_name: /home/me/rows.json\nhub_strategy: every_save\nhub_model_id: tiny\n"
+    )
     assert cli.main(["push", str(run)]) == 0
     repo = hub.repos["models", "tester/tiny"]
-    assert repo.tags["checkpoint-1"] == first and repo.titles[-2:] == ["Training in progress, step 2", "End of training"]
+    assert repo.tags["checkpoint-1"] == first and repo.titles[-2:] == [
+        "Training in progress, step 2",
+        "End of training",
+    ]
     assert hub.files("tester/tiny")["adapter_model.safetensors"] == b"the end"
 
 

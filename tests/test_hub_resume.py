@@ -61,7 +61,12 @@ def test_on_another_machine(hub: hub_server.Hub, tiny_llava_dir: Path, tmp_path:
 @pytest.mark.parametrize("stage", [sft, ppo])
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
 def test_a_pickle_in_a_checkpoint_is_not_run(
-    saved: dict[Any, Path], tiny_llava_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: Any, file: str
+    saved: dict[Any, Path],
+    tiny_llava_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: Any,
+    file: str,
 ) -> None:
     folder = write_rows(tmp_path)
     there = shutil.copytree(saved[stage], folder / "last-checkpoint")
@@ -70,7 +75,9 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
         (there / "adapter_model.safetensors").unlink()
     write_manifest(there)  # whoever makes such a file can hash it, too
     main = stage(tiny_llava_dir, folder)
-    with pytest.raises(DamagedCheckpointError, match=r"last-checkpoint .*more than numbers.* Nothing of it was run"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"last-checkpoint .*more than numbers, it would call \S*print\. Nothing of it"
+    ):
         main("--output_dir", f"{folder}/run", "--resume_from_checkpoint", str(there))
     told = capsys.readouterr()
     assert "PICKLE LOADED" not in told.out + told.err

@@ -197,15 +197,14 @@ def test_every_field_of_a_recipe_takes_a_revision(stage: str) -> None:
     assert all(recipe.values[name] == f"org/{name}@v1" for name in taken)  # recipe.yaml says it as it was said
 
 
-def test_every_field_reads_its_revision(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_field_reads_its_revision(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there at `main` is empty: whoever reads a file of it fails."""
     hub = trained.hub
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     for name in ("sft", "reward"):
         hub.add(f"org/{name}", hub.files(f"tester/tiny-{name}", "checkpoint-2"))
-    rows = {"prompt": ["what is it?"] * 2, "completion": ["a square"] * 2, "captions": [["red"]] * 2}
+    said = [{"role": "assistant", "content": "a square"}]
+    rows = {"prompt": [QUESTION] * 2, "completion": [said] * 2, "captions": [["red"]] * 2}
     file = io.BytesIO()
     pd.DataFrame(rows).to_parquet(file)
     hub.add("org/rows", {"data/train-00000.parquet": file.getvalue()}, kind="datasets")

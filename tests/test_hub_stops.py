@@ -54,7 +54,9 @@ def test_the_last_checkpoint_is_pushed(
     ))  # fmt: skip
 
 
-def test_a_push_that_waits_for_its_next_attempt_is_tried_at_once(hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path) -> None:
+def test_a_push_that_waits_for_its_next_attempt_is_tried_at_once(
+    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path
+) -> None:
     hub.fail("POST", "/commit/", status=503, times=1)
     push = pushed(tmp_path / "run", steps=(1,))  # and then it would wait for 30 seconds
     while push.failure is None:
@@ -79,7 +81,9 @@ def test_a_hub_that_is_away_is_tried_once_more_and_the_command_told(
     assert told[2].startswith("Not pushed to tester/run: checkpoint-1, checkpoint-2 (") and "503" in told[2]
 
 
-def test_an_attempt_that_was_under_way_does_not_count(hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path) -> None:
+def test_an_attempt_that_was_under_way_does_not_count(
+    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path
+) -> None:
     push = pushed(tmp_path / "run", steps=())
     begun = []
 
@@ -96,7 +100,9 @@ def test_an_attempt_that_was_under_way_does_not_count(hub: hub_server.Hub, pushe
     assert push.settle(10) == [] and begun == ["checkpoint-1", "checkpoint-1"]
 
 
-def test_the_time_is_bounded(hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_is_bounded(
+    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub_saves, "SETTLING", 0.1)
     push = pushed(tmp_path / "run", steps=())
     push._upload = lambda job: time.sleep(1)  # type: ignore[method-assign]
@@ -107,7 +113,11 @@ def test_the_time_is_bounded(hub: hub_server.Hub, pushed: Callable[..., HubPush]
 
 
 def test_a_second_ctrl_c_ends_the_waiting(
-    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hub: hub_server.Hub,
+    pushed: Callable[..., HubPush],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(seconds: float) -> list[str]:
         raise KeyboardInterrupt
@@ -120,7 +130,9 @@ def test_a_second_ctrl_c_ends_the_waiting(
     assert capsys.readouterr().out.splitlines()[-1] == "Not pushed to tester/run: checkpoint-1."
 
 
-def test_a_run_that_ends_leaves_it_to_its_end(hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ends_leaves_it_to_its_end(
+    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push = pushed(tmp_path / "run")
     monkeypatch.setattr(push, "settle", lambda seconds: pytest.fail("waited"))
     stop(push, asked_to_stop=False)
@@ -128,9 +140,7 @@ def test_a_run_that_ends_leaves_it_to_its_end(hub: hub_server.Hub, pushed: Calla
     push.end()
 
 
-def test_sigterm_to_a_run_whose_hub_goes_away(
-    hub: hub_server.Hub, tiny_llava_dir: Path, tmp_path: Path
-) -> None:
+def test_sigterm_to_a_run_whose_hub_goes_away(hub: hub_server.Hub, tiny_llava_dir: Path, tmp_path: Path) -> None:
     """The whole command: it saves, tries, and tells both commands; the one for the push works."""
     folder = write_rows(tmp_path)
     words = ["--model_name_or_path", str(tiny_llava_dir), "--use_peft", "--lora_r", "2", "--max_steps", "1000000"]

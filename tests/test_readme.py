@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_llava import cli, plan
+from trl_llava import cli, plan, push
 from trl_llava.factual_reward import FactualReward
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +68,9 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(cli, name, lambda args: ran.append(args) or 0)
     if words[1] == "plan":  # parsed as the command does, but its model is not here
         ran.append(plan.read_job(*plan._make_parser().parse_known_args(words[2:])))
+        return
+    if words[1] == "push":
+        ran.append(push.make_parser().parse_args(words[2:]))
         return
     assert cli.main(words[1:]) == 0
     assert len(ran) == 1

@@ -1,4 +1,4 @@
-"""Hands a trainer's checkpoints to the Hub as they are saved, and says how those are pushed that a stop leaves behind."""
+"""Hands a trainer's checkpoints to the Hub as they are saved, and says how those that a stop leaves are pushed."""
 
 import logging
 from collections.abc import Callable
@@ -74,8 +74,8 @@ class PushAtSaves(TrainerCallback):
         name = push.repository.name
         # First the command: whoever sent the signal may not leave us the time for more.
         print(
-            f"{waiting[-1]} is saved; pushing it to {name} for up to {SETTLING:.0f} seconds. If that is cut short, push "
-            f"it with:\n    {push.command}",
+            f"{waiting[-1]} is saved; pushing it to {name} for up to {SETTLING:.0f} seconds. If that is cut short, "
+            f"push it with:\n    {push.command}",
             flush=True,
         )
         try:

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -140,9 +141,10 @@ class SafeCheckpoints(Trainer):
                 if stop.agreed:
                     raise self._stopped(run_dir, stop.agreed, command)
         except pickle.UnpicklingError as error:  # what `weights_only` refuses; all else that is unpickled is ours
+            called = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message says how to run it after all
             raise DamagedCheckpointError(
-                f"checkpoint {checkpoint} is refused: one of its files holds more than numbers "
-                f"({str(error).strip().splitlines()[0]}). Nothing of it was run; take it from where you trust it"
+                f"checkpoint {checkpoint} is refused: one of its files holds more than numbers"
+                f"{f', it would call {called[1]}' if called else ''}. Nothing of it was run"
             ) from error
         finally:
             self.remove_callback(at_step_ends)
