@@ -140,6 +140,7 @@ def test_a_run_that_ends_leaves_it_to_its_end(
     push.end()
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_run_whose_hub_goes_away(hub: hub_server.Hub, tiny_llava_dir: Path, tmp_path: Path) -> None:
     """The whole command: it saves, tries, and tells both commands; the one for the push works."""
     folder = write_rows(tmp_path)

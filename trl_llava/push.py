@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import HfHubHTTPError
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import HubStrategy
 
@@ -122,7 +121,7 @@ def _to_push(run: Path, strategy: HubStrategy, finished: bool, repository: Repos
         return [] if finished else found[-1:]
     try:
         tags = [step_of(Path(tag.name)) for tag in repository.api().list_repo_refs(repository.name).tags]
-    except (HfHubHTTPError, *UNREACHABLE) as error:
+    except UNREACHABLE as error:
         raise HubError(f"the Hub does not say what {repository.name} holds ({cause(error)})") from error
     return [checkpoint for checkpoint in found if step_of(checkpoint) > max(tags, default=-1)]
 
