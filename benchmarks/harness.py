@@ -36,13 +36,13 @@ def alternate(
     Args:
         sides: Name -> side. Each must be able to take `steps_needed(runs)` steps.
         runs: How many steps of each side count.
-        count: Sides that take one more step at the end, in which floating-point operations are counted.
+        count: Sides whose floating-point operations are counted, in the step whose time is thrown away.
         bare: Name -> MiB that are no part of the side's own, as `bare_memory` finds them; 0 where it is not there.
 
     Returns:
         One entry per counted step: `run` (from 1), `side`, `seconds`, `cpu_seconds` (of all threads), `peak_mib` over
         the bare process, `held_mib` of that before the step, `peaks` (phase -> MiB), `phases` (phase -> seconds).
-        Then one per side in `count`, whose `run` is "counted" and which has `flops` by phase.
+        Before them one per side in `count`, whose `run` is "counted" and which has `flops` by phase.
 
     Raises:
         RuntimeError: If a side fails; with its traceback.
@@ -55,12 +55,11 @@ def alternate(
         measured = []
         for run in range(runs + 1):
             for name, pipe in pipes.items():
-                step = _turn(name, pipe, "go")
+                counted = not run and name in count
+                step = _turn(name, pipe, "count" if counted else "go")
                 say(f"run {run or 'to warm up'}: {name} {step['seconds']:.2f} s, {step['peak_mib']:.0f} MiB")
-                if run:
-                    measured.append({"run": run, "side": name, **step})
-        for name in count:
-            measured.append({"run": "counted", "side": name, **_turn(name, pipes[name], "count")})
+                if run or counted:
+                    measured.append({"run": run or "counted", "side": name, **step})
         return measured
 
 
@@ -151,10 +150,10 @@ def steps_needed(runs: int) -> int:
         runs: How many count.
 
     Returns:
-        With the first, which warms up, the one whose operations are counted, and one that never begins: a trainer
-        that has come to its end would save its model in another side's turn.
+        With the first, which warms up, and one that never begins: a trainer that has come to its end would save its
+        model in another side's turn.
     """
-    return runs + 3
+    return runs + 2
 
 
 @contextlib.contextmanager
