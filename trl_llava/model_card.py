@@ -250,8 +250,10 @@ def _samples(folder: Path) -> str:
     file = folder / SAMPLES / "samples.json"
     if not file.is_file():
         return ""
-    lines = ["## Samples", "", "Not chosen: the first rows with a picture, answered greedily."]
-    for sample in json.loads(file.read_text(encoding="utf-8")):
+    samples = json.loads(file.read_text(encoding="utf-8"))
+    what = "answered greedily" if all("answer" in sample for sample in samples) else "both answers scored"
+    lines = ["## Samples", "", f"Not chosen: the first rows with a picture, {what}."]
+    for sample in samples:
         lines += ["", f"![picture]({sample['picture']})", "", f"> {_quoted(sample['question'])}", ""]
         if "answer" in sample:
             lines.append(_quoted(sample["answer"]))
