@@ -42,7 +42,7 @@ class PaperSchedule(LlavaPPOTrainer):
                 for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
                     answers = (inputs.select(rows), responses[rows], mask[rows])
                     logprobs.append(self._all_logprobs(model.policy, *answers))
-                    with self.reference(model.policy) as reference:
+                    with self.ask.reference(model.policy) as reference:
                         ref_logprobs.append(self._all_logprobs(reference, *answers))
                     values.append(self._all_values(model.value_model, *answers))
         return Rollout(

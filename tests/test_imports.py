@@ -42,6 +42,7 @@ LAYERS = (
             "generation",
             "growing_cache",
             "generation_batches",
+            "ppo_ask",
             "ppo_setup",
             "ppo_update",
             "ppo_report",

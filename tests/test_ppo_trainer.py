@@ -146,7 +146,7 @@ def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir,
         with torch.no_grad():
             for row in range(0, 4, size):
                 part = rollout.select(range(row, min(row + size, 4)))
-                again = trainer._logprobs(model.policy, part.inputs, part.responses, part.mask)
+                again = trainer.ask.logprobs(model.policy, part.inputs, part.responses, part.mask)
                 torch.testing.assert_close(again, part.logprobs, rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
@@ -39,6 +40,26 @@ class PolicyAndValueCollator:
             The policy's batch, and the value model's under "value".
         """
         return {**self.policy(rows), "value": self.value(rows)}
+
+
+def collator_of_both(
+    collator: PromptCollator,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    value_processing_class: ProcessorMixin | PreTrainedTokenizerBase | None,
+) -> PromptCollator | PolicyAndValueCollator:
+    """Encode a batch as often as policy and value model see it differently.
+
+    Args:
+        collator: the policy's.
+        processing_class: the policy's processor.
+        value_processing_class: the value model's; `None` if it is the same.
+
+    Returns:
+        The policy's collator, or one for both.
+    """
+    if value_processing_class is None or value_processing_class is processing_class:
+        return collator
+    return PolicyAndValueCollator(collator, PromptCollator(value_processing_class, max_prompt_length=None))
 
 
 def prompt_rows(

@@ -2,17 +2,18 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import ProgressCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_callback import CallbackHandler
 
 from trl_llava.configs_ppo import LlavaPPOConfig
@@ -136,6 +137,34 @@ def sample_table(rollout: Rollout, answers: list[str]) -> pd.DataFrame:
         "score": rollout.scores.tolist(),
     }
     return pd.DataFrame({**table, **{name: values.tolist() for name, values in rollout.terms.items()}})
+
+
+def answered_table(
+    batches: Iterable[dict[str, Any]],
+    answer: Callable[[dict[str, Any]], Rollout],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    first_only: bool,
+) -> pd.DataFrame | None:
+    """Answer batches of prompts, and put what was answered on all processes into one table.
+
+    Args:
+        batches: what the collator returns, B rows each.
+        answer: gives the scored answers to a batch.
+        tokenizer: turns them into text.
+        first_only: stop after one batch.
+
+    Returns:
+        As `sample_table`, or `None` if there is no batch.
+    """
+    tables = []
+    for batch in batches:
+        rollout = answer(batch)
+        texts = tokenizer.batch_decode([row[mask] for row, mask in zip(rollout.responses, rollout.mask, strict=True)])
+        tables += gather_object([sample_table(rollout, texts)])
+        if first_only:
+            break
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 
 def report_samples(table: pd.DataFrame, args: LlavaPPOConfig, step: int) -> None:

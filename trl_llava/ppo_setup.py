@@ -1,7 +1,8 @@
 """What a PPO run needs before its first step, beyond what TRL's trainer prepares."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from accelerate import Accelerator, PartialState
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from trl.experimental.ppo import ppo_trainer as upstream
+from trl.models.utils import prepare_deepspeed
 
 from trl_llava.adapter_role import AdapterRole, computing
 from trl_llava.adapter_switching import checkpoint_contexts
@@ -51,6 +54,41 @@ def honour_max_steps(args: LlavaPPOConfig) -> None:
     if args.max_steps > 0:
         rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.total_episodes = args.max_steps * rollouts * PartialState().num_processes
+
+
+def check_precision(args: LlavaPPOConfig, accelerator: Accelerator) -> None:
+    """Stop if an earlier trainer of this process has settled another precision.
+
+    Args:
+        args: the config.
+        accelerator: the one that was made for it.
+
+    Raises:
+        InputError: if the two differ.
+    """
+    if accelerator.mixed_precision != args.mixed_precision:
+        raise InputError(
+            f"this process already runs with mixed precision {accelerator.mixed_precision!r}, but the config "
+            f"asks for {args.mixed_precision!r}: set `bf16` and `fp16` accordingly, or start a new process"
+        )
+
+
+@contextmanager
+def no_reward_model_to_shard() -> Iterator[None]:
+    """Keep TRL from sharding, under DeepSpeed, the reward model that there is none of: our rewards are functions.
+
+    Yields:
+        Nothing.
+    """
+
+    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        return model if isinstance(model, nn.Identity) else prepare_deepspeed(model, accelerator)
+
+    upstream.prepare_deepspeed = shard
+    try:
+        yield
+    finally:
+        upstream.prepare_deepspeed = prepare_deepspeed
 
 
 def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Accelerator) -> None:

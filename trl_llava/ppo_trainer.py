@@ -1,6 +1,5 @@
 """Stage 3: PPO whose policy, value and reward see the image."""
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -8,10 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object, patch_environment
+from accelerate.utils import patch_environment
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -24,61 +21,42 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.experimental.ppo import PPOTrainer
-from trl.experimental.ppo import ppo_trainer as upstream
-from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
+from trl.models.utils import unwrap_model_for_generation
 
 from trl_llava import ppo_math
-from trl_llava.adapter_switching import active_adapter
 from trl_llava.answers import Answers
 from trl_llava.blank_picture import look_on_every_process
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.configs_vllm import require_vllm
-from trl_llava.errors import InputError
 from trl_llava.generation import Generator, suppressed_tokens
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.hub_trainer import PushesSafely
 from trl_llava.image_features import GIB, ImageFeatures
-from trl_llava.micro_batches import micro_batches
-from trl_llava.passes import PolicyAndValue, check_plain_head, response_logprobs, response_values
-from trl_llava.ppo_data import PolicyAndValueCollator, prompt_rows, rollout_loader
-from trl_llava.ppo_report import PhaseClock, report_samples, sample_table, step_metrics
+from trl_llava.passes import PolicyAndValue, check_plain_head
+from trl_llava.ppo_ask import RoleQuestions, can_share_prefix
+from trl_llava.ppo_data import collator_of_both, prompt_rows, rollout_loader
+from trl_llava.ppo_report import PhaseClock, answered_table, report_samples, step_metrics
 from trl_llava.ppo_resume import PPOCheckpoints
 from trl_llava.ppo_setup import (
+    check_precision,
     compile_layers,
     honour_max_steps,
+    no_reward_model_to_shard,
     prepare_roles,
     refuse_launches,
     rounds_alike,
     warm_up_above_zero,
 )
 from trl_llava.ppo_update import PPOUpdate
-from trl_llava.rollout import ModelInputs, Rollout, lengths_of
+from trl_llava.rollout import ModelInputs, Rollout
 from trl_llava.scoring import RewardFunction, Scorer, needs_captions
-from trl_llava.shared_prefix import why_not
 from trl_llava.shared_weights import shares_weights
 
 if TYPE_CHECKING:
     from trl_llava.vllm_rollouts import VLLMGenerator
-
-logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def _no_reward_model_to_shard() -> Iterator[None]:
-    """Keep TRL from sharding, under DeepSpeed, the reward model that there is none of: our rewards are functions."""
-
-    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-        return model if isinstance(model, nn.Identity) else prepare_deepspeed(model, accelerator)
-
-    upstream.prepare_deepspeed = shard
-    try:
-        yield
-    finally:
-        upstream.prepare_deepspeed = prepare_deepspeed
 
 
 class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
@@ -136,22 +114,19 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         honour_max_steps(args)
         set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
         self.scorer = Scorer(args, [reward_funcs] if callable(reward_funcs) else reward_funcs)
         captions = needs_captions(self.scorer.reward_funcs)
+        collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
         train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, require_captions=captions)
         if eval_dataset is not None:
             eval_dataset = prompt_rows(eval_dataset, "eval_dataset", collator, args, require_captions=captions)
         self.answers_per_epoch = len(train_dataset) * args.num_generations_per_prompt
         if args.total_episodes is None:  # an epoch asks every prompt once, whatever the number of answers
             args.total_episodes = int(args.num_train_epochs * self.answers_per_epoch)
-        value_collator = None
-        if value_processing_class is not None and value_processing_class is not processing_class:
-            value_collator = PromptCollator(value_processing_class, max_prompt_length=None)
         # TRL's PPO makes its accelerator without the precision that `args` asks for; it reads this instead.
         precision = {"ACCELERATE_MIXED_PRECISION": args.mixed_precision}
         # `torch_compile` is `compile_layers` here.
-        with patch_environment(**precision, ACCELERATE_DYNAMO_BACKEND="no"), _no_reward_model_to_shard():
+        with patch_environment(**precision, ACCELERATE_DYNAMO_BACKEND="no"), no_reward_model_to_shard():
             super().__init__(
                 args=args,
                 processing_class=self.tokenizer,
@@ -161,17 +136,13 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
                 reward_model=nn.Identity(),
                 train_dataset=train_dataset,
                 value_model=value_model,
-                data_collator=collator if value_collator is None else PolicyAndValueCollator(collator, value_collator),
+                data_collator=collator_of_both(collator, processing_class, value_processing_class),
                 eval_dataset=eval_dataset,
                 optimizers=optimizers,
                 callbacks=callbacks,
                 peft_config=peft_config,
             )
-        if self.accelerator.mixed_precision != args.mixed_precision:
-            raise InputError(
-                f"this process already runs with mixed precision {self.accelerator.mixed_precision!r}, but the config "
-                f"asks for {args.mixed_precision!r}: set `bf16` and `fp16` accordingly, or start a new process"
-            )
+        check_precision(args, self.accelerator)
         self.processing_class = self.callback_handler.processing_class = processing_class
         self.clock = PhaseClock(self.callback_handler)
         self.dataloader = self._batches_from(0)
@@ -184,17 +155,17 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         if shares_weights(self.accelerator):  # only ahead of the passes may processes run a tower unequally often
             self.image_features.max_bytes = math.inf
         self.sampling = Sampling(args.temperature, suppressed_tokens(self.policy_model), args.logits_chunk_size)
-        keep = not args.recompute_logprobs
-        if args.recompute_logprobs is None:
-            keep = rounds_alike(self.policy_model, args, self.accelerator)
-        self.generator = Generator(
-            args, self.accelerator, self.tokenizer, self.stop_token_id, self.sampling, keep_logprobs=keep
-        )
+        recompute = args.recompute_logprobs
+        if recompute is None:
+            recompute = not rounds_alike(self.policy_model, args, self.accelerator)
+        tokens = (self.tokenizer, self.stop_token_id)
+        self.generator = Generator(args, self.accelerator, *tokens, self.sampling, keep_logprobs=not recompute)
         self.vllm = self._connect_to_vllm() if args.use_vllm else None
-        self.share_prefix = self._can_share_prefix()
-        self.ppo_update = PPOUpdate(
-            args, self.accelerator, self.model, self.optimizer, self.sampling, self.share_prefix
-        )
+        roles = [self.policy_model, self.value_model, *([] if self.ref_model is None else [self.ref_model])]
+        self.share_prefix = can_share_prefix(args, roles)
+        passes = (self.sampling, self.share_prefix)
+        self.ask = RoleQuestions(args, self.accelerator, self.model, self.ref_model, *passes)
+        self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, *passes)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Put both models under our own roof first: TRL calls this between building its wrapper and preparing it.
@@ -278,7 +249,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
                 answers = self.generate(model.policy, inputs, columns, step)
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
         with self.clock.phase("forward"):
-            logprobs, ref_logprobs, values = self._ask_roles(*prompts, answers)
+            logprobs, ref_logprobs, values = self.ask(*prompts, answers)
         if self.vllm is not None:
             self.vllm.compare(logprobs, answers.mask, step)
         return Rollout(
@@ -402,53 +373,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         with unwrap_model_for_generation(prepared, self.accelerator, gather_deepspeed3_params=gather) as model:
             yield model
 
-    @contextmanager
-    def reference(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The reference model: a model of its own, or the policy's base with the adapter it started from.
-
-        Args:
-            policy: the unwrapped policy.
-
-        Yields:
-            A model that computes as the reference does.
-        """
-        if self.ref_model is not None:
-            yield self.ref_model
-        else:
-            with active_adapter(policy, self.ref_adapter_name):
-                yield policy
-
-    def _ask_roles(
-        self,
-        inputs: ModelInputs,
-        ref_inputs: ModelInputs,
-        value_inputs: ModelInputs,
-        answers: Answers,
-    ) -> torch.Tensor:
-        """(3, B, R) log-probabilities of policy and reference, and values, as constants of the update."""
-        responses, mask, _, known = answers
-        model = self.accelerator.unwrap_model(self.model)
-        lengths = lengths_of(inputs, value_inputs, mask, self.share_prefix)
-        limits = (self.args.local_rollout_forward_batch_size, self.args.max_tokens_per_micro_batch)
-        # Made outside of inference mode: the update's graph may hold them.
-        found = torch.zeros(3, *mask.shape, device=mask.device)
-        if known is not None:
-            found[0] = known
-        # ZeRO-3 gathers weights into tensors that it uses again in the update.
-        no_graph = torch.no_grad if is_deepspeed_zero3_enabled() else torch.inference_mode
-        with no_graph(), self.accelerator.autocast():
-            for rows in micro_batches(range(len(inputs)), lengths, *limits, self.accelerator):
-                width = max(lengths.responses[row] for row in rows)
-                part = (responses[rows, :width], mask[rows, :width])
-                if known is None:
-                    found[0, rows, :width] = self._logprobs(model.policy, inputs.select(rows), *part)
-                with self.reference(model.policy) as reference:
-                    found[1, rows, :width] = self._logprobs(reference, ref_inputs.select(rows), *part)
-                found[2, rows, :width] = response_values(
-                    model.value_model, value_inputs.select(rows), *part, share_prefix=self.share_prefix
-                )
-        return found
-
     def _connect_to_vllm(self) -> "VLLMGenerator":
         from trl_llava.vllm_rollouts import VLLMGenerator  # takes vLLM along, which takes its time and the GPU
 
@@ -457,22 +381,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         return VLLMGenerator(
             self.args, self.accelerator, self.processing_class, policy, *tokens, updates=lambda: self.state.global_step
         )
-
-    def _can_share_prefix(self) -> bool:
-        """Whether several answers to a prompt run as one row, in every role alike."""
-        if self.args.num_generations_per_prompt == 1 or not self.args.share_prefix:
-            return False
-        roles = [self.policy_model, self.value_model, *([] if self.ref_model is None else [self.ref_model])]
-        reasons = [reason for role in roles if (reason := why_not(role)) is not None]
-        if reasons:
-            logger.warning("A prompt runs once for each of its answers, not once for all: %s.", "; ".join(reasons))
-        return not reasons
-
-    def _logprobs(
-        self, policy: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, R) log-probabilities of the response tokens, computed the way the update computes them."""
-        return response_logprobs(policy, inputs, responses, mask, self.sampling, share_prefix=self.share_prefix)[0]
 
     # --- around the loop ----------------------------------------------------------------------------------------
 
@@ -538,18 +446,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         """
         if self.eval_dataset is None:
             return
-        tables = []
-        for batch in self.eval_dataloader:
-            rollout = self.answer(batch)
-            texts = self.tokenizer.batch_decode(
-                [row[mask] for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
-            )
-            tables += gather_object([sample_table(rollout, texts)])
-            if sampling:
-                break
-        if not tables or not self.accelerator.is_main_process:
-            return
-        report_samples(pd.concat(tables, ignore_index=True), self.args, self.state.global_step)
+        table = answered_table(self.eval_dataloader, self.answer, self.tokenizer, first_only=sampling)
+        if table is not None and self.accelerator.is_main_process:
+            report_samples(table, self.args, self.state.global_step)
 
     def answer(self, batch: dict[str, Any]) -> Rollout:
         """Answer a batch greedily and score it, without asking policy, reference or value about its tokens.
