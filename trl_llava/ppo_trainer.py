@@ -149,9 +149,14 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         if eval_dataset is not None:  # TRL's loader drops a last batch that is not full, which may be the only one
             eval_loader = DataLoader(eval_dataset, args.per_device_eval_batch_size, collate_fn=collator)
             self.eval_dataloader = self.accelerator.prepare(eval_loader)
+        self.image_features = ImageFeatures(args.image_cache_gib * GIB) if image_features is None else image_features
+        self._make_phases()
+
+    def _make_phases(self) -> None:
+        """What generates, asks and updates, once the models are prepared."""
+        args = self.args
         if self.ref_model is not None:
             compile_layers(self.ref_model, args)
-        self.image_features = ImageFeatures(args.image_cache_gib * GIB) if image_features is None else image_features
         if shares_weights(self.accelerator):  # only ahead of the passes may processes run a tower unequally often
             self.image_features.max_bytes = math.inf
         self.sampling = Sampling(args.temperature, suppressed_tokens(self.policy_model), args.logits_chunk_size)

@@ -15,14 +15,19 @@ from trl_llava.errors import InputError
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (https://doi.org/10.1145/2714064.2660195): int64 in, well-mixed int64 out."""
+    """The finaliser of splitmix64 (https://doi.org/10.1145/2714064.2660195): int64 in, well-mixed int64 out, in place.
 
-    def shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift: torch's is arithmetic
+    In place, as all that follows: a step of generation draws for the whole vocabulary, and fresh memory for every
+    operation would take longer than the operations.
+    """
 
-    values = (values ^ shift(values, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    values = (values ^ shift(values, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return values ^ shift(values, 31)
+    def fold(x: torch.Tensor, bits: int) -> torch.Tensor:
+        """`x ^= x >> bits`, a logical shift: torch's is arithmetic."""
+        return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+
+    fold(values, 30).mul_(-4658895280553007687)  # 0xBF58476D1CE4E5B9
+    fold(values, 27).mul_(-7723592293110705685)  # 0x94D049BB133111EB
+    return fold(values, 31)
 
 
 def row_keys(seed: int, step: int, rows: torch.Tensor) -> torch.Tensor:
@@ -56,8 +61,8 @@ def uniform(keys: torch.Tensor, position: int, size: int) -> torch.Tensor:
     place = torch.tensor(position, dtype=torch.int64, device=keys.device) * 7046029254386353131
     index = torch.arange(size, dtype=torch.int64, device=keys.device) * -7046029254386353131
     state = _mix(_mix(keys + place).unsqueeze(1) + index)
-    bits = (state >> 12) & ((1 << 52) - 1)  # 52 bits and a half, so that neither 0 nor 1 comes out
-    return (bits.double() + 0.5) / (1 << 52)
+    bits = (state >> 12).bitwise_and_((1 << 52) - 1)  # 52 bits and a half, so that neither 0 nor 1 comes out
+    return bits.double().add_(0.5).div_(1 << 52)
 
 
 class RowNoise(LogitsProcessor):
@@ -90,7 +95,7 @@ class RowNoise(LogitsProcessor):
             (B, V) logits / temperature + noise.
         """
         draws = uniform(self.keys, input_ids.shape[1] - self.prompt_length, scores.shape[1])
-        return scores / self.temperature - (-draws.log()).log().to(scores.dtype)
+        return (scores / self.temperature).sub_(draws.log_().neg_().log_().to(scores.dtype))
 
 
 class RolloutBatches(Sampler[list[int]]):
