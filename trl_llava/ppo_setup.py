@@ -1,8 +1,7 @@
 """What a PPO run needs before its first step, beyond what TRL's trainer prepares."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from accelerate import Accelerator, PartialState
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from trl.experimental.ppo import ppo_trainer as upstream
-from trl.models.utils import prepare_deepspeed
 
 from trl_llava.adapter_role import AdapterRole, computing
 from trl_llava.adapter_switching import checkpoint_contexts
@@ -71,24 +68,6 @@ def check_precision(args: LlavaPPOConfig, accelerator: Accelerator) -> None:
             f"this process already runs with mixed precision {accelerator.mixed_precision!r}, but the config "
             f"asks for {args.mixed_precision!r}: set `bf16` and `fp16` accordingly, or start a new process"
         )
-
-
-@contextmanager
-def no_reward_model_to_shard() -> Iterator[None]:
-    """Keep TRL from sharding, under DeepSpeed, the reward model that there is none of: our rewards are functions.
-
-    Yields:
-        Nothing.
-    """
-
-    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-        return model if isinstance(model, nn.Identity) else prepare_deepspeed(model, accelerator)
-
-    upstream.prepare_deepspeed = shard
-    try:
-        yield
-    finally:
-        upstream.prepare_deepspeed = prepare_deepspeed
 
 
 def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Accelerator) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -22,7 +23,8 @@ from transformers import (
     set_seed,
 )
 from trl.experimental.ppo import PPOTrainer
-from trl.models.utils import unwrap_model_for_generation
+from trl.experimental.ppo import ppo_trainer as upstream
+from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 from trl_llava import ppo_math
 from trl_llava.answers import Answers
@@ -44,7 +46,6 @@ from trl_llava.ppo_setup import (
     check_precision,
     compile_layers,
     honour_max_steps,
-    no_reward_model_to_shard,
     prepare_roles,
     refuse_launches,
     rounds_alike,
@@ -57,6 +58,20 @@ from trl_llava.shared_weights import shares_weights
 
 if TYPE_CHECKING:
     from trl_llava.vllm_rollouts import VLLMGenerator
+
+
+@contextmanager
+def _no_reward_model_to_shard() -> Iterator[None]:
+    """Keep TRL from sharding, under DeepSpeed, the reward model that there is none of: our rewards are functions."""
+
+    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        return model if isinstance(model, nn.Identity) else prepare_deepspeed(model, accelerator)
+
+    upstream.prepare_deepspeed = shard
+    try:
+        yield
+    finally:
+        upstream.prepare_deepspeed = prepare_deepspeed
 
 
 class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
@@ -126,7 +141,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         # TRL's PPO makes its accelerator without the precision that `args` asks for; it reads this instead.
         precision = {"ACCELERATE_MIXED_PRECISION": args.mixed_precision}
         # `torch_compile` is `compile_layers` here.
-        with patch_environment(**precision, ACCELERATE_DYNAMO_BACKEND="no"), no_reward_model_to_shard():
+        with patch_environment(**precision, ACCELERATE_DYNAMO_BACKEND="no"), _no_reward_model_to_shard():
             super().__init__(
                 args=args,
                 processing_class=self.tokenizer,
