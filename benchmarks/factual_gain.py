@@ -1,6 +1,6 @@
 """What captions add to the reward model: the demo over three seeds, with weak and with sharp eyes.
 
-    python -m benchmarks.factual_gain [--seeds 0 1 2] [--output_dir runs/factual_gain] [--json FILE]
+    python -m benchmarks.factual_gain [--seeds 0 1 2] [--output_dir runs/factual_gain] [--json FILE] [--quick]
 
 For each seed: one SFT policy; reward models with and without captions that see 12 pixels (weak eyes) or 48 (sharp);
 PPO against each of them and against the true score; and PPO with the paper's bonus for a right "No" or with the same
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trl_llava.demo.stages import FULL, Plan, Stages, say
+from trl_llava.demo.stages import FULL, QUICK, Plan, Stages, say
 from trl_llava.output_dir import versions
 
 REWARDS = {
@@ -116,13 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/factual_gain"), help="must be empty or absent")
     parser.add_argument("--json", type=Path, help="also write all numbers into this file")
+    parser.add_argument("--quick", action="store_true", help="little of everything: that it runs, not what it gains")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         parser.error(f"{args.output_dir} is not empty: choose another --output_dir, or empty it yourself")
     torch.set_num_threads(1)  # as the demo does
     seeds = {}
     for seed in args.seeds:
-        seeds[seed] = run_seed(args.output_dir / f"seed_{seed}", seed, FULL)
+        seeds[seed] = run_seed(args.output_dir / f"seed_{seed}", seed, QUICK if args.quick else FULL)
         if args.json:
             args.json.write_text(json.dumps({"seeds": seeds, "versions": versions()}, indent=2) + "\n")
     print(table(seeds))

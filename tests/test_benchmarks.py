@@ -11,13 +11,26 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from benchmarks import gpu, gpu_tables, gpu_work, ppo_sides, ppo_step, reward_step, scaling, sft_step, tables, workload
+from benchmarks import (
+    factual_gain,
+    gpu,
+    gpu_tables,
+    gpu_work,
+    ppo_sides,
+    ppo_step,
+    reward_step,
+    scaling,
+    sft_step,
+    tables,
+    workload,
+)
 from benchmarks.gate import Gate
 from benchmarks.paper_schedule import PaperSchedule
 from benchmarks.tables import Ratio
 from benchmarks.workload import TOY
 from trl_llava import train_ppo
 from trl_llava.collators import SFTCollator
+from trl_llava.demo import stages
 from trl_llava.models import load_processor
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
@@ -188,6 +201,26 @@ def test_answers_get_the_lengths_they_shall_have() -> None:
     assert first.argmax(1).tolist() == [0, 1] and first.softmax(1).tolist() == [[1.0, 0.0], [0.0, 1.0]]
     second = schedule(torch.zeros(2, 4, dtype=torch.long), torch.tensor([[9.0, 5.0], [-1.0, 5.0]]))
     assert second.argmax(1).tolist() == [1, 0]
+
+
+def test_factual_gain_prints_mean_and_spread_over_the_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    plans = []
+
+    def run_seed(folder: Path, seed: int, plan: stages.Plan) -> dict[str, dict[str, float]]:
+        plans.append(plan)
+        return {"SFT": dict.fromkeys(factual_gain.MEASURES, 0.25 + 0.5 * seed)}
+
+    monkeypatch.setattr(factual_gain, "run_seed", run_seed)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    words = ["--seeds", "0", "1", "--output_dir", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
+    factual_gain.main([*words, "--quick"])
+    assert plans == [stages.QUICK] * 2
+    assert "| SFT |  | 0.500 +- 0.354 | " in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["seeds"]["1"]["SFT"]["recall"] == 0.75
+    factual_gain.main(words)
+    assert plans[2:] == [stages.FULL] * 2
 
 
 # --- sides -----------------------------------------------------------------------------------------------------------
