@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +86,8 @@ def _trls_names(args: LlavaPPOConfig) -> dict[str, Any]:
 
 class VLLMEngine(vllm_generation.VLLMGeneration):
     """TRL's `VLLMGeneration`, which the policy is sent to as dense weights and which is asked prompt by prompt."""
+
+    _llm_weights_sleeping: bool  # set by TRL's class, where engines may sleep
 
     def __init__(
         self,
@@ -221,7 +224,7 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         )
 
     def _ask_server(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        token = getattr(self.processing_class, "image_token_id", None)
+        token: Any = getattr(self.processing_class, "image_token_id", None)  # a question with pictures has one
         features = self.vllm_client.image_features([question.images or None for question in questions])
         for question, feature in zip(questions, features, strict=True):
             self._check_length(question)
@@ -256,7 +259,7 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
             shares: list[Any] = [None] * self.tensor_parallel_size
             torch.distributed.all_gather_object(shares, everybody, group=self.tp_group)
             first = torch.distributed.get_rank(group=self.tp_group) * len(questions)
-            own, everybody = slice(first, first + len(questions)), [question for share in shares for question in share]
+            own, everybody = slice(first, first + len(questions)), list(chain.from_iterable(shares))
         if self.enable_sleep_mode:
             if self._llm_weights_sleeping:
                 self.sync_weights()
@@ -288,7 +291,7 @@ def _logprobs(outputs: list[Any]) -> list[list[list[float | None]]] | None:
 
 def _answers(token_ids: list[list[int]], logprobs: list[list[list[float | None]]] | None) -> list[Answer]:
     """Answers to one prompt; a log-probability that vLLM could not tell is NaN."""
-    nothing = [[[None]] * len(ids) for ids in token_ids]
+    nothing: list[list[list[float | None]]] = [[[None]] * len(ids) for ids in token_ids]
     return [
         Answer(list(ids), [float("nan") if entry[0] is None else entry[0] for entry in row])
         for ids, row in zip(token_ids, logprobs or nothing, strict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -87,7 +88,7 @@ def as_seen(image: Image.Image, processor: ProcessorMixin | PreTrainedTokenizerB
     Returns:
         The picture, padded to a square in the mean colour where the policy's processor would pad it.
     """
-    image_processor = getattr(processor, "image_processor", None)
+    image_processor: Any = getattr(processor, "image_processor", None)
     if not (hasattr(image_processor, "pad_to_square") and getattr(image_processor, "do_pad", False)):
         return image
     mean, side = image_processor.image_mean, max(image.size)
