@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 from test_entry_points import QUESTION, QUICK, Work, answer
+from tqdm import tqdm
 
 from trl_llava import models, train_sft
 from trl_llava.console import run_as_program
@@ -65,6 +66,17 @@ def test_a_fault_keeps_its_traceback(error: Exception) -> None:
 
     with pytest.raises(type(error)):
         run_as_program(fail)
+
+
+def test_it_has_a_line_of_its_own_behind_a_progress_bar(said: Any) -> None:
+    bars = []
+
+    def fail() -> None:
+        bars.append(tqdm(total=4, disable=False))
+        bars[0].update(1)
+        raise InputError("no room")
+
+    assert said(fail) == (1, "error: no room") and bars[0].n == 1
 
 
 def test_text_only_model(work: Work, tiny_llama_dir: Path, said: Any) -> None:

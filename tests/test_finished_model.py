@@ -67,8 +67,9 @@ def trained(tiny_llava_dir: Path, tmp_path: Path) -> Any:
     return trainer
 
 
-def test_it_is_what_the_trainer_saves(trained: Any, tmp_path: Path) -> None:
+def test_it_is_what_the_trainer_saves(trained: Any, tmp_path: Path, capsys: Any) -> None:
     output_dir.finish(trained, None)
+    assert f"finished after step 3; all of it is in {tmp_path / 'run'}\n" in capsys.readouterr().out
     finished = {name: text for name, text in contents(tmp_path / "run").items() if not name.startswith("checkpoint-")}
     trained.save_model(str(tmp_path / "saved"), _internal_call=True)
     saved = contents(tmp_path / "saved")

@@ -67,7 +67,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == {str(tmp_path / "thesis.txt"): b"precious"}
 
 
-def test_the_same_run_resumes_or_says_how(tmp_path: Path) -> None:
+def test_the_same_run_resumes_or_says_how(tmp_path: Path, capsys: Any) -> None:
     start(tmp_path / "run")
     before = finish(tmp_path / "run")
     with pytest.raises(OutputDirError, match=r"already holds this run: .*`resume_from_checkpoint: true`"):
@@ -75,6 +75,7 @@ def test_the_same_run_resumes_or_says_how(tmp_path: Path) -> None:
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
     assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", "true")) == checkpoint
     assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", checkpoint)) == checkpoint
+    assert capsys.readouterr().err == f"going on from {checkpoint}\n" * 2
     assert contents(tmp_path / "run") == before
 
 
@@ -108,6 +109,13 @@ def test_it_does_so_on_the_hub_too(hub: hub_server.Hub, tmp_path: Path) -> None:
     hub.fail("GET", "whoami", status=503, times=1)
     unreached = begin("--resume_from_checkpoint")
     assert unreached.repository is not None and not unreached.repository.verified
+
+
+def test_a_run_with_a_full_disk_may_keep_fewer_checkpoints(tmp_path: Path) -> None:
+    start(tmp_path / "run", "--save_total_limit", "5")
+    finish(tmp_path / "run")
+    words = ("--save_total_limit", "1", "--disable_tqdm", "--resume_from_checkpoint")
+    assert claim(*parse(tmp_path / "run", *words)) == str(tmp_path / "run" / "checkpoint-3")
 
 
 def test_a_finished_run_without_checkpoints_cannot_be_continued(tmp_path: Path) -> None:

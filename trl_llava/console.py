@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+from tqdm.std import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -43,9 +44,11 @@ def run_as_program(main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        _end_bars()
         print("stopped at once; the last checkpoint, if there is one, is whole", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except ExplainedError as error:
+        _end_bars()
         print(f"error{_which_process()}: {error}", file=sys.stderr)
         _end(error.exit_status)
     except Exception as error:
@@ -59,6 +62,12 @@ def run_as_program(main: Callable[[], Any]) -> None:
         _end(1)
     if torch.distributed.is_initialized():  # its threads would abort a process that just ends
         torch.distributed.destroy_process_group()
+
+
+def _end_bars() -> None:
+    """Leave the line of a progress bar, which else begins with the bar and is drawn over when it goes."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _several() -> bool:

@@ -28,8 +28,11 @@ RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
 FINISHED_FILE = "trainer_state.json"  # comes last
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
-# Where a run is and how it goes on says nothing about which run it is.
-_NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank"}
+# Where a run is, how it goes on, what of it is kept and who is told says nothing about which run it is.
+_NOT_COMPARED = {
+    *("output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank", "save_total_limit"),
+    *("report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_strategy", "hub_always_push"),
+}
 
 
 class OutputDirError(InputError):
@@ -60,6 +63,8 @@ def claim(args: TrainingArguments, recipe: Recipe) -> str | None:
         _check_writable(folder)
         clear_leftovers(folder)
         found = [_checkpoint(args, recipe)]
+        if found[0] is not None:
+            print(f"going on from {found[0]}", file=sys.stderr)
     return broadcast_object_list(found)[0]
 
 
@@ -101,6 +106,8 @@ def finish(trainer: Any, dataset_name: str | None) -> None:
         if saves:
             trainer.state.save_to_json(str(being_written(folder) / FINISHED_FILE))
             (being_written(folder) / FINISHED_FILE).replace(folder / FINISHED_FILE)
+    if trainer.is_world_process_zero():
+        print(f"finished after step {trainer.state.global_step}; all of it is in {folder}", flush=True)
 
 
 def versions() -> dict[str, str]:
