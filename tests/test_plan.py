@@ -6,19 +6,15 @@ there are padding masks, as in any real batch; the longest is the plan's.
 
 import json
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-import tiny_trainers
 import torch
-from datasets import Dataset, Image, List
+from measured import QUIET, answer, fields_for, longest, peak_of, planned, question, with_pictures
 from transformers import AutoConfig, AutoProcessor
 
-from trl_llava import ppo_trainer
 from trl_llava.adapters import lora_config
 from trl_llava.cli import main
 from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaSFTConfig
@@ -26,53 +22,16 @@ from trl_llava.dry_models import QuantizedLinear, add_adapter, build_policy
 from trl_llava.errors import InputError
 from trl_llava.memory_model import Processes, gradients, kv_cache, optimizer_states, share, weights
 from trl_llava.memory_trace import MemoryTrace
-from trl_llava.plan import _make_parser, make_plan, moments, read_job
-from trl_llava.plan_stages import Job, Settings
+from trl_llava.plan import _make_parser, make_plan, need_of, read_job
+from trl_llava.plan_processes import find_processes
+from trl_llava.plan_stages import Settings
 from trl_llava.policy_start import load_policy_start
+from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.score_start import load_score_model
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
-QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_length": None}
-
-
-def values_of(config: Any) -> dict[str, Any]:
-    return {item.name: getattr(config, item.name) for item in fields(config)}
-
-
-def question(count: int = 1) -> list[dict[str, str]]:
-    return [{"role": "user", "content": "What is in the picture? " * count}]
-
-
-def answer(count: int) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": "There is a red square. " * count}]
-
-
-def with_pictures(**columns: list[Any]) -> Dataset:
-    pictures = [[tiny_models.image("red")] for _ in next(iter(columns.values()))]
-    return Dataset.from_dict({**columns, "images": pictures}).cast_column("images", List(Image()))
-
-
-def peak_of(trainer: Any) -> int:
-    with MemoryTrace() as trace:
-        trace.hold([*trainer.model.parameters(), *trainer.model.buffers()], "weights")
-        trainer.train()
-    return trace.peak
-
-
-def longest(trainer: Any) -> int:
-    return trainer.data_collator(list(trainer.train_dataset))["input_ids"].shape[1]
-
-
-def planned(stage: str, args: Any, model_args: LlavaModelConfig, length: int, **changes: Any) -> int:
-    settings = Settings(
-        rows=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        checkpointing=args.gradient_checkpointing,
-        four_bit=model_args.load_in_4bit,
-    )
-    job = Job(stage, values_of(args), model_args, Processes(), images=1, length=length, **changes)
-    return max(moment.total for moment in moments(job, settings))
+DEEPSPEED = {"distributed_type": "DEEPSPEED"}
 
 
 def sft(base: Path, folder: Path, model_args: LlavaModelConfig, **changes: Any) -> tuple[LlavaSFTTrainer, int]:
@@ -90,12 +49,6 @@ def sft(base: Path, folder: Path, model_args: LlavaModelConfig, **changes: Any) 
         peft_config=peft_config,
     )
     return trainer, planned("sft", args, model_args, longest(trainer))
-
-
-def fields_for(base: Path, **changes: Any) -> LlavaModelConfig:
-    return LlavaModelConfig(
-        **{"model_name_or_path": str(base), "dtype": "float32", "use_peft": True, "lora_r": 16, **changes}
-    )
 
 
 def test_a_trace_counts_storage_and_not_views():
@@ -150,6 +103,14 @@ def test_4_bit_sft_needs_what_is_planned(tiny_llava_dir, tmp_path, dtype):
     assert plan == pytest.approx(peak_of(trainer), rel=0.15)
 
 
+@pytest.mark.slow
+def test_8_bit_sft_needs_what_is_planned(tiny_llava_dir, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model_args = fields_for(tiny_llava_dir, load_in_8bit=True, dtype="bfloat16")
+    trainer, plan = sft(tiny_llava_dir, tmp_path, model_args, bf16=True)
+    assert plan == pytest.approx(peak_of(trainer), rel=0.15)
+
+
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_the_reward_model_needs_what_is_planned(tiny_llava_dir, tmp_path, share_prefix):
     model_args, rows = fields_for(tiny_llava_dir), 2
@@ -181,49 +142,6 @@ def test_the_reward_model_needs_what_is_planned(tiny_llava_dir, tmp_path, share_
         length = (length + shared) // 2
     plan = planned("reward", args, model_args, length, shared_length=shared)
     assert plan == pytest.approx(peak_of(trainer), rel=0.05)
-
-
-def test_ppo_needs_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch):
-    # In inference mode the trace would not see what attention allocates.
-    monkeypatch.setattr(ppo_trainer, "is_deepspeed_zero3_enabled", lambda: True)
-    adapter = tiny_trainers.make_adapter(tiny_llava_dir, tmp_path / "adapter")
-    rows = with_pictures(prompt=[question(30 - i) for i in range(4)], captions=[["a"]] * 4)
-    trainer = tiny_trainers.ppo_trainer(
-        tiny_llava_dir,
-        adapter,
-        tmp_path / "run",
-        train_dataset=rows,
-        response_length=48,
-        total_episodes=8,
-        local_rollout_forward_batch_size=4,
-    )
-    measured = phases_of(trainer)
-    values = values_of(trainer.args) | {"sft_model_path": str(adapter), "value_init": "policy", "share_base": False}
-    job = Job("ppo", values, fields_for(tiny_llava_dir, use_peft=False), Processes(), 1, longest(trainer))
-    plan = {moment.phase: moment.total for moment in moments(job, Settings(2, 2, False, False, 4))}
-    assert plan["update"] == pytest.approx(measured["update"], rel=0.15)
-    assert plan["generation"] == pytest.approx(measured["generation"], rel=0.15)
-    assert plan["passes"] == pytest.approx(measured["forward"], rel=0.15)
-    assert max(plan.values()) == pytest.approx(max(measured.values()), rel=0.15)
-
-
-def phases_of(trainer: Any) -> Counter[str]:
-    """The peak of each phase of PPO."""
-    peaks: Counter[str] = Counter()
-    with MemoryTrace() as trace:
-        trace.hold([*trainer.model.parameters(), *trainer.model.buffers()], "weights")
-        phase = trainer.clock.phase
-
-        @contextmanager
-        def measured(name: str) -> Any:
-            trace.restart()
-            with phase(name):
-                yield
-            peaks[name] = max(peaks[name], trace.peak)
-
-        trainer.clock.phase = measured
-        trainer.train()
-    return peaks
 
 
 def test_weights_are_those_of_the_loaded_model(tiny_llava_dir):
@@ -282,14 +200,14 @@ def recipe(folder: Path, name: str = "sft.yaml", **changes: Any) -> str:
 def test_settings_that_fit_are_found_without_running_each(tiny_llava_dir, tmp_path):
     path = recipe(tmp_path, model_name_or_path=str(tiny_llava_dir))
     job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
-    limit = max(moment.total for moment in moments(job, Settings(2, 2, True, False)))
-    plan = make_plan(job, settings, limit)
+    job = replace(job, limit=need_of(job, Settings(2, 2, True, False)).worst.total)
+    plan = make_plan(job, settings, need_of(job, settings))
     rows = {choice.checkpointing: choice.rows for choice, _ in plan.fitting}
     assert rows[True] == 2
-    assert plan.worst.total > limit
+    assert plan.own.worst.total > job.limit and not plan.fits
     for choice, need in plan.fitting:
         assert choice.rows * choice.accumulation == 4
-        assert need == pytest.approx(max(moment.total for moment in moments(job, choice)), rel=0.02)
+        assert need == pytest.approx(need_of(job, choice).worst.total, rel=0.02)
 
 
 def test_the_command_prints_and_writes_its_plan(tiny_llava_dir, tmp_path, capsys):
@@ -301,7 +219,7 @@ def test_the_command_prints_and_writes_its_plan(tiny_llava_dir, tmp_path, capsys
     assert found["total"] == max(phase["total"] for phase in found["phases"].values())
     assert main([*words, "--gpu-memory", "0.0000001"]) == 1
     printed = capsys.readouterr().out
-    assert "fits in 1 GiB" in printed and "Nothing fits. Least is" in printed
+    assert "It fits: " in printed and "Nothing fits. Least is" in printed
 
 
 @pytest.mark.parametrize(
@@ -311,16 +229,108 @@ def test_the_command_prints_and_writes_its_plan(tiny_llava_dir, tmp_path, capsys
         ("sft.yaml", {"max_length": None}, [], "`max_length` is not set"),
         ("grpo.yaml", {}, [], "a plan can be made for sft, reward, ppo"),
         ("ppo.yaml", {"max_length": None, "sft_model_path": "not/yet"}, ["--length", "9"], "give its base model"),
+        ("sft.yaml", {}, ["--gpu-memory", "-3"], "--gpu-memory must be above 0 (GiB), found -3"),
+        ("sft.yaml", {}, ["--gpu-memory", "nan"], "--gpu-memory must be above 0"),
+        ("sft.yaml", {}, ["--gpu-memory", "many"], "command line: argument --gpu-memory/--gpu_memory: invalid float"),
+        ("sft.yaml", {}, ["--reserve", "1"], "--reserve must be 0 or more and below --gpu-memory (1), found 1"),
+        ("sft.yaml", {}, ["--length", "0"], "--length must be at least 1, found 0"),
+        ("sft.yaml", {}, ["--images_per_row", "-1"], "--images_per_row must be 0 or more"),
+        ("sft.yaml", {}, ["--num_processes", "0"], "--num_processes must be at least 1"),
+        ("sft.yaml", {}, ["--json", "no/such/folder/plan.json"], "there is no folder no/such/folder"),
+        ("sft.yaml", {}, ["--accelerate_config", "zero2"], "give --num_processes, one for each GPU"),
+        ("sft.yaml", {}, ["--accelerate_config", "zero9"], "neither a file nor one of"),
+        ("sft.yaml", {}, ["--gpu_memry", "3"], "gpu_memry"),
         ("sft.yaml", {"optimiser": "adam"}, [], "optimiser"),
     ],
 )
 def test_what_cannot_be_planned_is_named(tmp_path, capsys, name, changes, options, expected):
     path = recipe(tmp_path, name, **{"model_name_or_path": "not/here", **changes})
-    words = ["plan", "--gpu-memory", "1", "--config", path, *options]
+    words = ["plan", "--gpu-memory", "1", "--reserve", "0", "--config", path, *options]
     # `max_length` is SFT's default where the recipe leaves it out.
     words += ["--max_length", "null"] if changes.get("max_length", 1) is None and name == "sft.yaml" else []
     assert main(words) in (1, 2)
     assert expected in capsys.readouterr().err
+
+
+def test_another_stages_recipe_says_what_it_will_write(tiny_llava_dir, tmp_path):
+    common = {"model_name_or_path": str(tiny_llava_dir), "use_peft": True}
+    recipe(tmp_path, output_dir="runs/sft", lora_r=4, **common)
+    recipe(tmp_path, "reward_a.yaml", output_dir="runs/reward", lora_r=2, max_length=333, **common)
+    changes = {"max_length": None, "max_prompt_length": 60, "response_length": 8, "num_mini_batches": 1}
+    path = recipe(
+        tmp_path,
+        "ppo.yaml",
+        sft_model_path="runs/sft",
+        reward_model_path="runs/reward/checkpoint-200",
+        gradient_checkpointing=False,
+        **changes,
+    )
+    job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    need = need_of(job, settings)
+    assert [note.split(":")[1].split(",")[0] for note in need.notes[:2]] == [
+        f" planned for an adapter of lora_r {rank} on {tiny_llava_dir}" for rank in (4, 2)
+    ]
+    assert any("reads 333 tokens a row" in note for note in need.notes)
+    adapters = {moment.parts["adapters"] for moment in need.moments}
+    # Policy and its frozen copy of rank 4, value and reward of rank 2: 2 * 4 + 2 * 2 ranks of fp32 numbers.
+    fresh = add_adapter(
+        build_policy(AutoConfig.from_pretrained(tiny_llava_dir), job.model_args),
+        fields_for(tiny_llava_dir, lora_r=1),
+        task="CAUSAL_LM",
+    )
+    assert adapters == {(2 * 4 + 2 * 2) * weights(fresh)["adapters"]}
+
+
+def test_a_revision_is_looked_up_in_the_cache_and_no_one_is_asked(tiny_llava_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "models--me--llava"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "v1").write_text("a" * 40)
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / ("a" * 40)).symlink_to(tiny_llava_dir)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("trl_llava.hub.snapshot_download", None)
+    path = recipe(tmp_path, model_name_or_path="me/llava@v1", max_length=40)
+    job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    here = recipe(tmp_path, model_name_or_path=str(tiny_llava_dir), max_length=40)
+    same, _ = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", here]))
+    assert need_of(job, settings).totals == need_of(same, settings).totals
+    ppo = {"max_length": None, "max_prompt_length": 30, "value_init": "policy", "num_mini_batches": 1}
+    path = recipe(tmp_path, "ppo.yaml", sft_model_path="me/llava@v1", **ppo)
+    job, _ = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    assert (job.values["sft_model_path"], job.values["sft_model_revision"]) == ("me/llava", "v1")
+
+
+@pytest.mark.parametrize(
+    ("lines", "count", "expected"),
+    [
+        ({"distributed_type": "MULTI_GPU", "num_processes": 4}, None, Processes(4, 0)),
+        ({"distributed_type": "FSDP", "num_processes": -1}, 2, Processes(2, 3)),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}, "num_processes": 8},
+            3,
+            Processes(3, 2),
+        ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "ds.json"}},
+            2,
+            Processes(2, 1),
+        ),
+    ],
+)
+def test_a_launch_configuration_says_how_a_run_is_shared_out(tmp_path, monkeypatch, lines, count, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    (tmp_path / "launch.yaml").write_text(json.dumps(lines))
+    assert find_processes("launch.yaml", count) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "just words", json.dumps({**DEEPSPEED, "deepspeed_config": {"deepspeed_config_file": "no.json"}})]
+)
+def test_a_launch_configuration_that_says_nothing_is_named(tmp_path, text):
+    (tmp_path / "launch.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"launch\.yaml"):
+        find_processes(str(tmp_path / "launch.yaml"), 2)
 
 
 @pytest.mark.gpu

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl.trainer.utils import entropy_from_logits
 
@@ -198,24 +199,27 @@ def reward_step(
     (-nn.functional.logsigmoid(chosen - rejected).mean()).backward()
 
 
-def encode(model: nn.Module, config: PreTrainedConfig, images: int, *, bf16: bool) -> list[torch.Tensor]:
-    """Tower and projector over I pictures, without gradients.
+def encode(model: nn.Module, config: PreTrainedConfig, images: int) -> list[torch.Tensor]:
+    """Tower and projector over I pictures, without gradients and without autocast, as `image_features` runs them.
 
     Args:
         model: The model.
         config: Its configuration.
         images: I.
-        bf16: Whether it runs under autocast.
 
     Returns:
         The features, (N, H) each.
     """
-    with torch.no_grad(), autocast(bf16):
+    backbone = _backbone(model)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         inputs = image_inputs(config, images)
-        return list(_backbone(model).get_image_features(**inputs, return_dict=True).pooler_output)
+        inputs["pixel_values"] = inputs["pixel_values"].to(backbone.dtype)
+        return list(backbone.get_image_features(**inputs, return_dict=True).pooler_output)
 
 
-def prefill(model: nn.Module, rows: int, length: int, seen: dict[str, Any], *, bf16: bool) -> torch.dtype:
+def prefill(
+    model: nn.Module, rows: int, length: int, seen: dict[str, Any], *, bf16: bool, static: int | None = None
+) -> torch.dtype:
     """The pass over the prompts that a generation begins with.
 
     Args:
@@ -224,12 +228,16 @@ def prefill(model: nn.Module, rows: int, length: int, seen: dict[str, Any], *, b
         length: Q, the padded length of the prompts.
         seen: Images, as `images_as`.
         bf16: Whether it runs under autocast.
+        static: Tokens that the cache has room for from the start; None for one that grows.
 
     Returns:
         The dtype of keys and values.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.no_grad(), autocast(bf16):
+        if static is not None:
+            text = base.config.get_text_config(decoder=True)
+            seen = {**seen, "past_key_values": StaticCache(config=text, max_cache_len=static)}
         output = base(**text_inputs(rows, length), **seen, use_cache=True, logits_to_keep=1)
         output.logits.float().softmax(-1)
         return output.past_key_values.layers[0].keys.dtype
@@ -248,10 +256,35 @@ def response_states(model: nn.Module, rows: int, length: int, answer: int, seen:
     Returns:
         (B * R, H).
     """
-    batch = text_inputs(rows, length)
-    positions = batch["attention_mask"].cumsum(1) - batch["attention_mask"]
-    hidden = _backbone(model)(**batch, **seen, position_ids=positions, use_cache=False).last_hidden_state
-    return hidden[:, -answer - 1 : -1].reshape(-1, hidden.shape[-1]).clone()
+    # Rows stand at the left, and the model asks for no mask (`passes._left_aligned`).
+    ids = torch.ones(rows, length, dtype=torch.long)
+    # transformers looks for packed rows in position ids, which fake tensors do not have, and would make a mask.
+    with patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None):
+        hidden = _backbone(model)(input_ids=ids, **seen, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[torch.zeros(rows * answer, dtype=torch.long)]
+
+
+def packed_states(model: nn.Module, prompts: int, length: int, answers: int, seen: dict[str, Any]) -> torch.Tensor:
+    """As `response_states`, where all answers to a prompt run behind it as one row, under a 4D mask.
+
+    Args:
+        model: Policy or value model.
+        prompts: Number of prompts.
+        length: Q.
+        answers: Tokens of all answers to a prompt together.
+        seen: Images of each prompt once, as `images_as`.
+
+    Returns:
+        (prompts * answers, H).
+    """
+    backbone = _backbone(model)
+    batch = text_inputs(prompts, length + answers)
+    segments = torch.ones_like(batch["input_ids"])
+    mask = attention_mask_for(backbone, segments)
+    hidden = backbone(
+        **seen, input_ids=batch["input_ids"], attention_mask=mask, position_ids=segments, use_cache=False
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[torch.zeros(prompts * answers, dtype=torch.long)]
 
 
 def ask_policy(model: nn.Module, states: torch.Tensor, sampling: Sampling, trace: MemoryTrace) -> torch.Tensor:

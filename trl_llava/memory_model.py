@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from trl_llava.errors import InputError
+from trl_llava.generation_batches import bytes_per_token
 from trl_llava.models import HEAD
 
 PARTS = (
@@ -174,9 +175,7 @@ def step_buffers(parameters: list[nn.Parameter], optim: str) -> int:
 
 
 def kv_cache(config: PreTrainedConfig, rows: int, length: int, bytes_per_number: int) -> int:
-    """Keys and values of a generation: 2 * layers * key-value heads * head size * rows * tokens numbers.
-
-    When a token is added, the layer at hand is there twice (old and new): layers + 1.
+    """Keys and values of a generation that grow with its answers (`generation_batches.bytes_per_token`).
 
     Args:
         config: Of the policy.
@@ -187,10 +186,21 @@ def kv_cache(config: PreTrainedConfig, rows: int, length: int, bytes_per_number:
     Returns:
         Bytes.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * (text.num_hidden_layers + 1) * heads * head_size * rows * length * bytes_per_number
+    return rows * length * bytes_per_token(config, bytes_per_number)
+
+
+def without_growth(config: PreTrainedConfig, grown: int) -> int:
+    """A static cache: no layer is there twice.
+
+    Args:
+        config: Of the policy.
+        grown: `kv_cache` of the whole length.
+
+    Returns:
+        Bytes.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    return grown * layers // (layers + 1)
 
 
 def share(parts: Counter[str], processes: Processes) -> Counter[str]:

@@ -13,18 +13,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
-import yaml
 from rich.console import Console
 
 from trl_llava.check_data import find_stage
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.console import quiet_libraries
-from trl_llava.launch_config import find_accelerate_config
-from trl_llava.memory_model import Moment, Processes
-from trl_llava.plan_ppo import ppo_moments
-from trl_llava.plan_report import GIB, Plan, as_dict, describe, print_plan
-from trl_llava.plan_stages import Job, Settings, supervised_moments
+from trl_llava.generation_batches import GIB
+from trl_llava.plan_ppo import ppo_need
+from trl_llava.plan_processes import find_processes
+from trl_llava.plan_report import Plan, as_dict, describe, print_fitting, print_need
+from trl_llava.plan_stages import Job, Need, Settings, supervised_need
+from trl_llava.plan_starts import Sources
 from trl_llava.recipe_values import RecipeError
 
 STAGES = ("sft", "reward", "ppo")
@@ -45,18 +46,28 @@ def main(argv: Sequence[str]) -> int:
         NotFoundError: If the config of a model cannot be read.
     """
     options, words = _make_parser().parse_known_args(list(argv))
+    check_options(options)
     job, settings = read_job(options, words)
-    limit = int((options.gpu_memory - options.reserve) * GIB)
-    plan = make_plan(job, settings, limit)
-    print_plan(Console(soft_wrap=True), plan, options.gpu_memory, options.reserve)
+    console = Console(soft_wrap=True)
+    own = need_of(job, settings)
+    print_need(console, job, settings, own, options.gpu_memory, options.reserve)
+    plan = make_plan(job, settings, own)
+    print_fitting(console, plan)
     if options.json:
         text = json.dumps(as_dict(plan, options.gpu_memory, options.reserve), indent=2) + "\n"
         Path(options.json).write_text(text, encoding="utf-8")
-    return 0 if plan.worst.total <= limit else 1
+    return 0 if plan.fits else 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse, whose way out is an error like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"command line: {message}. `trl-llava plan --help` shows the options.")
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="trl-llava plan",
         usage="%(prog)s --config recipe.yaml --gpu-memory GIB [--field value ...]",
         description="Memory of a recipe by part, and the settings that fit. Nothing is loaded but config.json.",
@@ -68,13 +79,39 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reserve", type=float, default=1.0, help="GiB for CUDA itself and fragments (default: 1)")
     parser.add_argument("--length", type=int, help="tokens of the longest row (PPO: prompt) instead of the recipe's")
     parser.add_argument("--images_per_row", type=int, default=1, help="pictures per row (default: 1)")
-    parser.add_argument("--base", help="base model of what an earlier stage has yet to write: Hub ID or folder")
+    parser.add_argument("--base", help="base model where one is not there yet: Hub ID or folder")
     parser.add_argument("--judged_length", type=int, help="PPO: tokens that the reward model reads of a row")
     parser.add_argument("--shared_length", type=int, help="reward: tokens that both answers begin with (the image's)")
     parser.add_argument("--num_processes", type=int, help="processes, one GPU each (default: 1)")
     parser.add_argument("--accelerate_config", help="as for the stages: a file, or a name in accelerate_configs/")
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
     return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses sizes that no machine has, before anything is planned.
+
+    Args:
+        options: The plan's own.
+
+    Raises:
+        RecipeError: If one is out of range.
+    """
+    for name in ("length", "judged_length", "shared_length", "num_processes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise RecipeError(f"command line: --{name} must be at least 1, found {value}.")
+    if options.images_per_row < 0:
+        raise RecipeError(f"command line: --images_per_row must be 0 or more, found {options.images_per_row}.")
+    if not 0 < options.gpu_memory < float("inf"):
+        raise RecipeError(f"command line: --gpu-memory must be above 0 (GiB), found {options.gpu_memory:g}.")
+    if not 0 <= options.reserve < options.gpu_memory:
+        raise RecipeError(
+            f"command line: --reserve must be 0 or more and below --gpu-memory ({options.gpu_memory:g}), found "
+            f"{options.reserve:g}."
+        )
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise RecipeError(f"command line: --json {options.json}: there is no folder {Path(options.json).parent}.")
 
 
 def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settings]:
@@ -92,14 +129,11 @@ def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settin
     """
     stage = options.stage or find_stage(words)
     if stage not in STAGES:
-        raise RecipeError(f"this is a recipe for {stage}; a plan can be made for {', '.join(STAGES)}.")
-    parser = importlib.import_module(f"trl_llava.train_{stage}").make_parser(f"trl-llava plan ({stage})")
-    values, *_ = parser.check(words)
-    # What the configs find out about this machine does not matter.
-    configs = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
-    quiet_libraries(configs[1])
-    model_args = next(config for config in configs if isinstance(config, LlavaModelConfig))
-    model_args.trust_remote_code = configs[1].trust_remote_code
+        raise RecipeError(
+            f"this is a recipe for {stage}, whose step is TRL's own and not modelled here; a plan can be made for "
+            f"{', '.join(STAGES)}."
+        )
+    values, model_args = _read_recipe(stage, words)
     limit = "max_prompt_length" if stage == "ppo" else "max_length"
     length = options.length or values[limit]
     if not length:
@@ -108,10 +142,11 @@ def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settin
         stage=stage,
         values=values,
         model_args=model_args,
-        processes=_processes(options),
+        processes=find_processes(options.accelerate_config, options.num_processes),
         images=options.images_per_row,
         length=length,
-        fallback=options.base,
+        sources=Sources(options.base, _recipe_of(words), model_args.trust_remote_code),
+        limit=int((options.gpu_memory - options.reserve) * GIB),
         judged_length=options.judged_length,
         shared_length=options.shared_length,
     )
@@ -125,19 +160,30 @@ def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settin
     return job, settings
 
 
-def _processes(options: argparse.Namespace) -> Processes:
-    """How a launch would share the run out."""
-    stage, count = 0, options.num_processes
-    if options.accelerate_config:
-        config = yaml.safe_load(find_accelerate_config(options.accelerate_config).read_text(encoding="utf-8"))
-        stage = int((config.get("deepspeed_config") or {}).get("zero_stage", 0))
-        stage = 3 if config.get("distributed_type") == "FSDP" else stage
-        count = count or max(1, config.get("num_processes", 1))
-    return Processes(count or 1, stage)
+def _read_recipe(stage: str, words: list[str]) -> tuple[dict[str, Any], LlavaModelConfig]:
+    """Every field of the recipe, and its model fields."""
+    parser = importlib.import_module(f"trl_llava.train_{stage}").make_parser(f"trl-llava plan ({stage})")
+    values, *_ = parser.check(words)
+    # What the configs find out about this machine does not matter.
+    configs = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
+    quiet_libraries(configs[1])
+    for name in values:  # `name@revision` is two fields by now
+        if name.endswith(("_model_path", "_model_revision")):
+            values[name] = getattr(configs[1], name)
+    model_args = next(config for config in configs if isinstance(config, LlavaModelConfig))
+    model_args.trust_remote_code = configs[1].trust_remote_code
+    return values, model_args
 
 
-def moments(job: Job, settings: Settings) -> list[Moment]:
-    """The worst moment of each phase of a step, of one process.
+def _recipe_of(words: list[str]) -> str | None:
+    """The path behind `--config`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(words)[0].config
+
+
+def need_of(job: Job, settings: Settings) -> Need:
+    """What a step needs, of one process.
 
     Args:
         job: The stage.
@@ -146,27 +192,26 @@ def moments(job: Job, settings: Settings) -> list[Moment]:
     Returns:
         A moment for each phase.
     """
-    return ppo_moments(job, settings) if job.stage == "ppo" else supervised_moments(job, settings)
+    return ppo_need(job, settings) if job.stage == "ppo" else supervised_need(job, settings)
 
 
-def make_plan(job: Job, settings: Settings, limit: int) -> Plan:
-    """Finds out what a recipe needs, and which settings with the same rows per step fit.
+def make_plan(job: Job, settings: Settings, own: Need) -> Plan:
+    """Finds out which settings with the same rows per step fit.
 
     Args:
         job: The stage.
         settings: The recipe's own.
-        limit: Bytes that there are.
+        own: What they need.
 
     Returns:
         The plan.
     """
-    own = moments(job, settings)
-    fitting, tried = [], [(settings, max(own, key=lambda moment: moment.total).total)]
+    fitting, tried = [], [(settings, own.worst.total)]
     for choice in _choices(job, settings):
-        found = _largest(job, choice, limit, tried)
+        found = _largest(job, choice, tried)
         if found is not None:
             fitting.append(found)
-    return Plan(job, settings, own, limit, fitting, min(tried, key=lambda pair: pair[1]))
+    return Plan(job, settings, own, fitting, min(tried, key=lambda pair: pair[1]))
 
 
 def _choices(job: Job, settings: Settings) -> Iterator[Settings]:
@@ -177,7 +222,7 @@ def _choices(job: Job, settings: Settings) -> Iterator[Settings]:
             yield replace(settings, four_bit=four_bit, checkpointing=checkpointing)
 
 
-def _largest(job: Job, choice: Settings, limit: int, tried: list[tuple[Settings, int]]) -> tuple[Settings, int] | None:
+def _largest(job: Job, choice: Settings, tried: list[tuple[Settings, int]]) -> tuple[Settings, int] | None:
     """The largest micro-batch that fits and keeps the rows of a step; what one row needs is noted.
 
     Each phase holds so much whatever the rows, and so much more for each row: two dry runs tell both.
@@ -189,18 +234,19 @@ def _largest(job: Job, choice: Settings, limit: int, tried: list[tuple[Settings,
         return replace(choice, rows=rows, accumulation=total // rows, rollout_rows=asked)
 
     print(f"planning {describe(with_rows(1))} ...", file=sys.stderr)
-    one = {moment.phase: moment.total for moment in moments(job, with_rows(1))}
+    assert job.limit is not None
+    one = need_of(job, with_rows(1)).totals
     tried.append((with_rows(1), max(one.values())))
     sizes = [rows for rows in range(2, total + 1) if total % rows == 0]
-    if tried[-1][1] > limit or not sizes:
-        return tried[-1] if tried[-1][1] <= limit else None
+    if tried[-1][1] > job.limit or not sizes:
+        return tried[-1] if tried[-1][1] <= job.limit else None
     # The last size has no accumulation, where gradients come as activations go: it is no guide to the others.
     second = sizes[0]
-    more = {moment.phase: moment.total for moment in moments(job, with_rows(second))}
+    more = need_of(job, with_rows(second)).totals
     best = tried[-1]
     for rows in sizes:
         each = {phase: (more[phase] - need) / (second - 1) for phase, need in one.items()}
         need = max(int(one[phase] + (rows - 1) * each[phase]) for phase in one)
-        if need <= limit:
+        if need <= job.limit:
             best = (with_rows(rows), need)
     return best

@@ -3,11 +3,11 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
@@ -28,7 +28,7 @@ from trl_llava.memory_model import (
     weights,
 )
 from trl_llava.memory_trace import MemoryTrace
-from trl_llava.models import load_config
+from trl_llava.plan_starts import Sources, base_config, find_start
 from trl_llava.shared_prefix import why_not
 
 HELD = "held"
@@ -64,8 +64,9 @@ class Job:
         processes: How it is shared out.
         images: Pictures per row.
         length: L, the longest row in tokens; for PPO the longest prompt.
-        fallback: Base model of what an earlier stage has yet to write.
-        judged_length: Tokens that the reward model of PPO reads of a row.
+        sources: Where to look for what an earlier stage has yet to write.
+        limit: Bytes of the GPU that there are for tensors; None for a CPU.
+        judged_length: Tokens that the reward model of PPO reads of a row; None looks them up.
         shared_length: Tokens that both answers of a pair begin with; None for those of the image.
     """
 
@@ -75,7 +76,8 @@ class Job:
     processes: Processes
     images: int
     length: int
-    fallback: str | None = None
+    sources: Sources = field(default_factory=Sources)
+    limit: int | None = None
     judged_length: int | None = None
     shared_length: int | None = None
 
@@ -104,49 +106,78 @@ class Job:
         return changed
 
 
-def supervised_moments(job: Job, settings: Settings) -> list[Moment]:
-    """The worst moment of each phase of a step of SFT or of the reward model, of one process.
+@dataclass(frozen=True)
+class Need:
+    """What a run needs.
+
+    Attributes:
+        moments: The worst moment of each phase of a step, of one process.
+        host: Bytes of the CPU's memory by what they are for, of one process.
+        notes: What was decided on the way, and what was taken from elsewhere.
+    """
+
+    moments: list[Moment]
+    host: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def worst(self) -> Moment:
+        """The phase that decides.
+
+        Returns:
+            Its worst moment.
+        """
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """What each phase needs.
+
+        Returns:
+            Phase -> bytes.
+        """
+        return {moment.phase: moment.total for moment in self.moments}
+
+
+def supervised_need(job: Job, settings: Settings) -> Need:
+    """What a step of SFT or of the reward model needs.
 
     Args:
         job: The stage.
         settings: The settings.
 
     Returns:
-        A moment for each phase.
+        Moments of the passes and of the optimizer's step.
 
     Raises:
         InputError: If a model or an optimizer is of a kind that the plan does not know.
+        NotFoundError: If the config of a model cannot be read.
     """
-    config = load_config(
-        "model_name_or_path",
-        job.model_args.model_name_or_path,
-        job.model_args.model_revision,
-        job.model_args.trust_remote_code,
-    )
-    model = _trainee(job, settings, config)
+    start = base_config(job.model_args, job.sources)
+    model, notes = _trainee(job, settings, start.config)
+    held, parameters = weights(model), trained([model])
 
     def step(trace: MemoryTrace) -> None:
         if job.stage == "reward":
             sizes = (settings.rows, job.images, job.length)
-            reward_step(model, config, *sizes, shared=_shared(job, model, config), bf16=job.bf16)
+            reward_step(model, start.config, *sizes, shared=_shared(job, model, start.config), bf16=job.bf16)
         else:
-            images = image_inputs(config, settings.rows * job.images)
+            images = image_inputs(start.config, settings.rows * job.images)
             batch = {**text_inputs(settings.rows, job.length), **images}
             sft_step(model, batch, trace, bf16=job.bf16, loss_type=_loss_type(job))
 
-    held = weights(model) + Counter(optimizer=optimizer_states(trained([model]), job.values["optim"]))
+    held["optimizer"] = optimizer_states(parameters, job.values["optim"])
     peak = dry_run([model], step, accumulated=settings.accumulation > 1, processes=job.processes)
-    return [
-        Moment("forward and backward", share(held + peak, job.processes)),
-        optimizer_step(held, trained([model]), job),
-    ]
+    held = share(held, job.processes)
+    passes = Moment("forward and backward", held + share(peak, job.processes))
+    return Need([passes, optimizer_step(held, parameters, job)], notes=[*start.notes, *notes])
 
 
 def optimizer_step(held: Counter[str], parameters: list[nn.Parameter], job: Job) -> Moment:
     """The optimizer's step: all gradients are there, and no activations any more.
 
     Args:
-        held: Weights and optimizer states.
+        held: Weights and optimizer states, shared out.
         parameters: What is trained.
         job: The stage.
 
@@ -155,7 +186,7 @@ def optimizer_step(held: Counter[str], parameters: list[nn.Parameter], job: Job)
     """
     here = Counter(gradients=gradients(parameters, job.processes))
     here["optimizer"] += step_buffers(parameters, job.values["optim"])
-    return Moment("optimizer step", share(held + here, job.processes))
+    return Moment("optimizer step", held + share(here, job.processes))
 
 
 def dry_run(
@@ -193,22 +224,42 @@ def dry_run(
     return peak
 
 
-def _trainee(job: Job, settings: Settings, config: PreTrainedConfig) -> nn.Module:
-    """The model of SFT or of the reward stage as its trainer trains it, on the meta device."""
-    args = job.given(settings)
-    trained_adapter = None
+def _trainee(job: Job, settings: Settings, config: PreTrainedConfig) -> tuple[nn.Module, list[str]]:
+    """The model of a stage as its trainer trains it, on the meta device, and where its adapter's shape is from."""
+    args, adapter, notes = job.given(settings), None, []
     if args.adapter_name_or_path is not None:
-        trained_adapter = PeftConfig.from_pretrained(args.adapter_name_or_path, revision=args.adapter_revision)
-    if job.stage == "reward":
-        model = add_adapter(build_classifier(config, args), args, task="SEQ_CLS", trained=trained_adapter)
-    else:
-        model = add_adapter(build_policy(config, args), args, task="CAUSAL_LM", trained=trained_adapter)
+        name, revision = args.adapter_name_or_path, args.adapter_revision
+        start = find_start("adapter_name_or_path", name, revision, job.sources, args, args.model_name_or_path)
+        args, adapter, notes = shaped(args, start.shape), start.adapter, [*start.notes]
+    classifier = job.stage == "reward"
+    model = build_classifier(config, args) if classifier else build_policy(config, args)
+    task = "SEQ_CLS" if classifier else "CAUSAL_LM"
+    model = add_adapter(model, args, task=task, trained=adapter)
     if args.load_in_4bit or args.load_in_8bit:  # TRL keeps the adapters of a quantised model in bf16
         for parameter in trained([model]):
             parameter.data = parameter.data.to(torch.bfloat16)
     if job.values.get("disable_dropout"):
         disable_dropout_in_model(model)
-    return prepare(model, settings, job.values["gradient_checkpointing_kwargs"])
+    return prepare(model, settings, job.values["gradient_checkpointing_kwargs"]), notes
+
+
+def shaped(args: LlavaModelConfig, shape: LlavaModelConfig | None) -> LlavaModelConfig:
+    """Model fields with the adapter of another recipe.
+
+    Args:
+        args: The recipe's.
+        shape: Those whose `lora_*` count; None for its own.
+
+    Returns:
+        A copy, or `args`.
+    """
+    if shape is None:
+        return args
+    changed = copy.copy(args)
+    for name in vars(shape):
+        if name.startswith(("lora_", "use_peft", "use_dora", "use_rslora")):
+            setattr(changed, name, getattr(shape, name))
+    return changed
 
 
 def prepare(model: nn.Module, settings: Settings, checkpointing: dict[str, Any] | None) -> nn.Module:
