@@ -41,6 +41,8 @@ LAYERS = (
             "chunked_head",
             "micro_batches",
             "shared_prefix",
+            "row_by_row",
+            "gpu_kernels",
             "generation",
             "growing_cache",
             "generation_batches",

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -10,8 +11,10 @@ import torch
 from datasets import Dataset, Image, List
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, weights
 from torch import nn
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AutoModelForImageTextToText, AutoProcessor, MistralConfig, MistralForCausalLM, ProcessorMixin
 
+from trl_llava import row_by_row
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PreferenceCollator, PromptCollator
 from trl_llava.data import rows_from
@@ -23,7 +26,14 @@ from trl_llava.sequence_classification import (
     LlavaNextForSequenceClassification,
     LlavaOnevisionForSequenceClassification,
 )
-from trl_llava.shared_prefix import attention_mask_for, last_of_rests, pack, pack_pairs, predictors, why_not
+from trl_llava.shared_prefix import (
+    attention_mask_for,
+    last_of_rests,
+    pack,
+    pack_pairs,
+    predictors,
+    why_not,
+)
 
 SCORE_CLASSES = {
     "tiny_llava_dir": LlavaForSequenceClassification,
@@ -64,18 +74,57 @@ def test_pairs(first: list[int], second: list[int], found: list[int], ends: list
     assert last_of_rests(packed.segments).tolist() == [[ends[0]], [ends[1]]]
 
 
+def model_with(attention: str) -> nn.Module:
+    model = nn.Module()
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation=attention))
+    return model
+
+
+SEEN = [
+    [1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+    [1, 1, 1, 0, 0],
+    [1, 0, 0, 1, 0],
+    [1, 0, 0, 0, 1],
+]
+
+
 def test_a_rest_sees_its_prefix_and_itself() -> None:
-    model = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="sdpa"))
-    )
-    seen = attention_mask_for(model, torch.tensor([[0, 1, 1, 2, -1]]))
-    assert seen[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 0, 0, 1, 0],
-        [1, 0, 0, 0, 1],
-    ]
+    segments = torch.tensor([[0, 1, 1, 2, -1]])
+    seen = attention_mask_for(model_with("sdpa"), segments)
+    assert seen[0, 0].int().tolist() == SEEN
+    assert seen.lengths == [[1, 2, 1]] and type(seen[0, 0]) is torch.Tensor
+    blocks = attention_mask_for(model_with("flex_attention"), segments)
+    assert create_mask(blocks.mask_mod, 1, 1, 5, 5, device="cpu")[0, 0].int().tolist() == SEEN
+    assert blocks.shape == (1, 1, 5, 5)
+
+
+def test_attention_row_by_row_is_attention_under_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = torch.tensor([[0] * 6 + [1] * 5 + [2] * 4 + [3] * 2, [0] * 3 + [1] * 7 + [-1] * 7, [0, 1] + [-1] * 15])
+    mask = attention_mask_for(model_with("sdpa"), segments)
+    plain = torch.Tensor(mask.float()).bool()
+    assert type(plain) is torch.Tensor
+    parts = torch.randn(3, 3, 2, 17, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    real, scores = segments[:, None, :, None] >= 0, []
+    results = []
+    for given in (plain, mask):
+        out = nn.functional.scaled_dot_product_attention(*parts, attn_mask=given, scale=0.3, is_causal=False)
+        assert type(out) is torch.Tensor
+        (grad,) = torch.autograd.grad((out.masked_fill(~real, 0) * torch.linspace(-1, 1, 8)).sum(), parts)
+        results.append((out.masked_fill(~real, 0), grad))
+        assert given is plain or not out.masked_fill(real, 0).any()
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # And no score is computed ahead of a query, or from one rest to another.
+    inner = row_by_row.scaled_dot_product_attention
+
+    def count(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        scores.append((query.shape[2], key.shape[2]))
+        return inner(query, key, value, **kwargs)
+
+    monkeypatch.setattr(row_by_row, "scaled_dot_product_attention", count)
+    row_by_row.row_by_row(*parts, lengths=mask.lengths)
+    assert scores == [(11, 11), (4, 10), (2, 8), (10, 10), (2, 2)]
 
 
 def processor_of(family: str, folder: Path) -> ProcessorMixin:
@@ -145,6 +194,44 @@ def test_rewards_and_gradients_are_those_of_whole_rows(
     assert expected[:4].std() > 1e-3
 
 
+@pytest.fixture
+def uncompiled_flex(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """transformers' own call of flex attention, but not compiled; lists which models asked for it."""
+    masks: list[str] = []
+
+    def run(*parts: torch.Tensor, training: bool = False, **kwargs: Any) -> torch.Tensor:
+        masks.append(type(kwargs["block_mask"]).__name__)
+        return flex_attention(*parts, **kwargs)
+
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", run)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    return masks
+
+
+def test_flex_attention_gives_what_whole_rows_give(tiny_llava_dir: Path, uncompiled_flex: list[str]) -> None:
+    plain, flex = {"dtype": torch.float32}, {"dtype": torch.float32, "attn_implementation": "flex_attention"}
+    policies, values = [], []
+    for loading in (plain, flex):
+        policies.append(AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, **loading).eval())
+        torch.manual_seed(0)
+        values.append(LlavaForSequenceClassification.from_pretrained(tiny_llava_dir, num_labels=1, **loading).eval())
+        nn.init.normal_(values[-1].score.weight)
+        assert why_not(policies[-1]) is None
+    inputs, responses, mask = rollout_of("tiny_llava_dir", tiny_llava_dir)
+    results = []
+    for policy, value, share in ((policies[0], values[0], False), (policies[1], values[1], True)):
+        with torch.inference_mode():
+            answers = (inputs, responses, mask)
+            logprobs, entropies = response_logprobs(policy, *answers, Sampling(), entropies=True, share_prefix=share)
+            results.append((logprobs, entropies, response_values(value, *answers, share_prefix=share)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert uncompiled_flex.count("BlockMask") >= 2 * 2  # both models' language models have two layers
+    packed = pack_pairs([[1, 5, 6, 7, 9]], [[1, 5, 6, 8]])._asdict()
+    with torch.inference_mode():
+        torch.testing.assert_close(values[1](**packed).logits, values[0](**packed).logits, rtol=1e-5, atol=1e-5)
+
+
 def rollout_of(family: str, folder: Path) -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
     """Three answers each to two questions, one with a picture, and one answer to a third; left and right padding."""
     table = {
@@ -194,6 +281,9 @@ def test_logprobs_values_and_gradients_are_those_of_whole_rows(
 def test_which_models_cannot(tiny_llava_dir: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir)
     assert why_not(model) is None
+    for takes_packs in ("eager", "flex_attention"):
+        model.config.get_text_config()._attn_implementation = takes_packs
+        assert why_not(model) is None
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     assert why_not(model) == "attention 'flash_attention_2' takes no 4D mask (use attn_implementation: sdpa)"
     windowed = MistralConfig(

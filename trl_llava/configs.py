@@ -73,6 +73,28 @@ def require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"`{name}` must be above 0, found {value!r}.")
 
 
+def keep_heads(config: Any) -> None:
+    """Keep liger's kernels out of a model's head and loss, where a stage computes them itself.
+
+    Args:
+        config: A config object; with `use_liger_kernel`, its `liger_kernel_config` says so from now on.
+
+    Raises:
+        ValueError: If `liger_kernel_config` asks for such a kernel.
+    """
+    if not config.use_liger_kernel:
+        return
+    asked = config.liger_kernel_config or {}
+    for name in ("fused_linear_cross_entropy", "cross_entropy"):
+        if asked.get(name):
+            raise ValueError(
+                f"`liger_kernel_config: {{{name}: true}}` replaces the model's head or loss, which this stage "
+                "computes itself: leave it out."
+            )
+        asked = {**asked, name: False}
+    config.liger_kernel_config = asked
+
+
 ROWS_ARE_OURS = {
     "pad_token": (None, "the pad token belongs to the processor; set `processor.tokenizer.pad_token` and save it"),
     "train_sampling_strategy": (
@@ -230,7 +252,7 @@ class LlavaRewardConfig(RewardConfig):
     share_prefix: bool = option(
         True,
         "Run what both answers of a pair have in common (image and question) once. Where the model's attention takes "
-        "no 4D mask (all but sdpa and eager), both run whole, which is logged.",
+        "no mask of packed rows (all but sdpa, eager and flex), both run whole, which is logged.",
     )
     reward_centering: Literal["trl", "paper", "none"] = option(
         "trl",
@@ -241,6 +263,7 @@ class LlavaRewardConfig(RewardConfig):
     def __post_init__(self) -> None:
         refuse(self, ROWS_ARE_OURS)
         require_positive(self, "max_length", "pad_to_multiple_of")
+        keep_heads(self)
         if self.reward_centering == "none" and self.center_rewards_coefficient is not None:
             raise ValueError(
                 f"`center_rewards_coefficient={self.center_rewards_coefficient}` contradicts reward_centering='none'; "

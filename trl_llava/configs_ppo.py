@@ -4,7 +4,16 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from trl_llava.configs import OVERLONG_HELP, ROWS_ARE_OURS, TEMPLATE_HELP, Overlong, option, refuse, require_positive
+from trl_llava.configs import (
+    OVERLONG_HELP,
+    ROWS_ARE_OURS,
+    TEMPLATE_HELP,
+    Overlong,
+    keep_heads,
+    option,
+    refuse,
+    require_positive,
+)
 from trl_llava.configs_vllm import VLLMOptions, check_vllm
 from trl_llava.hub_names import split_fields
 
@@ -67,7 +76,7 @@ class LlavaPPOConfig(VLLMOptions, PPOConfig):
     share_prefix: bool = option(
         True,
         "Run a prompt once for all of its answers that are in the same micro-batch. Where a model's attention takes "
-        "no 4D mask (all but sdpa and eager), every answer runs with its prompt, which is logged.",
+        "no mask of packed rows (all but sdpa, eager and flex), every answer runs with its prompt, which is logged.",
     )
     # Memory and time; none of these changes a result
     max_tokens_per_micro_batch: int | None = option(
@@ -182,6 +191,7 @@ class LlavaPPOConfig(VLLMOptions, PPOConfig):
                 f"`missing_eos_penalty={self.missing_eos_penalty}` needs a stop token, or it hits all responses: "
                 "set `stop_token: eos`, or `stop_token_id`."
             )
+        keep_heads(self)
         super().__post_init__()  # last: it looks at the hardware
 
     def _check_batches(self) -> None:

@@ -34,6 +34,7 @@ from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.configs_vllm import require_vllm
 from trl_llava.generation import Generator, suppressed_tokens
+from trl_llava.gpu_kernels import apply_liger
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.hub_trainer import PushesSafely
 from trl_llava.image_features import GIB, ImageFeatures
@@ -130,6 +131,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.scorer = Scorer(args, [reward_funcs] if callable(reward_funcs) else reward_funcs)
+        rewards = [getattr(function, "model", None) for function in self.scorer.reward_funcs]
+        apply_liger([model, ref_model, value_model, *rewards], args)
         captions = needs_captions(self.scorer.reward_funcs)
         collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
         train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, require_captions=captions)

@@ -16,6 +16,7 @@ from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
 from trl_llava.fsdp_layers import shard_by_layers
 from trl_llava.hub_trainer import PushesSafely
+from trl_llava.gpu_kernels import check_liger_knows
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
@@ -75,6 +76,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
             processing_class=tokenizer,  # TRL looks for the pad token here
             **kwargs,
         )
+        check_liger_knows(self.model, args)
         if isinstance(self.preference_collator, PreferenceCollator):
             reason = self._why_pairs_run_apart()
             self.preference_collator.share_prefix = reason is None

@@ -117,36 +117,20 @@ class ImageTextForSequenceClassification(_Mixin):
             ValueError: If there are no inputs, or a batch of several rows comes without an attention mask, or B does
                 not divide by `image_copies`.
         """
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
-            raise ValueError("input_ids and inputs_embeds are both missing; pass one of them")
-        rows = len(given)
-        if attention_mask is None and rows > 1:
-            raise ValueError(
-                f"attention_mask is missing for a batch of {rows} rows: the last real token of a padded row cannot be "
-                "told from its IDs. Pass the attention mask that the collator made"
-            )
-        if rows % image_copies:
-            raise ValueError(
-                f"image_copies={image_copies} does not divide the batch of {rows} rows: the batch must stack the rows "
-                "of the same images, e.g. all chosen, then all rejected"
-            )
+        _check_batch(input_ids if input_ids is not None else inputs_embeds, attention_mask, image_copies)
         if image_copies > 1 and pixel_values is not None:
             batch_num_images = kwargs.pop("batch_num_images", None)
             mm_encoder_outputs = {"image": self._image_features(pixel_values, image_sizes, batch_num_images)}
             pixel_values = image_sizes = None
-        if image_copies > 1 and mm_encoder_outputs is not None:
-            features = list(mm_encoder_outputs["image"].pooler_output) * image_copies
-            mm_encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         if position_ids is None and past_key_values is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        for name, value in (("image_sizes", image_sizes), ("mm_encoder_outputs", mm_encoder_outputs)):
+        encoded = _repeated(mm_encoder_outputs, image_copies)
+        for name, value in (("image_sizes", image_sizes), ("mm_encoder_outputs", encoded)):
             if value is not None:  # not every family's forward knows these
                 kwargs[name] = value
-        seen = attention_mask if segments is None else attention_mask_for(self, segments)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=seen,
+            attention_mask=attention_mask if segments is None else attention_mask_for(self, segments),
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -184,6 +168,32 @@ class ImageTextForSequenceClassification(_Mixin):
         given = {"image_sizes": image_sizes, "batch_num_images": batch_num_images}
         given = {name: value for name, value in given.items() if value is not None}
         return self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **given)
+
+
+def _check_batch(given: torch.Tensor | None, attention_mask: torch.Tensor | None, image_copies: int) -> None:
+    """Raise for a batch that `forward` cannot score; `given` are its (B, L) ids or (B, L, H) embeddings."""
+    if given is None:
+        raise ValueError("input_ids and inputs_embeds are both missing; pass one of them")
+    rows = len(given)
+    if attention_mask is None and rows > 1:
+        raise ValueError(
+            f"attention_mask is missing for a batch of {rows} rows: the last real token of a padded row cannot be "
+            "told from its IDs. Pass the attention mask that the collator made"
+        )
+    if rows % image_copies:
+        raise ValueError(
+            f"image_copies={image_copies} does not divide the batch of {rows} rows: the batch must stack the rows "
+            "of the same images, e.g. all chosen, then all rejected"
+        )
+
+
+def _repeated(
+    encoded: dict[str, BaseModelOutputWithPooling] | None, copies: int
+) -> dict[str, BaseModelOutputWithPooling] | None:
+    """Image features as often as the batch repeats their rows; nothing is copied."""
+    if encoded is None or copies == 1:
+        return encoded
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(encoded["image"].pooler_output) * copies)}
 
 
 def _pooled(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -14,6 +14,7 @@ from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
 from trl_llava.fsdp_layers import shard_by_layers
 from trl_llava.hub_trainer import PushesSafely
+from trl_llava.gpu_kernels import check_liger_knows
 from trl_llava.lengths import drop_overlong
 from trl_llava.safe_checkpoints import SafeCheckpoints
 
@@ -74,6 +75,7 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        check_liger_knows(self.model, args)
         look_on_every_process(self.model, processing_class, self.accelerator)
         shard_by_layers(self.model, self.accelerator)
 

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from trl_llava.row_by_row import PackMask
 
 PREFIX, PADDING = 0, -1
 """Segments of a pack that are no rest; the rests count from 1."""
@@ -76,12 +79,17 @@ def pack_pairs(first: Sequence[list[int]], second: Sequence[list[int]], multiple
     Returns:
         The packs, with segment 1 from `first` and 2 from `second`.
     """
+    return _pack_rows([list(pair) for pair in zip(first, second, strict=True)], multiple)
+
+
+def _pack_rows(packs: Sequence[Sequence[list[int]]], multiple: int | None = None) -> Packed:
+    """Pack rows by the longest prefix that those of a pack share; the last token of each stays its own."""
     prefixes, rests = [], []
-    for one, other in zip(first, second, strict=True):
-        most = min(len(one), len(other)) - 1
-        common = next((i for i in range(most) if one[i] != other[i]), most)
-        prefixes.append(torch.tensor(one[:common]))
-        rests.append([torch.tensor(one[common:]), torch.tensor(other[common:])])
+    for rows in packs:
+        most = min(map(len, rows)) - 1
+        common = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+        prefixes.append(torch.tensor(rows[0][:common]))
+        rests.append([torch.tensor(row[common:]) for row in rows])
     return pack(prefixes, rests, multiple)
 
 
@@ -96,18 +104,22 @@ def predictors(packed: Packed, counts: Sequence[int]) -> list[torch.Tensor]:
         For each rest, in order, the indices of its tokens' predictors into the P * L flattened hidden states.
     """
     width = packed.segments.shape[1]
-    lengths = [
-        torch.bincount(segments[segments != PADDING], minlength=count + 1).tolist()
-        for segments, count in zip(packed.segments.cpu(), counts, strict=True)
-    ]
     found = []
-    for row, (prefix, *rests) in enumerate(lengths):
+    for row, (prefix, *rests) in enumerate(_lengths(packed.segments, counts)):
         start = prefix
         for length in rests:
             before = [prefix - 1, *range(start, start + length - 1)][:length]
             found.append(torch.tensor(before, dtype=torch.long, device=packed.segments.device) + row * width)
             start += length
     return found
+
+
+def _lengths(segments: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """The number of tokens in each pack's prefix, and in each of its rests, of which there are `counts`."""
+    return [
+        torch.bincount(own[own != PADDING], minlength=count + 1).tolist()
+        for own, count in zip(segments.cpu(), counts, strict=True)
+    ]
 
 
 def last_of_rests(segments: torch.Tensor) -> torch.Tensor:
@@ -124,7 +136,7 @@ def last_of_rests(segments: torch.Tensor) -> torch.Tensor:
     return (place * (segments == rests[:, None, None])).argmax(-1)
 
 
-def attention_mask_for(model: nn.Module, segments: torch.Tensor) -> torch.Tensor:
+def attention_mask_for(model: nn.Module, segments: torch.Tensor) -> torch.Tensor | BlockMask:
     """The mask that keeps the rests of a pack apart, as the model's attention takes it.
 
     Args:
@@ -133,16 +145,29 @@ def attention_mask_for(model: nn.Module, segments: torch.Tensor) -> torch.Tensor
 
     Returns:
         (P, 1, L, L): bool for sdpa, `True` where a query may look; for eager attention 0 there, and the smallest
-        number of the model's dtype elsewhere.
+        number of the model's dtype elsewhere; for flex attention a `BlockMask`.
     """
+    if (attention := _attention(model)) == "flex_attention":
+        return _block_mask(segments)
     query, key = segments[:, None, :, None], segments[:, None, None, :]
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     # Padding sees the prefix and itself: a query that sees nothing would give NaN.
     seen = causal & ((key == PREFIX) | (key == query))
-    if _attention(model) == "sdpa":
-        return seen
+    if attention == "sdpa":
+        return PackMask.of(seen, _lengths(segments, segments.amax(1).tolist())) if _on_cpu(model, segments) else seen
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _block_mask(segments: torch.Tensor) -> BlockMask:
+    """The same, by blocks: those in which no query may look are left out."""
+
+    def seen(pack: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        other = segments[pack, key]
+        return (query >= key) & ((other == PREFIX) | (other == segments[pack, query]))
+
+    rows, width = segments.shape
+    return create_block_mask(seen, rows, None, width, width, device=segments.device)
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -156,7 +181,7 @@ def why_not(model: nn.Module) -> str | None:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
-    if (attention := _attention(base)) not in ("sdpa", "eager"):
+    if (attention := _attention(base)) not in ("sdpa", "eager", "flex_attention"):
         return f"attention '{attention}' takes no 4D mask (use attn_implementation: sdpa)"
     window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     if set(getattr(config, "layer_types", None) or [window]) != {"full_attention"}:
@@ -177,6 +202,12 @@ def derives_positions(model: nn.Module) -> bool:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base)))
+
+
+def _on_cpu(model: nn.Module, segments: torch.Tensor) -> bool:
+    """Whether packs are taken row by row, measured on CPUs only; compiled layers would be compiled for each batch."""
+    compiled = any(part._compiled_call_impl is not None for part in model.modules())
+    return type(segments) is torch.Tensor and segments.device.type == "cpu" and not compiled
 
 
 def _attention(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ from trl_llava import output_dir
 from trl_llava.card_samples import write_samples
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.console import quiet_libraries
+from trl_llava.gpu_kernels import check_gpu_kernels
 from trl_llava.hub_repository import Repository, claim_repository
 from trl_llava.hub_saves import push_saves
 from trl_llava.model_card import card_facts, write_card_of
@@ -82,8 +83,11 @@ def begin(
         The run.
 
     Raises:
+        InputError: If kernels are asked for that need a GPU, and there is none.
+        MissingPackageError: If they are not installed.
         OutputDirError: If `output_dir` cannot be written or belongs to another run.
     """
+    check_gpu_kernels(training_args, model_args.attn_implementation)
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
