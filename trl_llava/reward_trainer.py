@@ -15,8 +15,8 @@ from trl_llava.configs import LlavaRewardConfig
 from trl_llava.data import rows_from
 from trl_llava.finite_steps import FiniteSteps
 from trl_llava.fsdp_layers import shard_by_layers
-from trl_llava.hub_trainer import PushesSafely
 from trl_llava.gpu_kernels import check_liger_knows
+from trl_llava.hub_trainer import PushesSafely
 from trl_llava.lengths import drop_overlong
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_settings import save_settings
