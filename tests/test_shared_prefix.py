@@ -18,6 +18,7 @@ from trl_llava import row_by_row
 from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PreferenceCollator, PromptCollator
 from trl_llava.data import rows_from
+from trl_llava.factual_reward import FactualReward
 from trl_llava.passes import response_logprobs, response_values
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.rollout import ModelInputs
@@ -30,6 +31,7 @@ from trl_llava.shared_prefix import (
     attention_mask_for,
     last_of_rests,
     pack,
+    pack_groups,
     pack_pairs,
     predictors,
     why_not,
@@ -72,6 +74,16 @@ def test_pairs(first: list[int], second: list[int], found: list[int], ends: list
     packed = pack_pairs([first], [second])
     assert packed.segments.tolist() == [found]
     assert last_of_rests(packed.segments).tolist() == [[ends[0]], [ends[1]]]
+
+
+def test_groups() -> None:
+    rows = [[7, 8, 1, 2], [9, 5], [7, 8, 3], [7, 8, 1, 2]]
+    packed, first, places = pack_groups(rows, [0, 4, 0, 0])
+    assert packed.input_ids.tolist() == [[7, 8, 1, 2, 3, 1, 2], [9, 5, 0, 0, 0, 0, 0]]
+    assert packed.segments.tolist() == [[0, 0, 1, 1, 2, 3, 3], [0, 1, -1, -1, -1, -1, -1]]
+    assert first == [0, 1]
+    assert places == [0, 1, 2, 4]  # of the packs' first, second and third rests
+    assert last_of_rests(packed.segments).flatten()[places].tolist() == [3, 1, 4, 6]
 
 
 def model_with(attention: str) -> nn.Module:
@@ -230,6 +242,39 @@ def test_flex_attention_gives_what_whole_rows_give(tiny_llava_dir: Path, uncompi
     packed = pack_pairs([[1, 5, 6, 7, 9]], [[1, 5, 6, 8]])._asdict()
     with torch.inference_mode():
         torch.testing.assert_close(values[1](**packed).logits, values[0](**packed).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_onevision_dir"])
+@pytest.mark.parametrize("judging", [JudgingPrompt(), None], ids=["judged", "bare"])
+def test_answers_to_one_prompt_are_scored_behind_it_once(
+    family: str, judging: JudgingPrompt | None, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    model = SCORE_CLASSES[family].from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    torch.manual_seed(0)
+    nn.init.normal_(model.score.weight)
+    reward = FactualReward(model, processor_of(family, folder), judging, batch_size=6)
+    red, blue = tiny_models.image("red"), tiny_models.image("blue", (30, 60))
+    prompts = [message("user", text) for text in ("What is it?", "What is it?", "Say hi.")]
+    pictures = [[red], [blue], []]
+    order = [0, 0, 1, 2, 0, 1, 2, 2]  # six in the first pass, two in the second
+    answers = ["A red square.", "No.", "Blue.", "Hi!", "No.", "A blue circle, I think.", "Hi there.", "No"]
+    call = {
+        "prompts": [prompts[i] for i in order],
+        "completions": [message("assistant", answer) for answer in answers],
+        "images": [pictures[i] for i in order],
+        "captions": [[f"caption {i}", "On white."] for i in order],
+    }
+    rows: list[tuple[int, ...]] = []
+    handle = model.model.language_model.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(output.last_hidden_state.shape[:2]), with_kwargs=True
+    )
+    shared = reward(**call)
+    reward.share_prefix = False
+    assert shared == pytest.approx(reward(**call), rel=1e-5, abs=1e-5)
+    handle.remove()
+    assert [shape[0] for shape in rows] == [3, 1, 6, 2]
+    assert torch.tensor(shared).std() > 1e-3
 
 
 def rollout_of(family: str, folder: Path) -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:

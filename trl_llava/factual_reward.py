@@ -28,7 +28,9 @@ from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.reward_settings import find_file, read_settings, save_settings
 from trl_llava.rollout import ModelInputs
 from trl_llava.rows import RowError, normalise_messages, place_images
+from trl_llava.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.shared_base import SharedBase, add_role, find_shared_base
+from trl_llava.shared_prefix import pack_groups, why_not
 
 Conversation = str | list[Message]
 """A prompt or a completion as TRL hands it over: text, or messages whose content is text or a list of parts."""
@@ -81,6 +83,7 @@ class FactualReward:
         self.judging_prompt = judging_prompt
         self.batch_size = batch_size
         self.image_features = ImageFeatures(0)  # keeps nothing; a run may put one here that other models use too
+        self.share_prefix = isinstance(_base(model), ImageTextForSequenceClassification) and why_not(model) is None
         self.__name__ = name
 
     @property
@@ -126,7 +129,8 @@ class FactualReward:
         scores: list[float] = []
         with in_eval_mode(self.model):
             for start in range(0, len(rows), self.batch_size):
-                scores += self._score([self._judged(*row) for row in rows[start : start + self.batch_size]])
+                part = rows[start : start + self.batch_size]
+                scores += self._score([self._judged(*row) for row in part], _same_prompts(part))
         return scores
 
     def _judged(
@@ -153,8 +157,8 @@ class FactualReward:
             )
         return judging_messages(conversation, captions, self.judging_prompt), decoded, name
 
-    def _score(self, rows: Sequence[tuple[list[Message], list[Image.Image], str]]) -> list[float]:
-        """One pass of the model over at most `batch_size` rows."""
+    def _score(self, rows: Sequence[tuple[list[Message], list[Image.Image], str]], groups: list[int]) -> list[float]:
+        """One pass of the model over at most `batch_size` rows; a group's have one prompt and the same pictures."""
         conversations, pictures, names = zip(*rows, strict=True)
         judged = self.judging_prompt is not None
         encoding = encode(
@@ -175,13 +179,16 @@ class FactualReward:
             dict(encoding.image_inputs),
         )
         with torch.inference_mode():
-            logits = self.model(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                **self.image_features.attach(self.model, inputs).image_kwargs(),
-                use_cache=False,  # no token follows: keys and values of all layers would only take memory
-            ).logits
-        return logits.squeeze(-1).float().tolist()
+            inputs = self.image_features.attach(self.model, inputs)
+            places = list(range(len(rows)))
+            given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+            if self.share_prefix and not inputs.with_tokens():
+                packed, first, places = pack_groups(encoding.input_ids, groups)
+                given = {name: value.to(device) for name, value in packed._asdict().items()}
+                inputs = inputs.select(first)
+            # No token follows: keys and values of all layers would only take memory.
+            logits = self.model(**given, **inputs.image_kwargs(), use_cache=False).logits
+        return logits.squeeze(-1)[places].float().tolist()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all that `from_pretrained` needs: adapter with head (or model), processor and judging prompt.
@@ -260,7 +267,7 @@ def _check_fit(
     model: PreTrainedModel | PeftModel | AdapterRole, processing_class: ProcessorMixin | PreTrainedTokenizerBase
 ) -> None:
     """Raise for a model that gives no scores, or that reads the processor's tokens as others."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     labels = base.num_labels if isinstance(base, AdapterRole) else base.config.num_labels
     if not hasattr(base, HEAD) or labels != 1:
         raise InputError(
@@ -284,6 +291,16 @@ def _check_fit(
             + ", ".join(f"{what} {pair}" for what, pair in ids.items())
             + ". Use the processor that was saved with the reward model"
         )
+
+
+def _base(model: PreTrainedModel | PeftModel | AdapterRole) -> PreTrainedModel | AdapterRole:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _same_prompts(rows: Sequence[tuple]) -> list[int]:
+    """For each row the first one that has the same prompt and pictures."""
+    asked = [(prompt, pictures) for prompt, _, pictures, *_ in rows]
+    return [asked.index(own) for own in asked]
 
 
 def _without_pictures(conversation: Conversation, role: str) -> tuple[list[Message], list[ImageRef]]:

@@ -82,6 +82,40 @@ def pack_pairs(first: Sequence[list[int]], second: Sequence[list[int]], multiple
     return _pack_rows([list(pair) for pair in zip(first, second, strict=True)], multiple)
 
 
+class Grouped(NamedTuple):
+    """Rows packed by group.
+
+    Attributes:
+        packed: P packs, one for each group, in the order of their first rows.
+        first: (P) the first row of each group.
+        places: for each row the index of its result among the S * P of all first rests, all second ones, and so on.
+    """
+
+    packed: Packed
+    first: list[int]
+    places: list[int]
+
+
+def pack_groups(rows: Sequence[list[int]], groups: Sequence[int]) -> Grouped:
+    """Pack rows of the same group by the longest prefix that they share; a row on its own is a pack of one rest.
+
+    Args:
+        rows: lists of at least two ids.
+        groups: for each of them its group.
+
+    Returns:
+        The packs, on the CPU.
+    """
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    packed = _pack_rows([[rows[row] for row in own] for own in members.values()])
+    places = {
+        row: rest * len(members) + pack for pack, own in enumerate(members.values()) for rest, row in enumerate(own)
+    }
+    return Grouped(packed, [own[0] for own in members.values()], [places[row] for row in range(len(rows))])
+
+
 def _pack_rows(packs: Sequence[Sequence[list[int]]], multiple: int | None = None) -> Packed:
     """Pack rows by the longest prefix that those of a pack share; the last token of each stays its own."""
     prefixes, rests = [], []

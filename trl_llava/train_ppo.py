@@ -76,6 +76,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     image_features = ImageFeatures(training_args.image_cache_gib * GIB)
     if rewards and isinstance(rewards[0], FactualReward):
         rewards[0].image_features = image_features
+        rewards[0].share_prefix &= training_args.share_prefix
     trainer = LlavaPPOTrainer(
         args=training_args,
         processing_class=policy.processor,
