@@ -38,8 +38,8 @@ from rich.table import Table
 from tiny_trainers import even_tokens
 
 from trl_llava import output_dir, train_ppo, train_reward, train_sft
-from trl_llava.checkpoint_folders import checkpoints, step_of
-from trl_llava.finished_model import CONFIG_FILES
+from trl_llava.checkpoints.finished_model import CONFIG_FILES
+from trl_llava.checkpoints.folders import checkpoints, step_of
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sft_trainer import LlavaSFTTrainer

@@ -19,9 +19,10 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from transformers import Trainer
 
-from trl_llava import hub_push, safe_checkpoints
+from trl_llava.checkpoints import safe_checkpoints
 from trl_llava.console import run_as_program
-from trl_llava.rows import RowError
+from trl_llava.hub import push as hub_push
+from trl_llava.rows.contract import RowError
 
 
 def waiting_to_be_stopped(completion_ids: list[list[int]], **columns: object) -> list[float]:

@@ -14,10 +14,10 @@ from datasets import Dataset, Image, List
 from PIL import Image as Pictures
 
 from trl_llava.configs import LlavaModelConfig
-from trl_llava.memory_model import Processes
-from trl_llava.memory_trace import MemoryTrace
-from trl_llava.plan import need_of
-from trl_llava.plan_stages import Job, Settings
+from trl_llava.plan.command import need_of
+from trl_llava.plan.memory_model import Processes
+from trl_llava.plan.memory_trace import MemoryTrace
+from trl_llava.plan.stages import Job, Settings
 
 QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_length": None}
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_llava.chunked_head import Sampling, entropies_of, logprobs_of
-from trl_llava.passes import position_kwargs
+from trl_llava.forward.chunked_head import Sampling, entropies_of, logprobs_of
+from trl_llava.ppo.passes import position_kwargs
 from trl_llava.rollout import ModelInputs
 
 

@@ -15,14 +15,15 @@ from transformers import ProcessorMixin
 from trl import RLOOTrainer
 
 import trl_llava.demo
-from trl_llava import online_rl, train_dpo, train_grpo, train_reward, train_rloo, train_sft, trl_rows
+from trl_llava import online_rl, train_dpo, train_grpo, train_reward, train_rloo, train_sft
+from trl_llava.batches.dpo_collator import DPOCollator
 from trl_llava.collators import SFTCollator
 from trl_llava.data import rows_from
 from trl_llava.demo.data import Sizes, write_data
-from trl_llava.dpo_collator import DPOCollator
 from trl_llava.recipe_values import RecipeError
-from trl_llava.rows import RowError
-from trl_llava.trl_rows import as_trl_reads
+from trl_llava.rows import trl_rows
+from trl_llava.rows.contract import RowError
+from trl_llava.rows.trl_rows import as_trl_reads
 
 BASE = Path(trl_llava.demo.__file__).parent / "base"
 QUICK = [

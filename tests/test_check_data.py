@@ -9,8 +9,9 @@ import published
 import pytest
 from rich.console import Console
 
-from trl_llava import check_data, check_report, cli
+from trl_llava import cli
 from trl_llava.recipe_values import RecipeError
+from trl_llava.rows import check_data, check_report
 
 
 class Published:

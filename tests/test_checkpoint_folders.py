@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from trl_llava import checkpoint_folders, manifest
-from trl_llava.checkpoint_folders import (
+from trl_llava.checkpoints import folders as checkpoint_folders
+from trl_llava.checkpoints import manifest
+from trl_llava.checkpoints.folders import (
     checkpoints,
     clear_leftovers,
     find_checkpoint,
@@ -20,8 +21,8 @@ from trl_llava.checkpoint_folders import (
     start_checkpoint,
     unfinished,
 )
+from trl_llava.checkpoints.manifest import DamagedCheckpointError
 from trl_llava.errors import NotFoundError
-from trl_llava.manifest import DamagedCheckpointError
 
 
 def save(run_dir: Path, step: int, limit: int | None = None, text: str = "weights") -> None:

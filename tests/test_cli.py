@@ -10,7 +10,8 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from trl_llava import cli, launch_config
+from trl_llava import cli
+from trl_llava.processes import launch_config
 from trl_llava.recipe_values import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*args: Any, **options: Any) -> None:
         raise ValueError("a fault")
 
-    monkeypatch.setattr("trl_llava.merge.merge", fail)
+    monkeypatch.setattr("trl_llava.convert.merge.merge", fail)
     with pytest.raises(ValueError, match="a fault"):
         cli.main(["merge", "adapter", "target"])
 

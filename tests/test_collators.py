@@ -10,10 +10,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaProces
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from trl_llava import collators
+from trl_llava.batches.dpo_collator import DPOCollator
 from trl_llava.collators import PreferenceCollator, PromptCollator, SFTCollator
-from trl_llava.dpo_collator import DPOCollator
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, VICUNA_V1_SYSTEM, JudgingPrompt
-from trl_llava.rows import RowError
+from trl_llava.rows.contract import RowError
 
 PICTURE = {"type": "image", "text": None}
 VOCABULARY = ["<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "Hi", "What", "cat", "dog", "<unk>"]

@@ -10,7 +10,7 @@ from PIL import Image
 from trl import DatasetMixtureConfig
 
 from trl_llava.data import load_rows, rows_from
-from trl_llava.rows import RowError, normalise_messages, place_images, stage_features
+from trl_llava.rows.contract import RowError, normalise_messages, place_images, stage_features
 
 PICTURE = {"type": "image", "text": None}
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTra
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from trl_llava.adapter_role import AdapterRole
-from trl_llava.dense_weights import DenseWeights
 from trl_llava.errors import InputError
-from trl_llava.quantization import UNQUANTIZED
+from trl_llava.loading.adapter_role import AdapterRole
+from trl_llava.loading.dense_weights import DenseWeights
+from trl_llava.loading.quantization import UNQUANTIZED
 
 IDS = torch.tensor([[1, 20, 300, 41, 5, 60]])
 

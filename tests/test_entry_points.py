@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from trl_llava import train_ppo, train_reward, train_sft
 from trl_llava.console import run_as_program
 from trl_llava.factual_reward import FactualReward
+from trl_llava.loading.reward_loading import find_function
 from trl_llava.recipe_values import RecipeError
-from trl_llava.reward_loading import find_function
-from trl_llava.rows import RowError
+from trl_llava.rows.contract import RowError
 
 SAVED = {
     "README.md",

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from trl_llava import models, train_sft
 from trl_llava.console import run_as_program
 from trl_llava.errors import ExplainedError, InputError, MissingPackageError, NotFoundError, OccupiedError
-from trl_llava.health import UnhealthyRunError
 from trl_llava.output_dir import OutputDirError
+from trl_llava.ppo.health import UnhealthyRunError
 from trl_llava.recipe_values import RecipeError
-from trl_llava.rows import RowError
+from trl_llava.rows.contract import RowError
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def without_network(*words: str, home: Path) -> tuple[subprocess.CompletedProces
 
 def test_without_network_a_model_is_asked_for_once(tmp_path: Path) -> None:
     """Five retries for each file, as the libraries do by themselves, take 23 seconds here."""
-    call = "from trl_llava.hub import check_there; check_there('sft_model_path', 'nobody/no-such-model')"
+    call = "from trl_llava.hub.lookup import check_there; check_there('sft_model_path', 'nobody/no-such-model')"
     result, seconds = without_network("-c", call, home=tmp_path)
     message = result.stderr.splitlines()[-1]
     assert "NotFoundError: sft_model_path: cannot load 'nobody/no-such-model'" in message

@@ -20,7 +20,7 @@ from trl_llava.configs import LlavaModelConfig
 from trl_llava.factual_reward import FactualReward
 from trl_llava.models import load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.rows import RowError
+from trl_llava.rows.contract import RowError
 
 PLAIN = JudgingPrompt(with_captions=False)
 

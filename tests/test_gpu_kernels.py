@@ -11,11 +11,12 @@ from test_reward_trainer import make_trainer
 from tiny_trainers import make_adapter, ppo_trainer
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from trl_llava import gpu_kernels, train_ppo, train_reward, train_sft
+from trl_llava import train_ppo, train_reward, train_sft
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import InputError, MissingPackageError
-from trl_llava.gpu_kernels import apply_liger, check_gpu_kernels, check_liger_knows
+from trl_llava.loading import gpu_kernels
+from trl_llava.loading.gpu_kernels import apply_liger, check_gpu_kernels, check_liger_knows
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

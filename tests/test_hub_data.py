@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from trl_llava.errors import InputError, NotFoundError
-from trl_llava.sources import read_source
+from trl_llava.rows.sources import read_source
 
 
 def parquet(answer: str) -> bytes:

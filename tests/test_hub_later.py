@@ -8,9 +8,10 @@ import hub_server
 import pytest
 from test_hub_push import checkpoint, finished
 
-from trl_llava import cli, hub_push
-from trl_llava.manifest import write_manifest
-from trl_llava.model_card import CardFacts
+from trl_llava import cli
+from trl_llava.checkpoints.manifest import write_manifest
+from trl_llava.hub import push as hub_push
+from trl_llava.hub.model_card import CardFacts
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from trl_llava.configs import LlavaModelConfig
 from trl_llava.configs_beyond_ppo import OnlineArguments
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import InputError
-from trl_llava.hub_names import split_revision
+from trl_llava.hub.names import split_revision
 
 
 @pytest.mark.parametrize(

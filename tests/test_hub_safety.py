@@ -17,8 +17,8 @@ from trl_llava import cli, output_dir, train_sft
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError
+from trl_llava.loading.score_start import load_score_model
 from trl_llava.models import load_policy
-from trl_llava.score_start import load_score_model
 
 PACKAGE = Path(cli.__file__).parent
 

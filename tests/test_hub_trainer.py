@@ -11,9 +11,10 @@ import tiny_trainers
 from peft import LoraConfig
 from transformers import Trainer
 
-from trl_llava import cli, hub_push
-from trl_llava.hub_push import PushError
-from trl_llava.hub_repository import HubError
+from trl_llava import cli
+from trl_llava.hub import push as hub_push
+from trl_llava.hub.push import PushError
+from trl_llava.hub.repository import HubError
 
 PUSH = {
     "push_to_hub": True,

@@ -9,9 +9,9 @@ from transformers import AutoProcessor
 
 from trl_llava.collators import PreferenceCollator, PromptCollator, SFTCollator
 from trl_llava.data import rows_from
-from trl_llava.lengths import drop_overlong, token_lengths
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, JudgingPrompt
-from trl_llava.rows import RowError
+from trl_llava.rows.contract import RowError
+from trl_llava.rows.lengths import drop_overlong, token_lengths
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_long_rows_are_dropped_and_counted(tiny_processor, dataset, caplog):
     lengths = token_lengths(list(dataset), collator)
     limit = sorted(lengths)[1]
     collator.max_prompt_length = limit
-    with caplog.at_level(logging.WARNING, logger="trl_llava.lengths"):
+    with caplog.at_level(logging.WARNING, logger="trl_llava.rows.lengths"):
         kept = drop_overlong(dataset, collator, "drop")
     assert kept["row_name"][:] == [f"a[{i}]" for i in range(4) if lengths[i] <= limit]
     assert len(kept) == 2

@@ -17,8 +17,8 @@ from trl import RewardConfig, RewardTrainer
 
 import trl_llava.models as models
 from trl_llava.configs import LlavaModelConfig
-from trl_llava.same_tokenizer import check_same_tokenizer
-from trl_llava.sequence_classification import LlavaForSequenceClassification
+from trl_llava.loading.same_tokenizer import check_same_tokenizer
+from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
 
 
 def args_for(folder: Path | str, **fields: object) -> LlavaModelConfig:

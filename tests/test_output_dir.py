@@ -8,7 +8,7 @@ import hub_server
 import pytest
 
 from trl_llava import output_dir, stage_run, train_sft
-from trl_llava.manifest import DamagedCheckpointError, write_manifest
+from trl_llava.checkpoints.manifest import DamagedCheckpointError, write_manifest
 from trl_llava.output_dir import OutputDirError, claim, record
 from trl_llava.stage_run import StageRun
 

@@ -27,19 +27,19 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from trl_llava import generation, growing_cache
-from trl_llava.chunked_head import Sampling
 from trl_llava.collators import PromptCollator
 from trl_llava.data import rows_from
-from trl_llava.generation import Generator
-from trl_llava.image_features import GIB, ImageFeatures
-from trl_llava.passes import response_logprobs, response_values
-from trl_llava.rollout import ModelInputs
-from trl_llava.sequence_classification import (
+from trl_llava.forward.chunked_head import Sampling
+from trl_llava.forward.image_features import GIB, ImageFeatures
+from trl_llava.loading.sequence_classification import (
     LlavaForSequenceClassification,
     LlavaNextForSequenceClassification,
     LlavaOnevisionForSequenceClassification,
 )
+from trl_llava.ppo import generation, growing_cache
+from trl_llava.ppo.generation import Generator
+from trl_llava.ppo.passes import response_logprobs, response_values
+from trl_llava.rollout import ModelInputs
 
 SCORE_CLASSES = {
     "tiny_llava_dir": LlavaForSequenceClassification,

@@ -18,17 +18,17 @@ from transformers import AutoConfig, AutoProcessor
 from trl_llava.adapters import lora_config
 from trl_llava.cli import main
 from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaSFTConfig
-from trl_llava.dry_models import QuantizedLinear, add_adapter, build_policy
 from trl_llava.errors import InputError
-from trl_llava.memory_model import Processes, gradients, kv_cache, optimizer_states, share, weights
-from trl_llava.memory_trace import MemoryTrace
-from trl_llava.plan import _make_parser, make_plan, need_of, read_job
-from trl_llava.plan_processes import find_processes
-from trl_llava.plan_stages import Settings
-from trl_llava.policy_start import load_policy_start
+from trl_llava.loading.policy_start import load_policy_start
+from trl_llava.loading.score_start import load_score_model
+from trl_llava.plan.command import _make_parser, make_plan, need_of, read_job
+from trl_llava.plan.dry_models import QuantizedLinear, add_adapter, build_policy
+from trl_llava.plan.memory_model import Processes, gradients, kv_cache, optimizer_states, share, weights
+from trl_llava.plan.memory_trace import MemoryTrace
+from trl_llava.plan.processes import find_processes
+from trl_llava.plan.stages import Settings
 from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_trainer import LlavaRewardTrainer
-from trl_llava.score_start import load_score_model
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
 DEEPSPEED = {"distributed_type": "DEEPSPEED"}
@@ -114,7 +114,7 @@ def test_8_bit_sft_needs_what_is_planned(tiny_llava_dir, tmp_path):
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_the_reward_model_needs_what_is_planned(tiny_llava_dir, tmp_path, share_prefix, monkeypatch):
     # A plan is for a GPU, which runs packs under a mask; row by row, on a CPU, they take less.
-    monkeypatch.setattr("trl_llava.shared_prefix._on_cpu", lambda model, segments: False)
+    monkeypatch.setattr("trl_llava.forward.shared_prefix._on_cpu", lambda model, segments: False)
     model_args, rows = fields_for(tiny_llava_dir), 2
     args = LlavaRewardConfig(
         output_dir=str(tmp_path),
@@ -290,7 +290,7 @@ def test_a_revision_is_looked_up_in_the_cache_and_no_one_is_asked(tiny_llava_dir
     (folder / "snapshots").mkdir()
     (folder / "snapshots" / ("a" * 40)).symlink_to(tiny_llava_dir)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("trl_llava.hub.snapshot_download", None)
+    monkeypatch.setattr("trl_llava.hub.lookup.snapshot_download", None)
     path = recipe(tmp_path, model_name_or_path="me/llava@v1", max_length=40)
     job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
     here = recipe(tmp_path, model_name_or_path=str(tiny_llava_dir), max_length=40)

@@ -10,13 +10,13 @@ import torch
 from measured import fields_for, longest, phases_of, question, values_of, with_pictures
 from transformers import AutoProcessor
 
-from trl_llava import ppo_ask
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.factual_reward import FactualReward
-from trl_llava.memory_model import Processes
 from trl_llava.models import load_sequence_classifier
-from trl_llava.plan import need_of
-from trl_llava.plan_stages import Job, Need, Settings
+from trl_llava.plan.command import need_of
+from trl_llava.plan.memory_model import Processes
+from trl_llava.plan.stages import Job, Need, Settings
+from trl_llava.ppo import ask as ppo_ask
 from trl_llava.prompts import JudgingPrompt
 
 

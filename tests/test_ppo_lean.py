@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.factual_reward import FactualReward
-from trl_llava.sequence_classification import LlavaForSequenceClassification
+from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
 from trl_llava.train_ppo import load_all
 
 

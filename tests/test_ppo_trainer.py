@@ -18,11 +18,11 @@ from transformers import AutoProcessor, LlavaConfig, TrainerCallback
 
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
-from trl_llava.health import UnhealthyRunError
-from trl_llava.ppo_setup import rounds_alike
+from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
+from trl_llava.ppo.health import UnhealthyRunError
+from trl_llava.ppo.setup import rounds_alike
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.rows import RowError
-from trl_llava.sequence_classification import LlavaForSequenceClassification
+from trl_llava.rows.contract import RowError
 
 
 @pytest.fixture(scope="module")

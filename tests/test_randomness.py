@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_llava.randomness import RolloutBatches, RowNoise, mini_batch_order, row_keys, uniform
+from trl_llava.ppo.randomness import RolloutBatches, RowNoise, mini_batch_order, row_keys, uniform
 
 LITERAL_KEYS = [8341986609271305484, 5128932732482739708]
 LITERAL_UNIFORM = [[0.2003281964821776, 0.6298012975335964], [0.6349930529546092, 0.6679365319306]]

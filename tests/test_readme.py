@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from trl_llava import cli, plan, push
+from trl_llava import cli
 from trl_llava.factual_reward import FactualReward
+from trl_llava.hub import push_later as push
+from trl_llava.plan import command as plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,13 +22,17 @@ def blocks(language: str) -> list[str]:
 
 
 def tree() -> dict[str, str]:
-    """Path -> phrase of the annotated tree."""
-    found, folder = {}, ""
+    """Path -> phrase of the annotated tree; a folder's files stand indented below it."""
+    found: dict[str, str] = {}
+    above: list[tuple[int, str]] = []
     for line in blocks("text")[0].splitlines():
         name, _, phrase = line.strip().partition(" ")
-        indented = line.startswith(" ")
-        folder = folder if indented else (name if name.endswith("/") else "")
-        found[(folder if indented else "") + name] = phrase.strip()
+        indent = len(line) - len(line.lstrip())
+        above = [(depth, folder) for depth, folder in above if depth < indent]
+        path = "".join(folder for _, folder in above) + name
+        found[path] = phrase.strip()
+        if name.endswith("/"):
+            above.append((indent, name))
     return found
 
 
@@ -42,8 +48,9 @@ def test_every_path_of_the_tree_exists_with_a_phrase() -> None:
 
 
 def test_every_module_is_in_the_tree() -> None:
-    modules = {f"trl_llava/{path.name}" for path in (ROOT / "trl_llava").glob("*.py")} - {"trl_llava/__init__.py"}
-    assert modules - set(tree()) == set()
+    package = ROOT / "trl_llava"
+    modules = {path for path in package.rglob("*.py") if path.name != "__init__.py" and "demo" not in path.parts}
+    assert {str(path.relative_to(ROOT)) for path in modules} - set(tree()) == set()
 
 
 def test_every_file_named_in_the_text_exists() -> None:

@@ -11,7 +11,8 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from trl_llava import generation_buffer, train_dpo, train_grpo, train_rloo
+from trl_llava import train_dpo, train_grpo, train_rloo
+from trl_llava.checkpoints import generation_buffer
 from trl_llava.errors import InputError
 
 TIMED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")

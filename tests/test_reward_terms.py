@@ -4,8 +4,9 @@ import inspect
 
 import pytest
 
-from trl_llava import reward_terms, rows
+from trl_llava import reward_terms
 from trl_llava.reward_terms import correctness, length_term, missing_eos
+from trl_llava.rows import contract as rows
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from trl_llava.configs import LlavaRewardConfig
 from trl_llava.errors import InputError
-from trl_llava.health import UnhealthyRunError
+from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
+from trl_llava.ppo.health import UnhealthyRunError
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_trainer import LlavaRewardTrainer
-from trl_llava.sequence_classification import LlavaForSequenceClassification
 
 PEFT = LoraConfig(
     r=4, target_modules=r".*language_model\..*\.(q_proj|v_proj|down_proj)", modules_to_save=["score"]

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from trl_llava.collators import SFTCollator
 from trl_llava.configs import LlavaSFTConfig
 from trl_llava.data import rows_from
-from trl_llava.health import UnhealthyRunError
-from trl_llava.rows import RowError
+from trl_llava.ppo.health import UnhealthyRunError
+from trl_llava.rows.contract import RowError
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
 PEFT = LoraConfig(r=4, target_modules=r".*language_model\..*\.(q_proj|v_proj|down_proj)")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from test_entry_points import Work, copy_after_one_step
 
-from trl_llava.adapter_role import AdapterRole
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.loading.adapter_role import AdapterRole
 
 # The norm is summed up in the order of the parameters, which sharing changes: clipping would carry its rounding on.
 UNCLIPPED = ["--max_grad_norm", "0"]

@@ -8,7 +8,7 @@ import pytest
 
 from trl_llava import train_sft
 from trl_llava.recipe_values import RecipeError
-from trl_llava.splits import load_splits
+from trl_llava.rows.splits import load_splits
 
 
 def write(folder: Path, name: str, count: int) -> str:

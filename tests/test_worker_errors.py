@@ -6,7 +6,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from trl_llava.errors import ExplainedError, InputError, NotFoundError, own_words
-from trl_llava.rows import RowError
+from trl_llava.rows.contract import RowError
 
 
 class Failing:

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_llava.adapters import load_adapter
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.sequence_classification import LlavaForSequenceClassification
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"
 

@@ -13,9 +13,9 @@ from trl import get_peft_config
 
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError
-from trl_llava.hub import check_there, not_found
+from trl_llava.hub.lookup import check_there, not_found
+from trl_llava.loading.reward_settings import find_file
 from trl_llava.models import HEAD
-from trl_llava.reward_settings import find_file
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
 logger = logging.getLogger(__name__)

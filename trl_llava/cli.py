@@ -11,7 +11,7 @@ from typing import Any
 
 import trl_llava
 from trl_llava.errors import ExplainedError
-from trl_llava.launch_config import config_folder, find_accelerate_config
+from trl_llava.processes.launch_config import config_folder, find_accelerate_config
 from trl_llava.recipe_values import RecipeError
 
 STAGES = {
@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in STAGES:
             return launch_stage(words[0], words[1:])
         if words[:1] == ["check-data"]:
-            return importlib.import_module("trl_llava.check_data").main(words[1:])
+            return importlib.import_module("trl_llava.rows.check_data").main(words[1:])
         if words[:1] == ["plan"]:
-            return importlib.import_module("trl_llava.plan").main(words[1:])
+            return importlib.import_module("trl_llava.plan.command").main(words[1:])
         if words[:1] == ["push"]:
-            return importlib.import_module("trl_llava.push").main(words[1:])
+            return importlib.import_module("trl_llava.hub.push_later").main(words[1:])
         args = parser.parse_args(words or ["--help"])
         return {"score": _score, "convert": _convert, "merge": _merge}[args.command](args)
     except ExplainedError as error:
@@ -84,8 +84,8 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from trl_llava.pass_on_signals import LEFT_TO_TORCHRUN, signals_passed_on
-    from trl_llava.resume_command import COMMAND_VARIABLE
+    from trl_llava.checkpoints.resume_command import COMMAND_VARIABLE
+    from trl_llava.processes.pass_on_signals import LEFT_TO_TORCHRUN, signals_passed_on
 
     own_words = ["trl-llava", stage, *words]
     launch_parser = launch_command_parser()
@@ -232,7 +232,7 @@ def _score(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from trl_llava.factual_reward import FactualReward
-    from trl_llava.images import load_image
+    from trl_llava.rows.images import load_image
 
     transformers_logging.disable_progress_bar()
     image = load_image(args.image, "--image")
@@ -259,7 +259,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     """Prints how far the merged model is from base and adapter."""
-    from trl_llava.merge import merge
+    from trl_llava.convert.merge import merge
 
     check = merge(
         args.adapter,

@@ -1,8 +1,8 @@
 """Rows to padded batches: one collator for each stage.
 
-All three take rows of the contract in `rows.py`, decode their images when the batch is made, mix rows with and without
-images, and never cut: a row that is too long is an error here and is left out beforehand by `lengths.drop_overlong`.
-A batch in which no row has an image has no image tensors.
+All three take rows of the contract in `rows/contract.py`, decode their images when the batch is made, mix rows with
+and without images, and never cut: a row that is too long is an error here and is left out beforehand by
+`lengths.drop_overlong`. A batch in which no row has an image has no image tensors.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_llava.encoding import Answers, encode
-from trl_llava.images import load_images
-from trl_llava.lengths import check_lengths
-from trl_llava.padding import pad, text_tensors
-from trl_llava.pairs import encode_pairs
+from trl_llava.batches.encoding import Answers, encode
+from trl_llava.batches.padding import pad, text_tensors
+from trl_llava.batches.pairs import encode_pairs
+from trl_llava.forward.shared_prefix import pack_pairs
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
-from trl_llava.rows import RowError
-from trl_llava.shared_prefix import pack_pairs
+from trl_llava.rows.contract import RowError
+from trl_llava.rows.images import load_images
+from trl_llava.rows.lengths import check_lengths
 
 IGNORED = -100
 """Label of a token that no loss is computed for."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
-from trl_llava.hub_names import split_fields
+from trl_llava.hub.names import split_fields
 
 # TRL's own use of names that transformers has renamed; nothing a user could change in a recipe silences it.
 warnings.filterwarnings(

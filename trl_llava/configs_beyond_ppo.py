@@ -6,7 +6,7 @@ from typing import Any
 from trl import DPOConfig
 
 from trl_llava.configs import OVERLONG_HELP, TEMPLATE_HELP, Overlong, option, refuse, require_positive
-from trl_llava.hub_names import split_fields
+from trl_llava.hub.names import split_fields
 
 
 @dataclass

@@ -15,7 +15,7 @@ from trl_llava.configs import (
     require_positive,
 )
 from trl_llava.configs_vllm import VLLMOptions, check_vllm
-from trl_llava.hub_names import split_fields
+from trl_llava.hub.names import split_fields
 
 with warnings.catch_warnings():
     # The only release line that has PPO keeps it under `experimental`; pyproject.toml bounds it: the notice is noise.

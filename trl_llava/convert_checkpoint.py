@@ -10,15 +10,15 @@ piece, so a 13B model needs about 2 GB of memory.
 import json
 from pathlib import Path
 
-from trl_llava.checkpoint_layouts import Kind, detect, find_source
-from trl_llava.convert_adapter import check_no_other_weights, convert_adapter
-from trl_llava.convert_model import convert_model
+from trl_llava.checkpoints.whole_folder import whole_folder
+from trl_llava.convert.adapter import check_no_other_weights, convert_adapter
+from trl_llava.convert.layouts import Kind, detect, find_source
+from trl_llava.convert.model import convert_model
 from trl_llava.errors import InputError
-from trl_llava.hub_names import split_revision
+from trl_llava.hub.names import split_revision
+from trl_llava.loading.reward_settings import RewardSettings, write_settings
 from trl_llava.models import load_processor
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.reward_settings import RewardSettings, write_settings
-from trl_llava.whole_folder import whole_folder
 
 VALUE_FOLDER = "value_model"
 """Where `LlavaPPOTrainer` saves the value model inside a run's folder; a converted PPO checkpoint has it there too."""

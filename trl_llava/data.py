@@ -1,6 +1,6 @@
 """Data sets to rows: everything that can be named in a recipe, or handed to a trainer, becomes rows of one contract.
 
-`sources.py` finds and reads a data set, `row_maker.py` makes one row of one record; here that is done for every
+`rows/sources.py` finds and reads a data set, `rows/maker.py` makes one row of one record; here that is done for every
 record, and what cannot be used is refused or counted.
 """
 
@@ -14,11 +14,11 @@ from typing import Literal
 from datasets import Dataset, Features, Value
 
 from trl_llava.errors import InputError
-from trl_llava.images import load_image
-from trl_llava.row_formats import KNOWN_COLUMNS
-from trl_llava.row_maker import PROBLEM_COLUMNS, RowMaker
-from trl_llava.rows import RowError, Stage, is_normalised, stage_features
-from trl_llava.sources import DatasetSource, RawRows, json_columns, read_source
+from trl_llava.rows.contract import RowError, Stage, is_normalised, stage_features
+from trl_llava.rows.formats import KNOWN_COLUMNS
+from trl_llava.rows.images import load_image
+from trl_llava.rows.maker import PROBLEM_COLUMNS, RowMaker
+from trl_llava.rows.sources import DatasetSource, RawRows, json_columns, read_source
 
 __all__ = ["RowError", "load_image", "load_rows", "rows_from"]
 

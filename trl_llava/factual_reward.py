@@ -14,23 +14,23 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_llava.adapter_role import AdapterRole, in_eval_mode
 from trl_llava.adapters import load_adapter
+from trl_llava.batches.encoding import encode
 from trl_llava.configs import LlavaModelConfig
-from trl_llava.encoding import encode
 from trl_llava.errors import InputError, NotFoundError
-from trl_llava.hub import check_there, not_found
-from trl_llava.hub_names import split_revision
-from trl_llava.image_features import ImageFeatures
-from trl_llava.images import ImageRef, load_image
+from trl_llava.forward.image_features import ImageFeatures
+from trl_llava.forward.shared_prefix import pack_groups, why_not
+from trl_llava.hub.lookup import check_there, not_found
+from trl_llava.hub.names import split_revision
+from trl_llava.loading.adapter_role import AdapterRole, in_eval_mode
+from trl_llava.loading.reward_settings import find_file, read_settings, save_settings
+from trl_llava.loading.sequence_classification import ImageTextForSequenceClassification
+from trl_llava.loading.shared_base import SharedBase, add_role, find_shared_base
 from trl_llava.models import HEAD, load_processor, load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
-from trl_llava.reward_settings import find_file, read_settings, save_settings
 from trl_llava.rollout import ModelInputs
-from trl_llava.rows import RowError, normalise_messages, place_images
-from trl_llava.sequence_classification import ImageTextForSequenceClassification
-from trl_llava.shared_base import SharedBase, add_role, find_shared_base
-from trl_llava.shared_prefix import pack_groups, why_not
+from trl_llava.rows.contract import RowError, normalise_messages, place_images
+from trl_llava.rows.images import ImageRef, load_image
 
 Conversation = str | list[Message]
 """A prompt or a completion as TRL hands it over: text, or messages whose content is text or a list of parts."""

@@ -25,14 +25,14 @@ from transformers import (
     ProcessorMixin,
 )
 
-import trl_llava.sequence_classification  # noqa: F401  registers the score-head models
-from trl_llava.chat_templates import set_chat_template
+import trl_llava.loading.sequence_classification  # noqa: F401  registers the score-head models
+from trl_llava.batches.chat_templates import set_chat_template
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError, MissingPackageError, NotFoundError
-from trl_llava.hub import check_there, not_found
-from trl_llava.quantization import keep_differentiable, quantization_config
-from trl_llava.reward_settings import find_file
-from trl_llava.shared_weights import whole
+from trl_llava.hub.lookup import check_there, not_found
+from trl_llava.loading.quantization import keep_differentiable, quantization_config
+from trl_llava.loading.reward_settings import find_file
+from trl_llava.processes.shared_weights import whole
 from trl_llava.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
 
 HEAD = "score"

@@ -8,22 +8,22 @@ from accelerate import PartialState
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from trl_llava.checkpoints.generation_buffer import ResumableGenerations
 from trl_llava.collators import PromptCollator
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs_beyond_ppo import OnlineArguments, refuse_vllm
-from trl_llava.generation_buffer import ResumableGenerations
-from trl_llava.lengths import drop_overlong
-from trl_llava.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.loading.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.loading.reward_loading import load_reward_functions
+from trl_llava.ppo.scoring import RewardFunction, needs_captions
 from trl_llava.recipe import RecipeParser
 from trl_llava.recipe_values import RecipeError
-from trl_llava.reward_loading import load_reward_functions
 from trl_llava.reward_terms import length_term
 from trl_llava.rollout import COUNTS
-from trl_llava.scoring import RewardFunction, needs_captions
-from trl_llava.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
-from trl_llava.splits import load_splits
+from trl_llava.rows.lengths import drop_overlong
+from trl_llava.rows.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
+from trl_llava.rows.splits import load_splits
+from trl_llava.rows.trl_rows import as_trl_reads
 from trl_llava.stage_run import begin
-from trl_llava.trl_rows import as_trl_reads
 
 
 def online_parser(config: type[TrainingArguments], prog: str | None) -> RecipeParser:

@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 import trl_llava
-from trl_llava.checkpoint_folders import checkpoints, clear_leftovers, find_checkpoint, is_leftover
-from trl_llava.disk_full import explain_full_disk
+from trl_llava.checkpoints.disk_full import explain_full_disk
+from trl_llava.checkpoints.finished_model import being_written, move_in, room_for_model
+from trl_llava.checkpoints.folders import checkpoints, clear_leftovers, find_checkpoint, is_leftover
+from trl_llava.checkpoints.manifest import check_manifest
 from trl_llava.errors import InputError
-from trl_llava.finished_model import being_written, move_in, room_for_model
-from trl_llava.manifest import check_manifest
-from trl_llava.process_counts import check_processes
+from trl_llava.processes.counts import check_processes
 from trl_llava.recipe import Recipe
 from trl_llava.recipe_values import RecipeLoader
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trl_llava.micro_batches import Lengths
+from trl_llava.ppo.micro_batches import Lengths
 
 # LLaVA-OneVision's processor says how many images each row has, rows without any left out.
 COUNTS = "batch_num_images"

@@ -8,13 +8,13 @@ from typing import TypeVar
 from transformers import Trainer, TrainingArguments
 
 from trl_llava import output_dir
-from trl_llava.card_samples import write_samples
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.console import quiet_libraries
-from trl_llava.gpu_kernels import check_gpu_kernels
-from trl_llava.hub_repository import Repository, claim_repository
-from trl_llava.hub_saves import push_saves
-from trl_llava.model_card import card_facts, write_card_of
+from trl_llava.hub.card_samples import write_samples
+from trl_llava.hub.model_card import card_facts, write_card_of
+from trl_llava.hub.repository import Repository, claim_repository
+from trl_llava.hub.saves import push_saves
+from trl_llava.loading.gpu_kernels import check_gpu_kernels
 from trl_llava.recipe import Recipe
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)

@@ -12,12 +12,12 @@ from PIL import Image
 from test_paper_prompts import MODES, judged
 from transformers import ProcessorMixin
 
+from trl_llava.batches.encoding import encode
 from trl_llava.collators import IGNORED, PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.convert.paper_tokenizer import load_sentencepiece, original_ids, reads_later_turns_as_unknown
 from trl_llava.data import rows_from
-from trl_llava.encoding import encode
-from trl_llava.lengths import drop_overlong
-from trl_llava.paper_tokenizer import load_sentencepiece, original_ids, reads_later_turns_as_unknown
 from trl_llava.prompts import JudgingPrompt
+from trl_llava.rows.lengths import drop_overlong
 from trl_llava.vision_tower import image_token_count, set_square_padding
 
 SFT = golden_data.read("1_sft.json")["cases"]
@@ -187,7 +187,7 @@ def test_awkward_strings(processor: ProcessorMixin, variant: str) -> None:
         wanted = case[f"{variant}+bos"]["ids"]
         assert original_ids(source, text, variant == "legacy") == wanted, text
         found = processor.tokenizer(text).input_ids
-        # The two things that a fast tokenizer cannot do (paper_tokenizer.py); prompts contain neither.
+        # The two things that a fast tokenizer cannot do (convert/paper_tokenizer.py); prompts contain neither.
         beyond = re.search(r"(?:</s>|<s>|<unk>)(?=[^ ▁U<])", text) if variant == "nonlegacy" else None
         if beyond:
             sure = len(processor.tokenizer(text[: beyond.end()]).input_ids)

@@ -34,9 +34,9 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.data import rows_from
+from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
+from trl_llava.ppo.randomness import RolloutBatches, RowNoise, row_keys
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.randomness import RolloutBatches, RowNoise, row_keys
-from trl_llava.sequence_classification import LlavaForSequenceClassification
 
 QUESTIONS = [
     f"{question} {object_}?"

@@ -1,0 +1,52 @@
+"""The chat template that a recipe names, in the place of the one that a processor was saved with."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, ProcessorMixin
+
+from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub.names import split_revision
+from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
+
+VICUNA_V1 = "vicuna_v1"
+"""What a recipe writes as `chat_template_path` for the template of `prompts.py`."""
+
+
+def set_chat_template(processor: ProcessorMixin, source: str, *, trust_remote_code: bool = False) -> None:
+    """Give a processor another chat template; it is saved with the processor, so that later stages have it.
+
+    Differs from TRL's `chat_template_path` for a model: only its template is taken, no tokens are added.
+
+    Args:
+        processor: The processor; its tokenizer gets the template too, so that both agree once they are saved.
+        source: `vicuna_v1`, a `.jinja` or `.j2` file, or Hub ID or folder of a model.
+        trust_remote_code: Run code that the model's repository brings along.
+
+    Raises:
+        OSError: If there is no such file or model.
+        ValueError: If the model has no chat template.
+    """
+    if source == VICUNA_V1:
+        template = VICUNA_V1_CHAT_TEMPLATE
+    elif source.endswith((".jinja", ".j2")):
+        if not Path(source).is_file():
+            raise NotFoundError(f"`chat_template_path`: there is no file {source}.")
+        template = Path(source).read_text(encoding="utf-8")
+    else:
+        template = _template_of_model(source, trust_remote_code)
+    processor.chat_template = template
+    if getattr(processor, "tokenizer", None) is not None:
+        processor.tokenizer.chat_template = template
+
+
+def _template_of_model(name: str, trust_remote_code: bool) -> str:
+    expected = f"expected `{VICUNA_V1}`, a .jinja file, or a model's Hub ID or folder"
+    name, revision = split_revision("`chat_template_path`", name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        template = tokenizer.chat_template
+    except (OSError, ValueError) as error:
+        raise NotFoundError(f"`chat_template_path`: cannot load {name!r}; {expected}. The cause: {error}") from error
+    if not isinstance(template, str):
+        raise InputError(f"`chat_template_path`: the model {name!r} has no chat template; {expected}.")
+    return template

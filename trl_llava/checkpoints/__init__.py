@@ -1,0 +1,1 @@
+"""Checkpoints that survive a kill, and runs that go on from them."""

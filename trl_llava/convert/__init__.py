@@ -1,0 +1,1 @@
+"""Published checkpoints to Hub layout, and adapters merged."""

@@ -1,0 +1,1 @@
+"""From the Hub and to the Hub."""

@@ -1,0 +1,1 @@
+"""Models for each role, on bases that they share."""

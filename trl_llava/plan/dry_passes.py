@@ -1,0 +1,326 @@
+"""What one step of each stage computes, on fake tensors: the bytes it holds at its worst moment are what it will need.
+
+Letters: `B` batch, `L` sequence, `V` vocabulary, `H` hidden, `I` images, `N` image tokens.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from peft import PeftModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from trl.trainer.utils import entropy_from_logits
+
+from trl_llava.forward.chunked_head import Sampling, token_statistics
+from trl_llava.forward.shared_prefix import attention_mask_for
+from trl_llava.plan.memory_trace import MemoryTrace
+from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
+
+CHUNK = 256
+"""Tokens whose logits TRL's `loss_type: chunked_nll` has in memory at once."""
+
+
+def image_inputs(config: PreTrainedConfig, images: int) -> dict[str, Any]:
+    """What an image processor makes of I pictures, at the size at which they take the most.
+
+    Args:
+        config: Of the model.
+        images: I.
+
+    Returns:
+        `pixel_values` (I, 3, size, size); for the families that tile (I, tiles + 1, 3, size, size), and `image_sizes`,
+            the largest grid I times; lists, because the models read them as numbers, which fake tensors do not have.
+    """
+    size = config.vision_config.image_size
+    grids = getattr(config, "image_grid_pinpoints", None)
+    if not grids:
+        return {"pixel_values": torch.empty(images, 3, size, size)}
+    height, width = max(grids, key=lambda grid: grid[0] * grid[1])
+    tiles = 1 + (height // size) * (width // size)
+    pixels = torch.empty(images, tiles, 3, size, size)
+    return {"pixel_values": pixels, "image_sizes": [[height, width]] * images}
+
+
+def text_inputs(rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch of B rows of L tokens.
+
+    Args:
+        rows: B.
+        length: L, image tokens included.
+
+    Returns:
+        `input_ids` and `attention_mask`, (B, L) long.
+    """
+    return {name: torch.ones(rows, length, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+
+
+@contextmanager
+def no_checks() -> Iterator[None]:
+    """Keep transformers from comparing numbers of image tokens, which fake tensors do not have.
+
+    Yields:
+        Nothing.
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def autocast(bf16: bool) -> Any:
+    """What `accelerate` puts around a forward pass.
+
+    Args:
+        bf16: Whether the recipe trains in bf16.
+
+    Returns:
+        A context.
+    """
+    return torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext()
+
+
+def follow_parts(model: nn.Module, trace: MemoryTrace) -> None:
+    """Count what is made inside of tower and projector, and what becomes a gradient, as parts of their own.
+
+    Args:
+        model: The model that will run.
+        trace: The trace that it will run under.
+    """
+    seeing = {*TOWER_NAMES, *PROJECTOR_NAMES}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in seeing:
+            module.register_forward_pre_hook(lambda *_: setattr(trace, "part", "image features"))
+            module.register_forward_hook(lambda *_: setattr(trace, "part", "activations"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: trace.hold([p.grad], "gradients"))
+
+
+def sft_step(model: nn.Module, batch: dict[str, Any], trace: MemoryTrace, *, bf16: bool, loss_type: str) -> None:
+    """Forward and backward pass of SFT.
+
+    `chunked_nll` has the logits of 256 tokens in memory, and the whole output layer in fp32; `nll` all B x L x V of
+    them: as the layer makes them, in fp32, and their gradient.
+
+    Args:
+        model: The policy.
+        batch: (B, L) ids and mask, and images.
+        trace: Follows the bytes.
+        bf16: Whether it trains in bf16.
+        loss_type: TRL's.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    labels = torch.ones_like(batch["input_ids"])
+    if loss_type == "chunked_nll":
+        with autocast(bf16):
+            hidden = base.base_model(**batch, use_cache=False).last_hidden_state
+            with trace.counting_as("logits"):
+                loss = _chunked_loss(hidden, base.get_output_embeddings(), labels)
+        del hidden
+    else:
+        run = convert_outputs_to_fp32(autocast(True)(model.forward)) if bf16 else model.forward
+        output = run(**batch, labels=labels, use_cache=False)
+        loss = output.loss
+        with torch.no_grad(), trace.counting_as("logits"):
+            entropy_from_logits(output.logits[..., :-1, :])
+            output.logits[..., :-1, :].argmax(-1)
+        del output  # but for what the backward pass needs
+    loss.backward()
+
+
+def _chunked_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """TRL's `_chunked_cross_entropy_loss`, whose loop asks for the number of labelled tokens; here all are."""
+    hidden = hidden[..., :-1, :].reshape(-1, hidden.shape[-1])
+    hidden = hidden[(labels[..., 1:].reshape(-1) != -100).to(torch.int8).argsort(descending=True, stable=True)]
+    flat = labels[..., 1:].reshape(-1)
+    loss = entropy = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(flat), CHUNK):
+        rows = slice(start, start + CHUNK)
+        part, more = checkpoint(_chunk, hidden[rows], head.weight, flat[rows], use_reentrant=False)
+        loss, entropy = loss + part, entropy + more
+    return loss / len(flat)
+
+
+def _chunk(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and entropy of some tokens; TRL computes the entropy with gradients on, so autograd keeps what it needs."""
+    logits = hidden.float() @ weight.float().t()  # named, so that it lives as long as in TRL's
+    logprobs = nn.functional.log_softmax(logits, dim=-1)
+    loss = nn.functional.nll_loss(logprobs, labels, reduction="sum")
+    logprobs.argmax(-1)
+    return loss, -(logprobs.exp() * logprobs).sum()
+
+
+def reward_step(
+    model: nn.Module, config: PreTrainedConfig, pairs: int, images: int, length: int, *, shared: int, bf16: bool
+) -> None:
+    """Forward and backward pass of the reward model over pairs, each picture encoded once.
+
+    What both answers share runs once too: a pair is one row of twice its length less what is shared, under a mask of
+    that length squared. With nothing shared it is two rows.
+
+    Args:
+        model: The reward model.
+        config: Its configuration.
+        pairs: B.
+        images: Pictures of each pair.
+        length: L of the longer answer, with all that comes before it.
+        shared: Tokens that both answers of a pair begin with, as far as they run once.
+        bf16: Whether it trains in bf16.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    seen = image_inputs(config, pairs * images)
+    with autocast(bf16):
+        if shared:
+            batch = text_inputs(pairs, 2 * length - shared)
+            segments = torch.ones_like(batch["input_ids"])
+            mask = attention_mask_for(base, segments)
+            hidden = base.model(
+                input_ids=batch["input_ids"], attention_mask=mask, position_ids=segments, use_cache=False, **seen
+            ).last_hidden_state
+            ends = torch.zeros(2, pairs, dtype=torch.long)
+            logits = base.score(hidden[torch.arange(pairs), ends].flatten(0, 1).to(base.score.weight.dtype))
+            del hidden
+        else:
+            logits = model(**text_inputs(2 * pairs, length), **seen, image_copies=2, use_cache=False).logits
+        chosen, rejected = logits.float().squeeze(-1).chunk(2)
+    (-nn.functional.logsigmoid(chosen - rejected).mean()).backward()
+
+
+def encode(model: nn.Module, config: PreTrainedConfig, images: int) -> list[torch.Tensor]:
+    """Tower and projector over I pictures, without gradients and without autocast, as `image_features` runs them.
+
+    Args:
+        model: The model.
+        config: Its configuration.
+        images: I.
+
+    Returns:
+        The features, (N, H) each.
+    """
+    backbone = _backbone(model)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        inputs = image_inputs(config, images)
+        inputs["pixel_values"] = inputs["pixel_values"].to(backbone.dtype)
+        return list(backbone.get_image_features(**inputs, return_dict=True).pooler_output)
+
+
+def prefill(
+    model: nn.Module, rows: int, length: int, seen: dict[str, Any], *, bf16: bool, static: int | None = None
+) -> torch.dtype:
+    """The pass over the prompts that a generation begins with.
+
+    Args:
+        model: The policy.
+        rows: B.
+        length: Q, the padded length of the prompts.
+        seen: Images, as `images_as`.
+        bf16: Whether it runs under autocast.
+        static: Tokens that the cache has room for from the start; None for one that grows.
+
+    Returns:
+        The dtype of keys and values.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.no_grad(), autocast(bf16):
+        if static is not None:
+            text = base.config.get_text_config(decoder=True)
+            seen = {**seen, "past_key_values": StaticCache(config=text, max_cache_len=static)}
+        output = base(**text_inputs(rows, length), **seen, use_cache=True, logits_to_keep=1)
+        output.logits.float().softmax(-1)
+        return output.past_key_values.layers[0].keys.dtype
+
+
+def response_states(model: nn.Module, rows: int, length: int, answer: int, seen: dict[str, Any]) -> torch.Tensor:
+    """The hidden states that responses are predicted from, as `passes.response_logprobs` takes them, without padding.
+
+    Args:
+        model: Policy or value model.
+        rows: B.
+        length: Q + R.
+        answer: R.
+        seen: Images, as `images_as`.
+
+    Returns:
+        (B * R, H).
+    """
+    # Rows stand at the left, and the model asks for no mask (`passes._left_aligned`).
+    ids = torch.ones(rows, length, dtype=torch.long)
+    # transformers looks for packed rows in position ids, which fake tensors do not have, and would make a mask.
+    with patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None):
+        hidden = _backbone(model)(input_ids=ids, **seen, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[torch.zeros(rows * answer, dtype=torch.long)]
+
+
+def packed_states(model: nn.Module, prompts: int, length: int, answers: int, seen: dict[str, Any]) -> torch.Tensor:
+    """As `response_states`, where all answers to a prompt run behind it as one row, under a 4D mask.
+
+    Args:
+        model: Policy or value model.
+        prompts: Number of prompts.
+        length: Q.
+        answers: Tokens of all answers to a prompt together.
+        seen: Images of each prompt once, as `images_as`.
+
+    Returns:
+        (prompts * answers, H).
+    """
+    backbone = _backbone(model)
+    batch = text_inputs(prompts, length + answers)
+    segments = torch.ones_like(batch["input_ids"])
+    mask = attention_mask_for(backbone, segments)
+    hidden = backbone(
+        **seen, input_ids=batch["input_ids"], attention_mask=mask, position_ids=segments, use_cache=False
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[torch.zeros(prompts * answers, dtype=torch.long)]
+
+
+def ask_policy(model: nn.Module, states: torch.Tensor, sampling: Sampling, trace: MemoryTrace) -> torch.Tensor:
+    """Log-probabilities and entropies, the head a chunk of positions at a time.
+
+    Args:
+        model: The policy.
+        states: (n, H).
+        sampling: The chunk.
+        trace: Follows the bytes.
+
+    Returns:
+        (n,) log-probabilities.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    tokens = torch.zeros(len(states), dtype=torch.long)
+    with trace.counting_as("logits"):
+        return token_statistics(states, base.get_output_embeddings(), tokens, sampling, entropies=True)[0]
+
+
+def images_as(features: list[torch.Tensor] | None, config: PreTrainedConfig, images: int) -> dict[str, Any]:
+    """Pictures as a forward pass takes them.
+
+    Args:
+        features: What has been encoded; None where tower or projector are trained, which then run in every pass.
+        config: Of the model.
+        images: I.
+
+    Returns:
+        Keyword arguments.
+    """
+    if features is None:
+        return image_inputs(config, images)
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features[:images])}}
+
+
+def _backbone(model: nn.Module) -> Any:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(base, base.base_model_prefix)

@@ -1,0 +1,142 @@
+"""What policy, reference and value model say of every token of the answers: constants of the update.
+
+Letters: `B` batch, `R` response length.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.forward.chunked_head import Sampling
+from trl_llava.forward.shared_prefix import why_not
+from trl_llava.loading.adapter_switching import active_adapter
+from trl_llava.ppo.answers import Answers
+from trl_llava.ppo.micro_batches import micro_batches
+from trl_llava.ppo.passes import PolicyAndValue, response_logprobs, response_values
+from trl_llava.rollout import ModelInputs, lengths_of
+
+logger = logging.getLogger(__name__)
+
+
+class RoleQuestions:
+    """Asks the roles about answers, without a graph, in micro-batches."""
+
+    def __init__(
+        self,
+        args: LlavaPPOConfig,
+        accelerator: Accelerator,
+        model: nn.Module,
+        ref_model: PreTrainedModel | None,
+        sampling: Sampling,
+        share_prefix: bool = False,
+    ) -> None:
+        """Keep what every rollout needs.
+
+        Args:
+            args: the sizes of micro-batches, and `ref_adapter_name`.
+            accelerator: the one that prepared the model.
+            model: a prepared `PolicyAndValue`.
+            ref_model: a reference of its own; `None` if it is the policy's base with another adapter, or none.
+            sampling: how logits become the distribution that tokens were drawn from.
+            share_prefix: whether answers to the same prompt run as one row.
+        """
+        self.args = args
+        self.accelerator = accelerator
+        self.model = model
+        self.ref_model = ref_model
+        self.sampling = sampling
+        self.share_prefix = share_prefix
+
+    def __call__(
+        self, inputs: ModelInputs, ref_inputs: ModelInputs, value_inputs: ModelInputs, answers: Answers
+    ) -> torch.Tensor:
+        """Ask about B answers.
+
+        Args:
+            inputs: the prompts as the policy sees them.
+            ref_inputs: as the reference sees them.
+            value_inputs: as the value model sees them.
+            answers: what was answered; the policy is not asked where they tell their log-probabilities.
+
+        Returns:
+            (3, B, R) log-probabilities of policy and reference, and values; 0 at padding.
+        """
+        responses, mask, _, known = answers
+        model: PolicyAndValue = self.accelerator.unwrap_model(self.model)
+        lengths = lengths_of(inputs, value_inputs, mask, self.share_prefix)
+        limits = (self.args.local_rollout_forward_batch_size, self.args.max_tokens_per_micro_batch)
+        # Made outside of inference mode: the update's graph may hold them.
+        found = torch.zeros(3, *mask.shape, device=mask.device)
+        if known is not None:
+            found[0] = known
+        # ZeRO-3 gathers weights into tensors that it uses again in the update.
+        no_graph = torch.no_grad if is_deepspeed_zero3_enabled() else torch.inference_mode
+        with no_graph(), self.accelerator.autocast():
+            for rows in micro_batches(range(len(inputs)), lengths, *limits, self.accelerator):
+                width = max(lengths.responses[row] for row in rows)
+                part = (responses[rows, :width], mask[rows, :width])
+                if known is None:
+                    found[0, rows, :width] = self.logprobs(model.policy, inputs.select(rows), *part)
+                with self.reference(model.policy) as reference:
+                    found[1, rows, :width] = self.logprobs(reference, ref_inputs.select(rows), *part)
+                found[2, rows, :width] = response_values(
+                    model.value_model, value_inputs.select(rows), *part, share_prefix=self.share_prefix
+                )
+        return found
+
+    def logprobs(
+        self, policy: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probabilities of response tokens, computed the way the update computes them.
+
+        Args:
+            policy: policy or reference.
+            inputs: B prompts.
+            responses: (B, R) token ids.
+            mask: (B, R) bool, `True` at real tokens.
+
+        Returns:
+            (B, R) float32, 0 at padding.
+        """
+        return response_logprobs(policy, inputs, responses, mask, self.sampling, share_prefix=self.share_prefix)[0]
+
+    @contextmanager
+    def reference(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference model: a model of its own, or the policy's base with the adapter it started from.
+
+        Args:
+            policy: the unwrapped policy.
+
+        Yields:
+            A model that computes as the reference does.
+        """
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with active_adapter(policy, self.args.ref_adapter_name):
+                yield policy
+
+
+def can_share_prefix(args: LlavaPPOConfig, roles: list[nn.Module]) -> bool:
+    """Whether several answers to a prompt run as one row, in every role alike; logs why not.
+
+    Args:
+        args: `num_generations_per_prompt` and `share_prefix`.
+        roles: policy, value model, and the reference if it is a model of its own.
+
+    Returns:
+        `False` if a role cannot, or it is not wanted.
+    """
+    if args.num_generations_per_prompt == 1 or not args.share_prefix:
+        return False
+    reasons = [reason for role in roles if (reason := why_not(role)) is not None]
+    if reasons:
+        logger.warning("A prompt runs once for each of its answers, not once for all: %s.", "; ".join(reasons))
+    return not reasons

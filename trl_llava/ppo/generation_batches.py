@@ -1,0 +1,109 @@
+"""How many prompts generation answers at once: as many as have their keys and values within a bound of memory.
+
+Whatever the split, the answers are the same: a draw depends on seed, step and row alone (`ppo/randomness.py`).
+"""
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig
+
+from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.processes.shared_weights import shares_weights
+
+GIB = 2**30
+CPU_GIB = 4.0
+"""The bound on a CPU where the recipe has none."""
+SHARE_OF_FREE = 0.5
+"""Of what a GPU has free, where the recipe has no bound; the rest is for the pass over the prompts."""
+
+
+def bytes_per_token(config: PreTrainedConfig, bytes_per_number: int) -> int:
+    """Keys and values of one token: 2 * (layers + 1) * key-value heads * head size numbers.
+
+    One layer more, because a layer is there twice (old and new) when its cache grows.
+
+    Args:
+        config: Of the policy.
+        bytes_per_number: 2 in 16 bit, 4 in fp32.
+
+    Returns:
+        Bytes; models that keep less than this of far tokens need less.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * (text.num_hidden_layers + 1) * heads * head_size * bytes_per_number
+
+
+def rows_at_once(row: int, bound: float, most: int) -> int:
+    """How many rows a bound has room for.
+
+    Args:
+        row: Bytes of one row's keys and values.
+        bound: Bytes that there are.
+        most: `local_rollout_forward_batch_size`.
+
+    Returns:
+        1 at least: a row that needs more than the bound is answered on its own.
+    """
+    return max(1, int(min(most, bound // row)))
+
+
+class GenerationBatches:
+    """Sizes the batches of generation by `generation_cache_gib`."""
+
+    def __init__(self, args: LlavaPPOConfig, accelerator: Accelerator) -> None:
+        """Keep what every rollout needs.
+
+        Args:
+            args: `generation_cache_gib`, `local_rollout_forward_batch_size` and `response_length`.
+            accelerator: knows the device and the other processes.
+        """
+        self.args = args
+        self.accelerator = accelerator
+        self.bound: float | None = None
+        self.longest = 0
+
+    def rows(self, policy: nn.Module, prompt_tokens: int) -> int:
+        """How many rows of a rollout to answer at once.
+
+        Args:
+            policy: the unwrapped policy.
+            prompt_tokens: Q, of the longest prompt.
+
+        Returns:
+            The number, 1 at least and `local_rollout_forward_batch_size` at most; where processes share weights, so
+            that all must make the same passes, the same on each.
+        """
+        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        if self.args.cache_implementation == "static":  # transformers makes it as long as the longest one so far
+            prompt_tokens = self.longest = max(self.longest, prompt_tokens)
+        # The embeddings' dtype is that of the hidden states, which no autocast lowers for keys.
+        number = base.get_input_embeddings().weight.dtype.itemsize
+        row = bytes_per_token(base.config, number) * (prompt_tokens + self.args.response_length)
+        first = self.bound is None
+        if self.bound is None:
+            self.bound = self._find_bound()
+        found = rows_at_once(row, self.bound, self.args.local_rollout_forward_batch_size)
+        if shares_weights(self.accelerator):
+            counts = self.accelerator.gather(torch.tensor([found], device=self.accelerator.device))
+            found = int(counts.min())
+        if first:
+            self.accelerator.print(
+                f"Generation answers up to {found} prompts at once: {row / GIB:.3g} GiB of keys and values each, "
+                f"{self.bound / GIB:.3g} GiB for all (generation_cache_gib), "
+                f"{self.args.local_rollout_forward_batch_size} at most (local_rollout_forward_batch_size)"
+            )
+        return found
+
+    def _find_bound(self) -> float:
+        """Bytes; what a GPU has free is looked up once, so that a run keeps to what it has begun with."""
+        if self.args.generation_cache_gib is not None:
+            return self.args.generation_cache_gib * GIB
+        device = self.accelerator.device
+        if device.type != "cuda":
+            return CPU_GIB * GIB
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + unused)

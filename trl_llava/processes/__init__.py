@@ -1,0 +1,1 @@
+"""Runs of several processes, and what they must agree on."""

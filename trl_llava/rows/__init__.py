@@ -1,0 +1,1 @@
+"""Records of any data set to rows, checked before a run."""

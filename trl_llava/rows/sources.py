@@ -1,0 +1,248 @@
+"""Where a data set is: found by Hub ID or path, and read without decoding a picture."""
+
+import json
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, load_dataset, load_from_disk
+
+from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub.lookup import asked_once
+from trl_llava.hub.names import split_revision
+
+JSON_COLUMN = "json"
+"""Column with one record as JSON text: records with different keys and types stand side by side."""
+
+
+class DatasetSource(Protocol):
+    """What `load_rows` reads of TRL's `DatasetConfig`."""
+
+    path: str
+    name: str | None
+    data_dir: str | None
+    data_files: str | list[str] | dict[str, str] | None
+    split: str
+    columns: list[str] | None
+
+
+@dataclass
+class RawRows:
+    """A data set as found.
+
+    Args:
+        dataset: Its records; with `is_json` the columns `index` and `json`.
+        name: What errors call it.
+        is_json: Whether each record is a JSON text.
+        columns: The columns to read of JSON records, `None` for all.
+        image_folder: Where its image file names are looked up, if it knows.
+        trusted_paths: Whether image paths come from the caller or from `datasets` itself, not from the data.
+    """
+
+    dataset: Dataset
+    name: str
+    is_json: bool = False
+    columns: list[str] | None = None
+    image_folder: str | None = None
+    trusted_paths: bool = False
+
+
+def read_source(
+    source: str | Path | DatasetSource, *, name: str | None = None, split: str = "train", revision: str | None = None
+) -> RawRows:
+    """Find and read a data set; the arguments are those of `data.load_rows`.
+
+    Args:
+        source: A Hub ID, a path, or an entry of a mixture, whose own `name` and `split` count.
+        name: Configuration of a Hub data set.
+        split: Which split.
+        revision: Commit or branch of a Hub data set.
+
+    Returns:
+        The records, nothing checked yet.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a file is no data set, or has no such split.
+    """
+    columns = None
+    options: dict[str, Any] = {"revision": revision}
+    if not isinstance(source, (str, Path)):
+        name, split, columns = source.name, source.split, source.columns
+        options.update(data_dir=source.data_dir, data_files=source.data_files)
+        source = source.path
+    source, options["revision"] = split_revision("the data set", str(source), revision)
+    path = Path(source).expanduser()
+    if path.is_dir() and not any(options.values()):
+        raw = _read_folder(path, name, split)
+    elif path.is_file():
+        raw = _read_file(path, split)
+    elif path.suffix in (".json", ".jsonl", ".parquet") or str(source).startswith((".", "/", "~")):
+        raise NotFoundError(f"The data set {source} does not exist. Expected a Hub ID, a file or a folder.")
+    else:
+        try:
+            with asked_once(source, options["revision"]) as check_revision:
+                raw = RawRows(load_dataset(source, name, split=split, **options), source)
+                check_revision(raw.dataset)
+        except (OSError, ValueError) as error:  # not there or no network; no such configuration or split
+            what = f"configuration {name}, split {split}"
+            what += f", revision {options['revision']}" if options["revision"] else ""
+            raise NotFoundError(
+                f"The data set {source} cannot be loaded ({what}). Expected a Hub ID, a "
+                f"file or a folder; without network, one that is in the cache. The cause: {error}"
+            ) from error
+    if columns is not None and raw.is_json:
+        raw.columns = columns
+    elif columns is not None:
+        raw.dataset = raw.dataset.select_columns(columns)
+    return raw
+
+
+def json_record(text: str) -> Any:
+    """Read one record.
+
+    Args:
+        text: A JSON text.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: If it is no JSON, has lists in lists beyond measure, or holds what JSON can write as an escape and
+            no data set can hold: half of a surrogate pair, or NUL in a key.
+    """
+    try:
+        record = json.loads(text, object_pairs_hook=_without_nul if "\\u0000" in text else None)
+    except RecursionError as error:
+        raise ValueError("lists in lists beyond measure") from error
+    if "\\ud" in text.lower():
+        json.dumps(record, ensure_ascii=False).encode()
+    return record
+
+
+def _without_nul(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if any("\0" in key for key, _ in pairs):
+        raise ValueError("a key holds NUL")
+    return dict(pairs)
+
+
+def json_columns(raw: RawRows, untyped: Container[str] = ()) -> Features:
+    """Find the columns of JSON records, with types for those that every record could carry along.
+
+    Args:
+        raw: JSON records.
+        untyped: Columns whose type nobody asks for; their values, most of the data set, are not kept to find it.
+
+    Returns:
+        Every key by name. A column whose values have no common type becomes text.
+    """
+    values: dict[str, list[Any]] = {}
+    for text in raw.dataset[JSON_COLUMN]:
+        try:
+            record = json_record(text)
+        except ValueError:
+            continue  # reported, with its row, when the rows are made
+        for key, value in record.items() if isinstance(record, dict) else ():
+            if raw.columns is None or key in raw.columns:
+                column = values.setdefault(key, [])
+                if key not in untyped:
+                    column.append(value)
+    return Features({key: _feature(column) for key, column in values.items()})
+
+
+def _feature(values: list[Any]) -> Any:
+    try:
+        kind = pa.array(values).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return Value("string")
+    return Features.from_arrow_schema(pa.schema({"value": kind}))["value"]
+
+
+def _read_folder(folder: Path, name: str | None, split: str) -> RawRows:
+    base = split.split("[")[0]
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        dataset = load_from_disk(str(folder))
+        if isinstance(dataset, DatasetDict):
+            if base not in dataset:
+                raise InputError(f"{folder} has no split {base!r}, only {sorted(dataset)}.")
+            dataset = dataset[base]
+        return RawRows(_slice(dataset, split, base, folder), folder.name, trusted_paths=True)
+    for metadata in (folder / base / "metadata.jsonl", folder / "metadata.jsonl"):
+        if metadata.exists():
+            return _read_json(metadata, split, base)
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+    of_split = [file for file in files if file.stem == base]
+    if of_split or files:
+        if len(of_split) != 1 and not (len(files) == 1 and base == "train"):
+            raise InputError(
+                f"{folder} has the files {[file.name for file in files]}, expected one {base}.json or {base}.jsonl. "
+                "Name the file itself."
+            )
+        return _read_json((of_split or files)[0], split, base)
+    return RawRows(load_dataset(str(folder), name, split=split), folder.name, trusted_paths=True)
+
+
+def _read_file(path: Path, split: str) -> RawRows:
+    if path.suffix in (".json", ".jsonl"):
+        return _read_json(path, split, "train")
+    if path.suffix == ".parquet":
+        dataset = load_dataset("parquet", data_files={"train": str(path)}, split=split)
+        return RawRows(dataset, path.name)
+    raise InputError(f"{path} is no data set that can be read: expected .json, .jsonl or .parquet.")
+
+
+def _read_json(path: Path, split: str, splitname: str) -> RawRows:
+    try:
+        texts = list(_json_texts(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error}). Save it in that encoding.") from error
+    if path.name == "metadata.jsonl":
+        texts = [_named_as_image(text) for text in texts]
+    dataset = Dataset.from_dict(
+        {"index": list(range(len(texts))), JSON_COLUMN: texts},
+        features=Features({"index": Value("int64"), JSON_COLUMN: Value("large_string")}),
+    )
+    dataset = _slice(dataset, split, splitname, path)
+    return RawRows(dataset, path.name, is_json=True, image_folder=str(path.parent))
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    """Yield the records of a JSON list or of JSON lines, whatever the file is called."""
+    with path.open(encoding="utf-8") as file:
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        if start != "[":
+            yield from (line for line in file if line.strip())
+            return
+        try:
+            records = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} is not JSON ({error}). Expected a list of records, or one on each line."
+            ) from error
+    yield from (json.dumps(record) for record in records)
+
+
+def _named_as_image(text: str) -> str:
+    """Rename the columns by which an image folder's metadata name their images."""
+    try:
+        record = json_record(text)
+    except ValueError:
+        return text  # reported, with its row, when the rows are made
+    if not isinstance(record, dict):
+        return text
+    names = {"file_name": "image", "file_names": "images"}
+    return json.dumps({names.get(key, key): value for key, value in record.items()})
+
+
+def _slice(dataset: Dataset, split: str, splitname: str, path: Path) -> Dataset:
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({splitname: len(dataset)})
+    except ValueError as error:
+        raise InputError(f"{path} has no split {split!r}: it is {splitname!r} ({error}).") from error
+    wanted = [i for part in parts for i in range(part.from_ or 0, len(dataset) if part.to is None else part.to)]
+    return dataset if len(wanted) == len(dataset) else dataset.select(wanted)

@@ -1,0 +1,1 @@
+"""Answers from vLLM instead of the policy's own generation."""
