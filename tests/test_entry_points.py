@@ -29,6 +29,7 @@ SAVED = {
     "tokenizer.json",
     "tokenizer_config.json",
     "trainer_state.json",
+    "card.json",
     "versions.json",
 }
 QUICK = [
