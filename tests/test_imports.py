@@ -94,6 +94,7 @@ LAYERS = (
         *("convert.merge", "checkpoints.whole_folder"),
         *(
             "checkpoints.safe_checkpoints",
+            "checkpoints.deepspeed_files",
             "checkpoints.generation_buffer",
             "checkpoints.folders",
             "checkpoints.finished_model",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from trl_llava.checkpoints.deepspeed_files import check_deepspeed_files
 from trl_llava.checkpoints.disk_full import explain_full_disk, size_of
 from trl_llava.checkpoints.folders import (
     checkpoints,
@@ -168,6 +169,7 @@ class SafeCheckpoints(Trainer):
         if self.accelerator.is_main_process:  # one process reads it all; where it stops, the launcher stops the others
             find_checkpoint(run_dir) if wanted is True else check_manifest(found[-1])
             _check_optimizer(found[-1])
+            check_deepspeed_files(found[-1])
         self.accelerator.wait_for_everyone()
         return str(found[-1])
 
