@@ -140,6 +140,7 @@ LAYERS = (
             "errors",
             "batches.chat_templates",
             "plan.memory_trace",
+            "loading.base_model",
             "hub.names",
         ),
     ),

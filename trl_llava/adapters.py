@@ -14,6 +14,7 @@ from trl import get_peft_config
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import check_there, not_found
+from trl_llava.loading.base_model import base_of
 from trl_llava.loading.reward_settings import find_file
 from trl_llava.models import HEAD
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
@@ -103,7 +104,7 @@ def load_adapter(
         keys = load_peft_weights(name, device="cpu", revision=revision).keys()
     except (OSError, ValueError) as error:
         raise NotFoundError(not_found("adapter", name, revision, error)) from error
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     _check_head(name, base, any(HEAD in key.split(".") for key in keys))
     trained_on, was_training = config.base_model_name_or_path, model.training
     config.inference_mode = not is_trainable
@@ -205,7 +206,7 @@ def _lora_targets(model: nn.Module, wanted: str | list[str] | None) -> str:
     """The regular expression that PEFT matches whole module names with; it is stored in adapter_config.json."""
     if isinstance(wanted, str) and wanted != "all-linear" and not wanted.isidentifier():
         return wanted
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     decoder = base.get_decoder()
     prefix = next(name for name, module in base.named_modules() if module is decoder).split(".")[-1]
     if wanted in (None, "all-linear"):

@@ -23,6 +23,7 @@ from trl_llava.forward.shared_prefix import pack_groups, why_not
 from trl_llava.hub.lookup import check_there, not_found
 from trl_llava.hub.names import split_revision
 from trl_llava.loading.adapter_role import AdapterRole, in_eval_mode
+from trl_llava.loading.base_model import base_of
 from trl_llava.loading.reward_settings import find_file, read_settings, save_settings
 from trl_llava.loading.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.loading.shared_base import SharedBase, add_role, find_shared_base
@@ -83,7 +84,7 @@ class FactualReward:
         self.judging_prompt = judging_prompt
         self.batch_size = batch_size
         self.image_features = ImageFeatures(0)  # keeps nothing; a run may put one here that other models use too
-        self.share_prefix = isinstance(_base(model), ImageTextForSequenceClassification) and why_not(model) is None
+        self.share_prefix = isinstance(base_of(model), ImageTextForSequenceClassification) and why_not(model) is None
         self.__name__ = name
 
     @property
@@ -267,7 +268,7 @@ def _check_fit(
     model: PreTrainedModel | PeftModel | AdapterRole, processing_class: ProcessorMixin | PreTrainedTokenizerBase
 ) -> None:
     """Raise for a model that gives no scores, or that reads the processor's tokens as others."""
-    base = _base(model)
+    base = base_of(model)
     labels = base.num_labels if isinstance(base, AdapterRole) else base.config.num_labels
     if not hasattr(base, HEAD) or labels != 1:
         raise InputError(
@@ -291,10 +292,6 @@ def _check_fit(
             + ", ".join(f"{what} {pair}" for what, pair in ids.items())
             + ". Use the processor that was saved with the reward model"
         )
-
-
-def _base(model: PreTrainedModel | PeftModel | AdapterRole) -> PreTrainedModel | AdapterRole:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _same_prompts(rows: Sequence[tuple]) -> list[int]:

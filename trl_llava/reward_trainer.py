@@ -5,7 +5,6 @@ from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import RewardTrainer
 
@@ -16,6 +15,7 @@ from trl_llava.data import rows_from
 from trl_llava.forward.finite_steps import FiniteSteps
 from trl_llava.forward.shared_prefix import why_not
 from trl_llava.hub.trainer import PushesSafely
+from trl_llava.loading.base_model import base_of
 from trl_llava.loading.gpu_kernels import check_liger_knows
 from trl_llava.loading.reward_settings import save_settings
 from trl_llava.loading.sequence_classification import ImageTextForSequenceClassification
@@ -89,7 +89,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
         shard_by_layers(self.model, self.accelerator)
 
     def _why_pairs_run_apart(self) -> str | None:
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = base_of(self.model)
         if not self.args.share_prefix:
             return "`share_prefix` is false"
         if not isinstance(base, ImageTextForSequenceClassification):

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from trl_llava.forward.row_by_row import PackMask
+from trl_llava.loading.base_model import base_of
 
 PREFIX, PADDING = 0, -1
 """Segments of a pack that are no rest; the rests count from 1."""
@@ -213,7 +213,7 @@ def why_not(model: nn.Module) -> str | None:
     Returns:
         The reason, for the log, or `None` if it can.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     config = base.config.get_text_config()
     if (attention := _attention(base)) not in ("sdpa", "eager", "flex_attention"):
         return f"attention '{attention}' takes no 4D mask (use attn_implementation: sdpa)"
@@ -234,7 +234,7 @@ def derives_positions(model: nn.Module) -> bool:
     Returns:
         `False` for a model that takes plain position ids.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     return any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base)))
 
 
@@ -246,5 +246,5 @@ def _on_cpu(model: nn.Module, segments: torch.Tensor) -> bool:
 
 def _attention(model: nn.Module) -> str:
     """Which attention the language model runs with."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     return base.config.get_text_config()._attn_implementation

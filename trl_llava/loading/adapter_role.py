@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from trl_llava.loading.adapter_switching import active_adapter
+from trl_llava.loading.base_model import base_of
 from trl_llava.loading.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.models import HEAD
 
@@ -174,7 +175,7 @@ def computing(model: nn.Module) -> Iterator[nn.Module]:
         with model.active():
             yield model
     else:
-        yield model.get_base_model() if isinstance(model, PeftModel) else model
+        yield base_of(model)
 
 
 def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:

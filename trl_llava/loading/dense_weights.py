@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from trl_llava.errors import InputError
+from trl_llava.loading.base_model import base_of
 from trl_llava.loading.reward_settings import find_file
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
@@ -61,7 +62,7 @@ class DenseWeights:
                 checkpoint cannot be told from those in the model.
         """
         self.adapter = str(policy.active_adapter) if isinstance(policy, PeftModel) else None
-        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        base = base_of(policy)
         self.dtype = base.dtype
         parts: dict[int, Part] = {}
         for part in self._parts("", base):

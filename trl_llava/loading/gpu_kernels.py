@@ -6,7 +6,6 @@ transformers applies liger's kernels in SFT and reward training; PPO's trainer h
 from collections.abc import Iterable
 from importlib import import_module
 
-from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
@@ -14,6 +13,7 @@ from transformers.utils import is_liger_kernel_available
 
 from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.loading.adapter_role import AdapterRole
+from trl_llava.loading.base_model import base_of
 
 
 def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) -> None:
@@ -89,4 +89,4 @@ def _is_model(model: nn.Module | None) -> bool:
 
 def _base(model: nn.Module) -> nn.Module:
     host = model.host if isinstance(model, AdapterRole) else model
-    return host.get_base_model() if isinstance(host, PeftModel) else host
+    return base_of(host)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from trl_llava.loading.adapter_role import AdapterRole
+from trl_llava.loading.base_model import base_of
 from trl_llava.models import HEAD
 
 GIB = 2**30
@@ -32,7 +32,7 @@ def describe_models(roles: Mapping[str, nn.Module]) -> str:
         base = bytes_of([tensor for name, tensor in tensors if not _beside_the_base(name)], seen)
         beside = bytes_of([tensor for name, tensor in tensors if _beside_the_base(name)], seen)
         total += base + beside
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner = base_of(model)
         adapters = f" + {beside / GIB:.2f} GiB of adapters and heads" if beside else ""
         lines.append(
             f"  {inner.name_or_path} ({type(inner).__name__}) {base / GIB:.2f} GiB{adapters}: {', '.join(names)}"

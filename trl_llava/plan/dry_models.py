@@ -5,6 +5,7 @@ the CPU, because autocast and the choice of an attention kernel go by the device
 """
 
 import math
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -71,12 +72,12 @@ class _Unpacked(torch.autograd.Function):
     """A product with a weight that exists only while it runs, forwards and backwards; nothing is saved."""
 
     @staticmethod
-    def forward(ctx, input: torch.Tensor, out_features: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, input: torch.Tensor, out_features: int) -> torch.Tensor:
         ctx.in_features = input.shape[-1]
         return input @ input.new_empty(ctx.in_features, out_features)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ gradient.new_empty(gradient.shape[-1], ctx.in_features), None
 
 

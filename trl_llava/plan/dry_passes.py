@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, StaticCache
@@ -20,6 +19,7 @@ from trl.trainer.utils import entropy_from_logits
 
 from trl_llava.forward.chunked_head import Sampling, token_statistics
 from trl_llava.forward.shared_prefix import attention_mask_for
+from trl_llava.loading.base_model import base_of
 from trl_llava.plan.memory_trace import MemoryTrace
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
@@ -122,7 +122,7 @@ def sft_step(model: nn.Module, batch: dict[str, Any], trace: MemoryTrace, *, bf1
         bf16: Whether it trains in bf16.
         loss_type: TRL's.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     labels = torch.ones_like(batch["input_ids"])
     if loss_type == "chunked_nll":
         with autocast(bf16):
@@ -180,7 +180,7 @@ def reward_step(
         shared: Tokens that both answers of a pair begin with, as far as they run once.
         bf16: Whether it trains in bf16.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     seen = image_inputs(config, pairs * images)
     with autocast(bf16):
         if shared:
@@ -233,7 +233,7 @@ def prefill(
     Returns:
         The dtype of keys and values.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     with torch.no_grad(), autocast(bf16):
         if static is not None:
             text = base.config.get_text_config(decoder=True)
@@ -299,7 +299,7 @@ def ask_policy(model: nn.Module, states: torch.Tensor, sampling: Sampling, trace
     Returns:
         (n,) log-probabilities.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     tokens = torch.zeros(len(states), dtype=torch.long)
     with trace.counting_as("logits"):
         return token_statistics(states, base.get_output_embeddings(), tokens, sampling, entropies=True)[0]
@@ -322,5 +322,5 @@ def images_as(features: list[torch.Tensor] | None, config: PreTrainedConfig, ima
 
 
 def _backbone(model: nn.Module) -> Any:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     return getattr(base, base.base_model_prefix)

@@ -5,12 +5,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
 
 from trl_llava.forward.chunked_head import Sampling
 from trl_llava.forward.shared_prefix import why_not
+from trl_llava.loading.base_model import base_of
 from trl_llava.plan.dry_passes import (
     ask_policy,
     autocast,
@@ -313,7 +313,7 @@ class _Phases:
     def _values(self, shape: Shape, trace: MemoryTrace) -> torch.Tensor:
         states = self._states("value", shape, trace)
         model: Any = self.roles.value
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model)
         return base.score(states).squeeze(-1).float()
 
 

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import nn
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.forward.chunked_head import Sampling, logprobs_of
 from trl_llava.loading.adapter_role import computing
+from trl_llava.loading.base_model import base_of
 from trl_llava.ppo.answers import Answers
 from trl_llava.ppo.generation_batches import GenerationBatches
 from trl_llava.ppo.growing_cache import growing_cache
@@ -52,7 +52,7 @@ def neutral_generation_config(policy: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    model = base_of(policy)
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -5,11 +5,11 @@ Whatever the split, the answers are the same: a draw depends on seed, step and r
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
 
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.loading.base_model import base_of
 from trl_llava.processes.shared_weights import shares_weights
 
 GIB = 2**30
@@ -77,7 +77,7 @@ class GenerationBatches:
             The number, 1 at least and `local_rollout_forward_batch_size` at most; where processes share weights, so
             that all must make the same passes, the same on each.
         """
-        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        base = base_of(policy)
         if self.args.cache_implementation == "static":  # transformers makes it as long as the longest one so far
             prompt_tokens = self.longest = max(self.longest, prompt_tokens)
         # The embeddings' dtype is that of the hidden states, which no autocast lowers for keys.

@@ -17,6 +17,7 @@ from trl_llava.forward.chunked_head import Sampling, token_statistics
 from trl_llava.forward.shared_prefix import attention_mask_for, derives_positions, pack, predictors
 from trl_llava.loading.adapter_role import AdapterRole, computing
 from trl_llava.loading.adapter_switching import SwitchedLayer, checkpoint_contexts
+from trl_llava.loading.base_model import base_of
 from trl_llava.rollout import ModelInputs, Rollout
 
 
@@ -177,7 +178,7 @@ def check_plain_head(policy: nn.Module) -> None:
     Raises:
         InputError: if it scales or caps its logits.
     """
-    base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base = base_of(policy)
     ids = torch.tensor([[1, 2]], device=base.device)  # not 0, whose embedding may be 0 for padding
     with torch.no_grad():
         whole = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

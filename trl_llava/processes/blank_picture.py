@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.errors import ExplainedError
+from trl_llava.loading.base_model import base_of
 from trl_llava.processes.shared_weights import shares_weights
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
@@ -45,7 +45,7 @@ def look_on_every_process(
     Returns:
         `True` if such passes now look at a blank picture.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
     image_processor = getattr(processor, "image_processor", None)
     if accelerator.num_processes == 1 or image_processor is None or not hasattr(backbone, "get_image_features"):
