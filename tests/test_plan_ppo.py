@@ -8,16 +8,20 @@ import pytest
 import tiny_trainers
 import torch
 from measured import fields_for, longest, phases_of, question, values_of, with_pictures
+from torch import nn
 from transformers import AutoProcessor
 
 from trl_llava.configs import LlavaModelConfig
+from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.factual_reward import FactualReward
 from trl_llava.models import load_sequence_classifier
 from trl_llava.plan.command import need_of
 from trl_llava.plan.memory_model import Processes
+from trl_llava.plan.roles import load_roles
 from trl_llava.plan.stages import Job, Need, Settings
 from trl_llava.ppo import ask as ppo_ask
 from trl_llava.prompts import JudgingPrompt
+from trl_llava.train_ppo import load_all
 
 
 def plan_of(trainer: Any, base: Path, adapter: Path, **changes: Any) -> Need:
@@ -97,3 +101,20 @@ def test_rewards_need_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, jud
     changes = {"reward_model_path": str(tmp_path / "reward"), "judged_length": max(lengths)}
     need = plan_of(trainer, tiny_llava_dir, adapter, **changes)
     assert on_a_cpu(need)["rewards"] == pytest.approx(measured["score"], rel=0.15)
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_value_model_from_a_whole_model_is_planned_as_it_is_loaded(tiny_llava_dir, tmp_path, use_peft):
+    words = {"model_name_or_path": str(tiny_llava_dir), "use_peft": use_peft, "lora_r": 2, "dtype": "float32"}
+    args = LlavaPPOConfig(
+        output_dir=str(tmp_path), value_init="policy", length_coef=-1.0, report_to=[], bf16=False, use_cpu=True
+    )
+    values = values_of(args)
+    roles = load_roles(
+        Job("ppo", values, LlavaModelConfig(**words), Processes(), 1, 40), Settings(1, 1, False, False, 1)
+    )
+    assert roles.sharing == ({"value"} if use_peft else set())
+    policy, value, _ = load_all(args, LlavaModelConfig(**words))
+    planned, loaded = nn.ModuleList([roles.policy, roles.value]), nn.ModuleList([policy.model, value.model])
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (planned, loaded)]
+    assert counts[0] == counts[1]

@@ -141,6 +141,41 @@ def test_a_fresh_adapter_shares_its_base_and_the_reference_is_the_bare_base(
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("given", ["whole policy", "adapter", "whole reward model"])
+def test_with_use_peft_a_value_model_from_a_whole_model_is_a_fresh_adapter(
+    given: str, work: Work, policy: Path, reward_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--use_peft", "--lora_r", "2", *UNCLIPPED]
+    bases = {"true": 1, "false": 3}
+    if given == "whole policy":
+        words += ["--model_name_or_path", str(work.base), "--reward_model_path", str(reward_model)]
+        words += ["--value_init", "policy"]
+    elif given == "adapter":  # of the same base, which it shares
+        words += [*start(policy, reward_model), "--value_model_path", str(work.base)]
+    else:
+        work.reward("whole_reward")
+        words += [*start(policy, work.folder / "whole_reward"), "--value_head", "reward"]
+        bases = {"true": 3, "false": 3}
+    logs, files = [], []
+    for share, count in bases.items():
+        name = f"fresh_value_{given}_{share}".replace(" ", "_")
+        trainer = work.ppo(name, *words, "--share_base", share)
+        assert f"{count} base model" in capsys.readouterr().out
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert all("lora_" in name or "score" in name for name in trained)
+        logs.append(logged(trainer))
+        files.append(load_file(work.folder / name / "value_model" / "adapter_model.safetensors"))
+        lora_b = {key: value for key, value in files[-1].items() if "lora_B" in key}
+        assert len(lora_b) == 14 and any(value.any() for value in lora_b.values())  # 7 linear layers twice
+        assert files[-1]["base_model.model.score.weight"].any()
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert files[0].keys() == files[1].keys()
+    for key, value in files[0].items():
+        torch.testing.assert_close(files[1][key], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_projector_trained_in_each_adapter(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--use_peft", "--lora_r", "2", "--freeze_projector", "false"]
     work.sft("sees_policy", *words)

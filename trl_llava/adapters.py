@@ -211,7 +211,9 @@ def _lora_targets(model: nn.Module, wanted: str | list[str] | None) -> str:
     prefix = next(name for name, module in base.named_modules() if module is decoder).split(".")[-1]
     if wanted in (None, "all-linear"):
         linears = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
-        wanted = sorted({name.split(".")[-1] for name in linears})
+        # Where an adapter is already, a layer is its `base_layer`, beside the adapter's own layers.
+        own = [name.removesuffix(".base_layer") for name in linears if "lora_" not in name]
+        wanted = sorted({name.split(".")[-1] for name in own})
     names = [wanted] if isinstance(wanted, str) else wanted
     return rf"(?:.*\.)?{prefix}\..*\.({'|'.join(map(re.escape, names))})"
 

@@ -45,7 +45,11 @@ class LlavaPPOConfig(VLLMOptions, PPOConfig):
     reward_model_revision: str | None = option(None, "Branch, tag or commit of `reward_model_path`.")
     value_model_path: str | None = option(None, "Checkpoint the value model starts from. None: as `value_init` says.")
     value_model_revision: str | None = option(None, "Branch, tag or commit of `value_model_path`.")
-    value_init: Literal["reward", "policy"] = option("reward", "Backbone that the value model starts from.")
+    value_init: Literal["reward", "policy"] = option(
+        "reward",
+        "Backbone that the value model starts from: the reward model's or the policy's. With `use_peft`, a whole "
+        "model is trained by a fresh adapter on it.",
+    )
     value_head: Literal["zero", "reward"] = option(
         "zero",
         "Head that the value model starts with: 'zero' (the paper), or that of the 'reward' model it starts from.",

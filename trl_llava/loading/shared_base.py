@@ -7,7 +7,8 @@ once, whatever the number of roles.
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,14 +44,19 @@ class SharedBase(NamedTuple):
 
 
 def find_shared_base(
-    bases: Sequence[SharedBase], role: str, adapter: str, base: str, base_revision: str | None, revision: str | None
+    bases: Sequence[SharedBase],
+    role: str,
+    adapter: str | None,
+    base: str,
+    base_revision: str | None,
+    revision: str | None,
 ) -> SharedBase | None:
     """The loaded model that an adapter can be put on; the log says why there is none.
 
     Args:
         bases: What is loaded, the first choice first; empty if nothing shall be shared.
         role: What the adapter is to be, for the log ("value model").
-        adapter: Hub ID or folder of the adapter.
+        adapter: Hub ID or folder of the adapter; None for a fresh one.
         base: Hub ID or folder of the base it was trained on.
         base_revision: Branch, tag or commit of that base.
         revision: Branch, tag or commit of the adapter.
@@ -60,7 +66,8 @@ def find_shared_base(
     """
     reasons = []
     for loaded in bases:
-        reason = _why_not(loaded, base, base_revision, PeftConfig.from_pretrained(adapter, revision=revision))
+        config = None if adapter is None else PeftConfig.from_pretrained(adapter, revision=revision)
+        reason = _why_not(loaded, base, base_revision, config)
         if reason is None:
             return loaded
         reasons.append(reason)
@@ -69,8 +76,8 @@ def find_shared_base(
     return None
 
 
-def _why_not(loaded: SharedBase, base: str, base_revision: str | None, config: PeftConfig) -> str | None:
-    """Why an adapter cannot be put on a loaded model; None if it can."""
+def _why_not(loaded: SharedBase, base: str, base_revision: str | None, config: PeftConfig | None) -> str | None:
+    """Why an adapter, or a fresh one, cannot be put on a loaded model; None if it can."""
     paths = Path(base), Path(loaded.name)
     if base != loaded.name and not (all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()):
         return f"{loaded.name} is loaded, another model"
@@ -81,7 +88,7 @@ def _why_not(loaded: SharedBase, base: str, base_revision: str | None, config: P
     if with_head is None or not issubclass(with_head, ImageTextForSequenceClassification):
         return f"a {loaded.model.config.model_type} model's score head is not one of ours"
     others = [(f"adapter '{name}'", other) for name, other in loaded.model.peft_config.items()]
-    for what, adapter in [("its adapter", config), *others]:
+    for what, adapter in [*([] if config is None else [("its adapter", config)]), *others]:
         if (reason := _keeps_to_itself(adapter)) is not None:
             return f"{what} {reason}"
     return None
@@ -136,14 +143,13 @@ def add_role(
         raise no_head(name)
     saved.task_type, saved.inference_mode = "SEQ_CLS", not is_trainable
     saved.modules_to_save = [*dict.fromkeys([*(saved.modules_to_save or []), *HEADS])]
-    before = {parameter: parameter.requires_grad for parameter in host.parameters()}
-    training = host.training
     config, head = (copy.deepcopy(saved), None) if hasattr(base, HEAD) else _with_head_beside(host, saved)
     if not has_head:
         weights[f"{HEAD_KEY}weight"] = torch.zeros(1, base.config.get_text_config().hidden_size)
         weights[f"{HEAD_KEY}bias"] = torch.zeros(1)
     try:
-        host.add_adapter(adapter_name, config)
+        with _all_else_as_it_was(host, adapter_name, is_trainable=is_trainable):
+            host.add_adapter(adapter_name, config)
         role = AdapterRole(host, adapter_name, head, saved)
         problems = role.load_weights(weights)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -154,12 +160,44 @@ def add_role(
             f"share: {' '.join(problems[0].split())[:400]} (first of {len(problems)} problems). Set `share_base: "
             "false`, or use an adapter of that base"
         )
+    role.requires_grad_(is_trainable)
+    return role
+
+
+def add_fresh_role(loaded: SharedBase, config: LoraConfig, adapter_name: str, *, seed: int) -> AdapterRole:
+    """Put a fresh adapter, with a head at zero, on a model without a score head that is loaded already.
+
+    What is active and what is trainable in it stays as it was.
+
+    Args:
+        loaded: The model that shares its base.
+        config: The adapter's shape; it comes out as it is saved.
+        adapter_name: The name it gets in the model.
+        seed: Seed of its weights.
+
+    Returns:
+        The role, trainable.
+    """
+    host = loaded.model
+    config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *HEADS])]
+    without_head, head = _with_head_beside(host, config)
+    with _all_else_as_it_was(host, adapter_name, is_trainable=True), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        host.add_adapter(adapter_name, without_head)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return AdapterRole(host, adapter_name, head, config)
+
+
+@contextmanager
+def _all_else_as_it_was(host: PeftModel, adapter_name: str, *, is_trainable: bool) -> Iterator[None]:
+    """Keep mode and gradients of a model while an adapter is put on it; the adapter itself is trainable or not."""
+    before, training = {parameter: parameter.requires_grad for parameter in host.parameters()}, host.training
+    yield
     for path, parameter in host.named_parameters():
         mine = adapter_name in path.split(".")
         parameter.requires_grad_(is_trainable if mine else before.get(parameter, False))
-    role.requires_grad_(is_trainable)
     host.train(training)
-    return role
 
 
 def _with_head_beside(host: PeftModel, saved: LoraConfig) -> tuple[LoraConfig, nn.Linear]:

@@ -99,10 +99,14 @@ def load_roles(job: Job, settings: Settings) -> Roles:
         reference = build_policy(start.config, args).requires_grad_(False)
     reward = _classifier(starts["reward"], args).requires_grad_(False) if "reward" in starts else None
     value = _classifier(starts["value"], args)
+    if args.use_peft and not starts["value"].has_adapter:
+        value = add_adapter(value, args, task="SEQ_CLS")
     for model in (policy, value, reward):
         if model is not None and values["adapter_dtype"] is not None:
             cast_adapters(model, getattr(torch, values["adapter_dtype"]))
-    sharing = _sharing(starts, isinstance(policy, PeftModel), job) if values["share_base"] else set()
+    adapters = {role for role, model in (("policy", policy), ("value", value)) if isinstance(model, PeftModel)}
+    adapters |= {"reward"} if "reward" in starts and starts["reward"].has_adapter else set()
+    sharing = _sharing(starts, adapters, job) if values["share_base"] else set()
     return Roles(
         _without_dropout(policy),
         reference,
@@ -130,15 +134,15 @@ def _starts(job: Job, args: LlavaModelConfig) -> dict[str, Start]:
     return starts
 
 
-def _sharing(starts: dict[str, Start], policy_has_adapter: bool, job: Job) -> set[str]:
-    """Which roles are adapters on another one's base: value on the policy's, reward on either's.
+def _sharing(starts: dict[str, Start], adapters: set[str], job: Job) -> set[str]:
+    """Which of the roles that have `adapters` are on another one's base: value on the policy's, reward on either's.
 
     Under ZeRO-3 the reward model is loaded whole, on a base of its own (`reward_loading.py`).
     """
-    bases = [starts["policy"].name] if policy_has_adapter else []
+    bases = [starts["policy"].name] if "policy" in adapters else []
     sharing: set[str] = set()
     for role in ("value", "reward"):
-        if role in starts and starts[role].has_adapter:
+        if role in adapters:
             if starts[role].name in bases and not (role == "reward" and job.processes.zero_stage == 3):
                 sharing.add(role)
             bases.append(starts[role].name)

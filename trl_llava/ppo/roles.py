@@ -21,7 +21,7 @@ from trl_llava.loading.score_start import (
     with_base,
     zero_head,
 )
-from trl_llava.loading.shared_base import SharedBase, add_role, find_shared_base
+from trl_llava.loading.shared_base import SharedBase, add_fresh_role, add_role, find_shared_base
 from trl_llava.models import load_policy, load_processor
 from trl_llava.recipe_values import RecipeError
 
@@ -196,6 +196,8 @@ def _value_model(
 ) -> tuple[PreTrainedModel | PeftModel | AdapterRole, list[SharedBase]]:
     """The value model, and itself as a base if it is a PEFT model of its own; `given` is the recipe's base."""
     new_head, trained_on = args.value_head == "zero", adapter_base(name, revision)
+    if trained_on is None and model_args.use_peft:
+        return _fresh_value_model(args, model_args, policy, name, revision)
     if trained_on is not None:
         base = agreed_base(given, name, trained_on)
         base_revision = revision_of_base(base, name, revision, model_args)
@@ -206,6 +208,24 @@ def _value_model(
             return role, []
     model = load_score_model(name, model_args, base=given, revision=revision, seed=args.seed, new_head=new_head)
     return model, _as_base(args, model, base, base_revision) if trained_on is not None else []
+
+
+def _fresh_value_model(
+    args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy, name: str, revision: str | None
+) -> tuple[PeftModel | AdapterRole, list[SharedBase]]:
+    """The value model where its start is a whole model and `use_peft` is set: a fresh adapter, as the policy has."""
+    seed = args.seed + 1  # other weights than the policy's adapter
+    if args.value_head == "zero":  # else the head is in a model of its own
+        loaded = find_shared_base(policy.shared, "value model", None, name, revision, None)
+        if loaded is not None:
+            config = lora_config(model_args, loaded.model, task="SEQ_CLS")
+            assert config is not None
+            return add_fresh_role(loaded, config, "value_role", seed=seed), []
+    model = load_score_model(name, model_args, revision=revision, seed=args.seed, new_head=args.value_head == "zero")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(model, lora_config(model_args, model, task="SEQ_CLS"))
+    return model, _as_base(args, model, name, revision)
 
 
 def _processor(
