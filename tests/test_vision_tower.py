@@ -1,6 +1,9 @@
 """Assembled LLaVAs see, reload bit for bit, and refuse parts that do not fit."""
 
+from pathlib import Path
+
 import pytest
+import tiny_models
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -220,3 +223,12 @@ def test_square_padding_fills_with_the_image_mean(tower_dirs, language_dir, tmp_
     processor.image_processor = SiglipImageProcessor()
     with pytest.raises(ValueError, match=r"SiglipImageProcessor.* cannot pad to a square"):
         set_square_padding(processor, True)
+
+
+def test_a_processor_that_makes_tiles_pads_to_no_square(tiny_llava_next_dir: Path) -> None:
+    """OneVision's has a method of that name, but its `do_pad` gives the pictures of a batch as many tiles each."""
+    for processor in (tiny_models.onevision_processor(), AutoProcessor.from_pretrained(tiny_llava_next_dir)):
+        with pytest.raises(ValueError, match=r"ImageProcessor\w* cannot pad to a square; expected a CLIP or LLaVA"):
+            set_square_padding(processor, True)
+        set_square_padding(processor, False)
+        assert processor.image_processor.do_pad is True

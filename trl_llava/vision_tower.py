@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -73,7 +73,7 @@ def set_square_padding(processor: ProcessorMixin, enabled: bool) -> None:
         ValueError: If the image processor can pad in no way that we know.
     """
     image_processor = processor.image_processor
-    if hasattr(image_processor, "pad_to_square"):
+    if can_pad_to_square(image_processor):
         image_processor.do_pad = enabled
     elif enabled and "CLIPImageProcessor" in type(image_processor).__name__:
         settings = image_processor.to_dict()
@@ -84,6 +84,21 @@ def set_square_padding(processor: ProcessorMixin, enabled: bool) -> None:
             f"{type(image_processor).__name__} cannot pad to a square; expected a CLIP or LLaVA image processor. "
             "Set pad_to_square to false, or leave it out to keep the processor as it is."
         )
+
+
+def can_pad_to_square(image_processor: Any) -> bool:
+    """Whether `do_pad` of an image processor is about squares.
+
+    LLaVA-OneVision has a `pad_to_square` too, but pads rows of several pictures by its own rule; `do_pad` says there,
+    as in LLaVA-NeXT, that pictures of a batch get as many tiles each.
+
+    Args:
+        image_processor: Any, or None.
+
+    Returns:
+        Whether it is LLaVA-1.5's.
+    """
+    return hasattr(image_processor, "pad_to_square") and not hasattr(image_processor, "image_grid_pinpoints")
 
 
 def image_token_count(processor: ProcessorMixin, size: tuple[int, int]) -> int:
