@@ -7,11 +7,10 @@ import tiny_models
 import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoProcessor
 
 from trl_llava.adapters import load_adapter
 from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"
@@ -49,7 +48,7 @@ def make_policy(base: Path, adapter: Path) -> PeftModel:
 
 def make_value(base: Path, folder: Path | None = None) -> PeftModel:
     torch.manual_seed(2)
-    model = LlavaForSequenceClassification.from_pretrained(folder or base, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(folder or base, num_labels=1, dtype=torch.float32)
     return get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["score"]))
 
 
@@ -60,6 +59,7 @@ def ppo_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> Llav
         "reward_funcs",
         "train_dataset",
         "eval_dataset",
+        "processing_class",
         "value_processing_class",
         "callbacks",
     )
@@ -69,6 +69,7 @@ def ppo_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> Llav
         "value_model": lambda: make_value(base),
         "reward_funcs": lambda: even_tokens,
         "train_dataset": prompt_rows,
+        "processing_class": lambda: AutoProcessor.from_pretrained(base),
     }
     settings = {
         "output_dir": str(folder),
@@ -90,7 +91,6 @@ def ppo_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> Llav
     }
     return LlavaPPOTrainer(
         args=LlavaPPOConfig(**settings),
-        processing_class=AutoProcessor.from_pretrained(base),
         ref_model=None,
         **{name: build() for name, build in parts.items() if name not in given},
         **given,

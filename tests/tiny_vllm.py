@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import requests
+import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,7 +32,8 @@ class TinyEngine:
 
     def __init__(self, folder: Path) -> None:
         self.config = AutoConfig.from_pretrained(folder)
-        self.processor = AutoProcessor.from_pretrained(folder)
+        onevision = self.config.model_type == "llava_onevision"  # its own needs torchvision
+        self.processor = tiny_models.onevision_processor() if onevision else AutoProcessor.from_pretrained(folder)
         self.weights = load_file(folder / "model.safetensors")
         self.loads = 0
         self._model: Any = None
@@ -63,9 +65,8 @@ class TinyEngine:
         self, token_ids: list[int], images: list[Image.Image], settings: dict[str, Any]
     ) -> list[tuple[list[int], list[float]]]:
         """`n` answers with the log-probabilities of their tokens."""
-        pixels = {}
-        if images:
-            pixels = {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+        # Each picture as if it were alone, as in vLLM.
+        pixels = self.processor.image_processor(images, return_tensors="pt") if images else {}
         bias = {int(token): value for token, value in (settings.get("logit_bias") or {}).items()}
         assert settings["temperature"] > 0 or settings["n"] == 1  # as in vLLM
         answers = []

@@ -14,6 +14,7 @@ from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.data import rows_from
 from trl_llava.ppo.randomness import RolloutBatches
+from trl_llava.rollout import COUNTS
 from trl_llava.rows.contract import RowError
 from trl_llava.rows.lengths import drop_overlong
 
@@ -78,7 +79,8 @@ def prompt_rows(
         The rows.
 
     Raises:
-        RowError: if a row cannot be used, or has no captions where they are needed.
+        RowError: if a row cannot be used, has no captions where they are needed, or has pictures that vLLM, if it
+            is to answer, would process otherwise than the policy does.
     """
     rows = rows_from(dataset, "prompt", name=name)
     bare = [i for i, captions in enumerate(rows["captions"]) if not captions] if require_captions else []
@@ -89,7 +91,28 @@ def prompt_rows(
             "Give a `captions` column or captions_file, or use a reward model trained with with_captions: false",
             "no captions",
         )
+    if args.use_vllm:
+        _check_what_vllm_sees(rows, collator)
     return drop_overlong(rows, collator, args.overlong)
+
+
+def _check_what_vllm_sees(rows: Dataset, collator: PromptCollator) -> None:
+    """Stop at rows whose pictures vLLM would process otherwise than the policy does.
+
+    LLaVA-OneVision's processor cuts a picture into tiles where it is the only one of its row; vLLM cuts up each.
+    """
+    image_processor: Any = getattr(collator.processor, "image_processor", None)
+    if COUNTS not in getattr(image_processor, "model_input_names", ()):
+        return
+    for row in rows.select_columns(["row_name", "images"]):
+        if len(row["images"]) > 1:
+            raise RowError(
+                row["row_name"],
+                f"it has {len(row['images'])} images, which {type(image_processor).__name__} processes otherwise than "
+                "one alone, and vLLM each as if it were alone",
+                "Leave such rows out, or set `use_vllm: false`",
+                "several images, with use_vllm",
+            )
 
 
 def rollout_loader(

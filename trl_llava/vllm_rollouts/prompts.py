@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.errors import InputError
+from trl_llava.vision_tower import can_pad_to_square
 
 
 def place_pictures(token_ids: Sequence[int], image_token_id: int, lengths: Sequence[int]) -> list[dict[str, int]]:
@@ -89,7 +90,7 @@ def as_seen(image: Image.Image, processor: ProcessorMixin | PreTrainedTokenizerB
         The picture, padded to a square in the mean colour where the policy's processor would pad it.
     """
     image_processor: Any = getattr(processor, "image_processor", None)
-    if not (hasattr(image_processor, "pad_to_square") and getattr(image_processor, "do_pad", False)):
+    if not (can_pad_to_square(image_processor) and image_processor.do_pad):
         return image
     mean, side = image_processor.image_mean, max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(part * 255) for part in mean) if mean else 0)
