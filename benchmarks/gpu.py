@@ -6,7 +6,12 @@ For each stage and base, the batch doubles until the card is full: tokens/s, pea
 bfloat16 peak that the step's matrix work makes up, the share of its memory bandwidth that generation reads weights and
 cache at, and the largest of these batches that fits cards of 24, 48, 80 and 140 GB: what took more of this card is
 tried again with PyTorch kept to what such a card has. Nothing is downloaded: the weights are drawn (14 GB on disk, in
-a temporary folder that `--folder` moves). A fault ends the sweep with the table of what was measured until then.
+a temporary folder that `--folder` moves).
+
+`--json` is written anew after every case, so that a run that is cut off has lost none that was done. SIGTERM and a
+fault of the benchmark itself still print the table. A case that fails for another reason than memory is a row that
+says so, what it raised is printed, and the sweep goes on with the next stage or base; the command then ends with
+status 1.
 
 Without a CUDA device the command ends with an error.
 """
@@ -15,6 +20,8 @@ import argparse
 import functools
 import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -42,8 +49,10 @@ BASES: dict[str, dict[str, Any]] = {
     "nf4": {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "load_in_4bit": True},
 }
 """Base -> keys of the recipe. TRL's default for 4 bit is NF4."""
-OUT_OF_MEMORY = ("OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""What a traceback says of a case that does not fit."""
+OUT_OF_MEMORY = ("OutOfMemoryError", "STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
+"""What a traceback says of a case that does not fit: PyTorch's own words, cuBLAS's and cuDNN's, and the driver's."""
+DISK_GB = 16
+"""The base in bfloat16, and the reward model's adapter in float32."""
 
 
 def make_side(case: Case, size: Size, folder: Path, steps: int, response_length: int) -> Side:
@@ -98,7 +107,10 @@ def limited(gate: Gate, side: Side, gb: float) -> None:
         gb: 10^9 bytes.
     """
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gb * 1e9 / total))
+    allowed = min(total, int(gb * 1e9))
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    # Generation sizes its batches by what is free, and shall not see the rest of the large card.
+    torch.cuda.mem_get_info = lambda device=None: (allowed - torch.cuda.memory_reserved(device), allowed)
     side(gate)
 
 
@@ -135,19 +147,44 @@ def run_case(
     return [{**run, **case._asdict()} for run in found]
 
 
-def sweep(cases: Sequence[Case], run: Callable[[Case], list[dict[str, Any]]], entries: list[dict[str, Any]]) -> None:
-    """Run cases of one stage and base in order of their batches, until one does not fit.
+def sweep(
+    cases: Sequence[Case],
+    run: Callable[[Case], list[dict[str, Any]]],
+    entries: list[dict[str, Any]],
+    note: Callable[[], None] = lambda: None,
+) -> None:
+    """Run cases of one stage and base in order of their batches, until one does not fit or fails.
 
     Args:
         cases: The cases, smallest batch first.
         run: Runs one of them.
-        entries: What is found is added here, case by case; one that does not fit has `seconds` None.
+        entries: What is found is added here, case by case; one that does not fit or fails has `seconds` None.
+        note: Called after each case.
     """
     for case in cases:
-        found = run(case)
-        entries += found or [{**case._asdict(), "run": "does not fit", "side": str(case), "seconds": None}]
+        try:
+            found = run(case)
+            nothing = {"run": "does not fit"}
+        except RuntimeError as error:
+            found, nothing = [], failed(case, error)
+        entries += found or [{**case._asdict(), "side": str(case), "seconds": None, **nothing}]
+        note()
         if not found:
             break
+
+
+def failed(case: Case, error: RuntimeError) -> dict[str, str]:
+    """Say why a case failed.
+
+    Args:
+        case: Which.
+        error: With the traceback of its process as its text.
+
+    Returns:
+        `run` and, in its last line, the `error`.
+    """
+    say(f"{case} failed:\n{error}")
+    return {"run": "failed", "error": str(error).strip().splitlines()[-1]}
 
 
 def main(words: Sequence[str]) -> None:
@@ -172,6 +209,7 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit("error: no CUDA device: this benchmark measures a GPU (the others run on a CPU)")
     if torch.cuda.device_count() > 1:  # a trainer would split its batches over all that it sees
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was measured is still printed
     quiet()
     properties = torch.cuda.get_device_properties(0)
     card = find_card(properties.name, options.peak_tflops, options.bandwidth_gbs)
@@ -187,32 +225,65 @@ def measure(options: argparse.Namespace, card: Card, total_gb: float) -> None:
         options: The command line.
         card: What the card can do.
         total_gb: Its memory.
+
+    Raises:
+        SystemExit: If the disk is too small, the models cannot be written, or a case fails.
     """
     entries: list[dict[str, Any]] = []
     ratios: dict[str, Any] = {}
+
+    def note() -> None:
+        if options.json is not None:
+            write_json(options.json, ratios, entries)
+
+    note()  # a file that cannot be written shall be known now
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        draw_models(Path(name))
         run = functools.partial(
             run_case, size=SEVEN_B, folder=Path(name), runs=options.runs, response_length=options.response_length
         )
-        # In a process of its own: what it leaves on the card would be missing in the sides' processes.
-        drawing = multiprocessing.get_context("spawn").Process(target=prepare, args=(SEVEN_B, Path(name), "cuda"))
-        drawing.start()
-        drawing.join()
-        if drawing.exitcode:
-            raise SystemExit(f"error: the models could not be written (exit code {drawing.exitcode}); see above")
+
+        def fits(case: Case, gb: float) -> bool:
+            try:
+                return bool(run(case, runs=1, gb=gb))
+            except RuntimeError as error:
+                faults.append(failed(case, error)["error"])
+                return False
+
+        faults: list[str] = []
         try:
             for stage in options.stages:
                 for base in options.bases:
-                    sweep([Case(stage, base, batch) for batch in sorted(options.batches)], run, entries)
-            tried = functools.partial(run, runs=1)
-            shares = largest_batches(entries, total_gb, lambda case, gb: bool(tried(case, gb=gb)))
+                    sweep([Case(stage, base, batch) for batch in sorted(options.batches)], run, entries, note)
+            shares = largest_batches(entries, total_gb, fits)
             say(f"\nLargest batch:\n\n{markdown(shares)}\n")
-            ratios = {f"{row['stage']} {row['base']} {key}": row[key] for row in shares for key in row if "GB" in key}
+            ratios |= {f"{row['stage']} {row['base']} {key}": row[key] for row in shares for key in row if "GB" in key}
         finally:
             if entries:
-                print(table(entries, SEVEN_B, card, options.response_length))
-            if options.json is not None:
-                write_json(options.json, ratios, entries)
+                print(table(entries, SEVEN_B, card, options.response_length), flush=True)
+            note()
+    faults += [entry["error"] for entry in entries if "error" in entry]
+    if faults:
+        raise SystemExit(f"error: {len(faults)} cases failed, see above: {'; '.join(dict.fromkeys(faults))}")
+
+
+def draw_models(folder: Path) -> None:
+    """Write the models, in a process of its own: what it leaves on the card would be missing in those of the sides.
+
+    Args:
+        folder: Where.
+
+    Raises:
+        SystemExit: If the disk is too small, or the process fails.
+    """
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < DISK_GB:
+        raise SystemExit(f"error: the models take {DISK_GB} GB, but {folder} has {free:.0f} GB free: give --folder")
+    drawing = multiprocessing.get_context("spawn").Process(target=prepare, args=(SEVEN_B, folder, "cuda"))
+    drawing.start()
+    drawing.join()
+    if drawing.exitcode:
+        raise SystemExit(f"error: the models could not be written (exit code {drawing.exitcode}); see above")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def speeds(case: Case, size: Size, runs: list[dict[str, Any]], card: Card, respo
     """
     if runs[0]["seconds"] is None:
         nothing = dict.fromkeys(("tokens/s", "peak GB", "of bf16 peak", "of bandwidth, generation"))
-        return {**case._asdict(), "s per step": "does not fit", **nothing}
+        return {**case._asdict(), "s per step": runs[0]["run"], **nothing}
     seconds = statistics.median(run["seconds"] for run in runs)
     prompt = size.image_tokens + size.question + 40
     bandwidth = None

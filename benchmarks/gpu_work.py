@@ -1,5 +1,6 @@
 """What a GPU can do by its data sheet, and what a pass of the model asks of it: arithmetic, nothing is measured."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,22 +25,29 @@ class Card(NamedTuple):
 CARDS = {
     "B200": Card(2250, 8000),
     "GH200": Card(989, 4000),
+    "H200 NVL": Card(835, 4800),
     "H200": Card(989, 4800),
     "H100 PCIe": Card(756, 2000),
     "H100 NVL": Card(835, 3938),
     "H100": Card(989, 3350),
     "A100-SXM4-80GB": Card(312, 2039),
+    "A100-SXM4-40GB": Card(312, 1555),
     "A100-PCIE-40GB": Card(312, 1555),
     "A100": Card(312, 1935),
+    "A40": Card(150, 696),
+    "A30": Card(165, 933),
     "L40S": Card(362, 864),
     "L40": Card(181, 864),
     "L4": Card(121, 300),
     "A10G": Card(70, 600),
     "A10": Card(125, 600),
+    "RTX A6000": Card(155, 768),
+    "RTX 6000 Ada": Card(364, 960),
     "RTX 4090": Card(165, 1008),
+    "RTX 3090 Ti": Card(80, 1008),
     "RTX 3090": Card(71, 936),
 }
-"""Part of the name that CUDA gives a card -> the card; the first that fits counts."""
+"""Words of the name that CUDA gives a card -> the card; the first that fits counts."""
 
 
 def find_card(name: str, tflops: float | None, gbs: float | None) -> Card:
@@ -54,9 +62,10 @@ def find_card(name: str, tflops: float | None, gbs: float | None) -> Card:
         The card.
 
     Raises:
-        SystemExit: If it is not known, and not both numbers are given.
+        SystemExit: If it is not known, or a part of one (MIG), and not both numbers are given.
     """
-    known = next((card for part, card in CARDS.items() if part in name), None)
+    words = () if re.search(r"\bMIG\b", name) else CARDS  # a slice has neither the work nor the bandwidth of its card
+    known = next((CARDS[part] for part in words if re.search(rf"\b{re.escape(part)}\b", name)), None)
     if known is None and (tflops is None or gbs is None):
         raise SystemExit(
             f"error: the peak of the card {name!r} is not known here: give --peak-tflops (dense bfloat16) and "

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,14 +169,66 @@ def test_what_does_not_fit_is_a_row_and_other_faults_are_raised(monkeypatch: pyt
     def run(case: gpu.Case) -> list[dict[str, Any]]:
         return gpu.run_case(case, TOY, Path(), 1, 8)
 
-    gpu.sweep([gpu.Case("sft", "bf16", batch) for batch in (1, 2, 4)], run, entries)
-    assert [found["batch"] for found in entries] == [1, 2]  # nothing larger is tried
-    lines = gpu_tables.table(entries, TOY, gpu_work.Card(1, 100), 8).splitlines()
-    assert lines[2].startswith("| sft | bf16 | 1 | 2 |") and lines[3].startswith(
-        "| sft | bf16 | 2 | does not fit |  |"
-    )
+    noted = []
+    for batches in ((1, 2, 4), (4, 8)):
+        cases = [gpu.Case("sft", "bf16", batch) for batch in batches]
+        gpu.sweep(cases, run, entries, lambda: noted.append(len(entries)))
+    assert [found["batch"] for found in entries] == [1, 2, 4]  # nothing larger is tried, after a failure either
+    assert noted == [1, 2, 3]
+    lines = gpu_tables.table(entries, TOY, gpu_work.Card(1, 100), 8).splitlines()[2:]
+    starts = ["| sft | bf16 | 1 | 2 |", "| sft | bf16 | 2 | does not fit |  |", "| sft | bf16 | 4 | failed |  |"]
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    assert entries[2]["error"] == "KeyError: 'x'"
     with pytest.raises(RuntimeError, match="KeyError"):
         run(gpu.Case("sft", "bf16", 4))
+
+
+def test_gpu_sweep_leaves_its_table_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A stage that fails costs the others nothing, and what is cut off has been written until then."""
+    seen: list[list[dict[str, Any]]] = []
+
+    def run_case(case: gpu.Case, gb: float | None = None, **_: Any) -> list[dict[str, Any]]:
+        seen.append(json.loads((tmp_path / "found.json").read_text())["runs"])
+        if case.stage == "sft":
+            raise RuntimeError("a traceback\nValueError: no such kernel")
+        if case.base == "nf4" and case.batch == 2:
+            sys.exit(143)
+        return [entry(1, "x", 2.0, gpu_mib=30_000.0, phases={"generation": 1.0}, **case._asdict())] * (gb is None)
+
+    monkeypatch.setattr(gpu, "draw_models", lambda folder: None)
+    monkeypatch.setattr(gpu, "run_case", run_case)
+    options = SimpleNamespace(
+        json=tmp_path / "found.json", folder=None, runs=1, response_length=8, stages=gpu.STAGES, bases=["bf16"]
+    )
+    options.batches = [1]
+    with pytest.raises(SystemExit, match="error: 1 cases failed, see above: ValueError: no such kernel"):
+        gpu.measure(options, gpu_work.Card(1, 100), 50.0)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(run["stage"], run["run"]) for run in found["runs"]] == [("sft", "failed"), ("reward", 1), ("ppo", 1)]
+    assert (found["ratios"]["ppo bf16 24 GB"], found["ratios"]["ppo bf16 48 GB"]) == (0, 1)
+    assert [len(runs) for runs in seen[:3]] == [0, 1, 2]
+    assert "| sft | bf16 | 1 | failed |" in capsys.readouterr().out
+
+    options.stages, options.bases, options.batches = ["ppo"], ["nf4"], [1, 2]
+    with pytest.raises(SystemExit, match="143"):
+        gpu.measure(options, gpu_work.Card(1, 100), 50.0)
+    assert "| ppo | nf4 | 1 | 2 |" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "found.json").read_text())["runs"]) == 1
+
+
+def test_a_smaller_card_is_all_that_a_case_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build of PyTorch is not needed for what is asked of it."""
+    shares: list[float] = []
+    card = SimpleNamespace(total_memory=int(150e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(149e9), int(150e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: int(14e9))
+    free = []
+    gpu.limited(None, lambda gate: free.append(torch.cuda.mem_get_info()), 22.5)
+    assert (shares, free) == ([0.15], [(int(8.5e9), int(22.5e9))])
 
 
 def test_cards_are_known_or_described() -> None:
@@ -184,6 +237,13 @@ def test_cards_are_known_or_described() -> None:
     assert gpu_work.find_card("NVIDIA L40", None, None).tflops == 181  # and not the L4, whose name is part of it
     assert gpu_work.find_card("NVIDIA A10G", None, None).tflops == 70
     assert gpu_work.find_card("NVIDIA GH200 480GB", None, None).gbs == 4000
+    assert gpu_work.find_card("NVIDIA H200", None, None) == (989, 4800)
+    assert gpu_work.find_card("NVIDIA A100-SXM4-40GB", None, None).gbs == 1555
+    assert gpu_work.find_card("NVIDIA A100 80GB PCIe", None, None).gbs == 1935
+    assert gpu_work.find_card("NVIDIA GeForce RTX 4090", None, None) == (165, 1008)
+    for unknown in ("NVIDIA RTX A4000", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "Tesla T4"):
+        with pytest.raises(SystemExit, match="is not known here"):
+            gpu_work.find_card(unknown, None, None)
     assert gpu_work.find_card("Fancy 1", 10.0, 20.0) == (10.0, 20.0)
     with pytest.raises(SystemExit, match="--peak-tflops"):
         gpu_work.find_card("Fancy 1", None, 20.0)
