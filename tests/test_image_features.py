@@ -1,5 +1,6 @@
 """Pictures are encoded once, within a bound, and nobody can tell from the numbers."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_shared_base import args_for, build_shared, save_adapters
 from trl_llava.adapters import load_adapter
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.factual_reward import FactualReward
-from trl_llava.forward.image_features import GIB, ImageFeatures
+from trl_llava.forward.image_features import GIB, ImageFeatures, bytes_kept
 from trl_llava.loading.adapter_switching import active_adapter
 from trl_llava.loading.shared_base import SharedBase
 from trl_llava.models import load_policy
@@ -75,6 +76,36 @@ def test_another_picture_and_another_tower_are_told_apart(tiny_llava_dir: Path) 
     tower = Tower(value)
     cache.encode(value, inputs, 8)
     assert tower.pictures == 4 and len(cache) == 8
+
+
+def test_a_model_that_is_gone_leaves_its_features_to_no_other(tiny_llava_dir: Path) -> None:
+    gone, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    model, value = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    cache, inputs = ImageFeatures(GIB), make_inputs("tiny_llava_dir", tiny_llava_dir)
+    cache.attach(gone, inputs)
+    cache.encode(value, inputs, 8)
+    del gone
+    gc.collect()
+    cache.encode(model, inputs, 8)
+    assert len(cache) == 8  # four pictures of each of two towers
+
+
+def test_pinned_memory_is_counted_as_torch_takes_it(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU features are pinned, and torch rounds each block up: 576 x 4096 x 2 bytes take 8 MiB."""
+    assert bytes_kept(torch.empty(576, 4096, dtype=torch.bfloat16), pinned=True) == 8 * 2**20
+    assert bytes_kept(torch.empty(576, 4096, dtype=torch.bfloat16), pinned=False) == 4.5 * 2**20
+    assert bytes_kept(torch.empty(512, 4096, dtype=torch.bfloat16), pinned=True) == 4 * 2**20
+    pinned: list[torch.Size] = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "cpu"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.shape) or self)
+    model, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    model.model.multi_modal_projector.linear_2 = torch.nn.Linear(32, 33).requires_grad_(False)  # no power of two
+    cache, inputs = ImageFeatures(5 * ONE), make_inputs("tiny_llava_dir", tiny_llava_dir).select([0, 2])
+    cache.encode(model, inputs, 8)
+    assert pinned == [(16, 33)] * 2 and (len(cache), cache.bytes) == (2, 4 * ONE)
+    cache.begin_step()
+    cache.encode(model, make_inputs("tiny_llava_dir", tiny_llava_dir).select([3]), 8)
+    assert (len(cache), cache.bytes) == (2, 4 * ONE)  # one made room
 
 
 @pytest.mark.parametrize("family", ["tiny_llava_next_dir", "tiny_llava_onevision_dir"])
@@ -163,11 +194,11 @@ def test_the_bound_changes_no_number_and_each_picture_is_encoded_once_a_step(
         return run(cache, model, seer, inputs, rows)
 
     monkeypatch.setattr(ImageFeatures, "_run", running)
-    words = [*start(policy, reward_model), "--image_cache_gib", gib]
+    words = [*start(policy, reward_model), "--image_cache_gib", gib, "--max_tokens_per_micro_batch", "60"]
     trainer = work.ppo(f"cache_{gib}", *words)
     (cache,) = set(caches)
     reward = trainer.scorer.reward_funcs[0]
-    assert reward.image_features is cache is trainer.image_features
+    assert reward.image_features is cache is trainer.image_features and reward.max_tokens == 60
     # Two steps over red and blue squares: the second step finds what it needs.
     assert len(cache) == {"4": 2, "0": 0}.get(gib, 1)
     assert (sum(pictures for _, pictures in counts) == 2) == (gib == "4")

@@ -7,6 +7,7 @@ scores inside and outside of PPO alike.
 
 import hashlib
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,8 +42,10 @@ class ImageFeatures:
         self.max_bytes = max_bytes
         self.bytes = 0
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()  # the longest unused first
+        self._sizes: dict[str, int] = {}
         self._in_use: set[str] = set()
         self._seers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._numbers = itertools.count()  # never given twice: a model may be gone, and its features still there
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -93,7 +96,10 @@ class ImageFeatures:
 
     def _seer(self, model: nn.Module) -> str:
         """What all models whose pictures run through the same weights have in common, and no others."""
-        return f"{self._seers.setdefault(_host(model), len(self._seers))} {_own_sight(model)} "
+        host = _host(model)
+        if host not in self._seers:
+            self._seers[host] = next(self._numbers)
+        return f"{self._seers[host]} {_own_sight(model)} "
 
     def _features(self, model: nn.Module, seer: str, inputs: ModelInputs) -> list[torch.Tensor]:
         """(N, H) of each of the I images, on the model's device."""
@@ -147,19 +153,35 @@ class ImageFeatures:
         """Keep features if there is room, or room can be made; returns whether they are kept."""
         if key in self._kept:
             return True
-        size = feature.nelement() * feature.element_size()
+        pinned = feature.is_cuda
+        size = bytes_kept(feature, pinned=pinned)
         while self.bytes + size > self.max_bytes:
             oldest = next(iter(self._kept), None)
             if oldest is None or oldest in self._in_use:
                 return False
-            dropped = self._kept.pop(oldest)
-            self.bytes -= dropped.nelement() * dropped.element_size()
+            self._kept.pop(oldest)
+            self.bytes -= self._sizes.pop(oldest)
         with torch.inference_mode(False):
             kept = feature.to("cpu", copy=True)  # a copy: `feature` may be a view of a whole batch
-            self._kept[key] = kept.pin_memory() if feature.is_cuda else kept
+            self._kept[key] = kept.pin_memory() if pinned else kept
         self.bytes += size
+        self._sizes[key] = size
         self._in_use.add(key)
         return True
+
+
+def bytes_kept(feature: torch.Tensor, *, pinned: bool) -> int:
+    """What a picture's features take of the CPU's memory.
+
+    Args:
+        feature: (N, H).
+        pinned: whether they are kept in pinned memory, of which torch takes powers of two.
+
+    Returns:
+        Bytes.
+    """
+    size = feature.nelement() * feature.element_size()
+    return 1 << (size - 1).bit_length() if pinned else size
 
 
 def _host(model: nn.Module) -> nn.Module:
