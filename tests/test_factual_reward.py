@@ -17,7 +17,8 @@ from trl_llava import factual_reward
 from trl_llava.adapters import lora_config
 from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaModelConfig
-from trl_llava.factual_reward import FactualReward
+from trl_llava.factual_reward import FactualReward, _same_prompts
+from trl_llava.loading.base_model import base_of
 from trl_llava.models import load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.rows.contract import RowError
@@ -377,3 +378,55 @@ def test_tiny_onevision_scores(tiny_llava_onevision_dir: Path, red_image, blue_i
     scores = reward(**columns)
     reward.batch_size = 1
     assert reward(**columns) == pytest.approx(scores, abs=2e-6)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_rows_that_are_alike_in_length_run_together_and_within_a_budget(
+    reward: FactualReward, red_image, share_prefix: bool
+) -> None:
+    call = {
+        "prompts": [
+            ask("What?"),
+            ask("Why? " * 30),
+            ask("What?"),
+            ask("Say hi."),
+            ask("Why? " * 30),
+            ask("No? " * 20),
+        ],
+        "completions": [say("Red."), say("Yes."), say("A red square."), say("Hi."), say("No."), say("A")],
+        "images": [[red_image], [], [red_image.copy()], [], [], []],
+        "captions": [["Red."]] * 6,
+    }
+    reward.share_prefix &= share_prefix
+    alone = [reward(**{name: values[i : i + 1] for name, values in call.items()})[0] for i in range(6)]
+    shapes: list[torch.Size] = []
+    handle = base_of(reward.model).model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    reward.batch_size = 2
+    assert reward(**call) == pytest.approx(alone, abs=2e-6)
+    by_row, longest = list(shapes), max(shape[1] for shape in shapes)
+    reward.batch_size, reward.max_tokens = 6, longest + 10
+    shapes.clear()
+    assert reward(**call) == pytest.approx(alone, abs=2e-6)
+    handle.remove()
+    assert [shape[0] for shape in by_row] == ([1, 1, 2] if share_prefix else [2, 2, 2])
+    assert by_row == sorted(by_row, key=lambda shape: -shape[1]) and by_row[-1][1] < longest
+    assert all(shape.numel() <= reward.max_tokens for shape in shapes) and len(shapes) > 2
+
+
+def test_the_same_picture_is_known_again_without_comparing_each_with_each(red_image, blue_image) -> None:
+    count, whole = [0], type(red_image).tobytes
+
+    class Counted(Image.Image):
+        def tobytes(self, *args: Any) -> bytes:
+            count[0] += 1
+            return whole(self, *args)
+
+    pictures = [red_image.copy(), red_image.copy(), blue_image.copy(), red_image.copy().convert("L")]
+    for picture in pictures:
+        picture.__class__ = Counted
+    rows = [(ask("What?"), say("A"), [picture], None, "row") for picture in [*pictures, pictures[0]]]
+    rows += [(ask("Why?"), say("A"), pictures[0], None, "row"), (ask("Why?"), say("A"), [], None, "row")]
+    assert _same_prompts(rows) == [0, 0, 2, 3, 0, 5, 6]
+    assert count[0] == 4

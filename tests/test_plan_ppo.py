@@ -82,18 +82,19 @@ def test_ppo_needs_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, change
     assert max(plan.values()) == pytest.approx(max(measured.values()), rel=0.15)
 
 
-@pytest.mark.parametrize("judged", [True, False])
-def test_rewards_need_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, judged):
+@pytest.mark.parametrize(("judged", "budget"), [(True, None), (False, None), (True, 900)])
+def test_rewards_need_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, judged, budget):
     monkeypatch.setattr(ppo_ask, "is_deepspeed_zero3_enabled", lambda: True)
     model = load_sequence_classifier(str(tiny_llava_dir), LlavaModelConfig(dtype="float32")).requires_grad_(False)
     processor = AutoProcessor.from_pretrained(tiny_llava_dir)
     reward = FactualReward(model, processor, JudgingPrompt() if judged else None, batch_size=4)
+    reward.max_tokens = budget
     reward.save_pretrained(tmp_path / "reward")
     lengths: list[int] = []
     seen = model.register_forward_pre_hook(
         lambda model, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    trainer, adapter = step(tiny_llava_dir, tmp_path, reward_funcs=reward)
+    trainer, adapter = step(tiny_llava_dir, tmp_path, reward_funcs=reward, max_tokens_per_micro_batch=budget)
     # In inference mode the trace would not see what attention allocates.
     monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
     measured = phases_of(trainer, model)

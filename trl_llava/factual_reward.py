@@ -4,6 +4,7 @@ It is a reward function in TRL's sense, so PPO here and `GRPOTrainer` and `RLOOT
 that the model was trained with, its captions' format and its image processor are saved with its adapter and head.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from trl_llava.batches.encoding import encode
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.forward.image_features import ImageFeatures
-from trl_llava.forward.shared_prefix import pack_groups, why_not
+from trl_llava.forward.shared_prefix import Grouped, common_prefix, pack_groups, why_not
 from trl_llava.hub.lookup import check_there, not_found
 from trl_llava.hub.names import split_revision
 from trl_llava.loading.adapter_role import AdapterRole, in_eval_mode
@@ -28,6 +29,7 @@ from trl_llava.loading.reward_settings import find_file, read_settings, save_set
 from trl_llava.loading.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.loading.shared_base import SharedBase, add_role, find_shared_base
 from trl_llava.models import HEAD, load_processor, load_sequence_classifier
+from trl_llava.ppo.micro_batches import Lengths, micro_batches
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.rollout import ModelInputs
 from trl_llava.rows.contract import RowError, normalise_messages, place_images
@@ -35,6 +37,9 @@ from trl_llava.rows.images import ImageRef, load_image
 
 Conversation = str | list[Message]
 """A prompt or a completion as TRL hands it over: text, or messages whose content is text or a list of parts."""
+
+AHEAD = 8
+"""For how many full passes rows are encoded at once, so that those which run together are alike in length."""
 
 
 class FactualReward:
@@ -47,7 +52,8 @@ class FactualReward:
             differ in family, size and image processor.
         judging_prompt: What the model is asked after the answer, as in its training; None scores the conversation
             itself, at the token that ends the answer.
-        batch_size: How many answers are scored in one pass.
+        batch_size: How many answers are scored in one pass; `max_tokens` may be set to bound its tokens, padding
+            included, too.
         device: Where to move the model; None leaves it where it is.
         name: Name in the logs; two factual rewards in one run need two names.
 
@@ -83,6 +89,7 @@ class FactualReward:
         self.processing_class = processing_class
         self.judging_prompt = judging_prompt
         self.batch_size = batch_size
+        self.max_tokens: int | None = None
         self.image_features = ImageFeatures(0)  # keeps nothing; a run may put one here that other models use too
         self.share_prefix = isinstance(base_of(model), ImageTextForSequenceClassification) and why_not(model) is None
         self.__name__ = name
@@ -129,8 +136,8 @@ class FactualReward:
         )
         scores: list[float] = []
         with in_eval_mode(self.model):
-            for start in range(0, len(rows), self.batch_size):
-                part = rows[start : start + self.batch_size]
+            for start in range(0, len(rows), AHEAD * self.batch_size):
+                part = rows[start : start + AHEAD * self.batch_size]
                 scores += self._score([self._judged(*row) for row in part], _same_prompts(part))
         return scores
 
@@ -159,7 +166,7 @@ class FactualReward:
         return judging_messages(conversation, captions, self.judging_prompt), decoded, name
 
     def _score(self, rows: Sequence[tuple[list[Message], list[Image.Image], str]], groups: list[int]) -> list[float]:
-        """One pass of the model over at most `batch_size` rows; a group's have one prompt and the same pictures."""
+        """Passes over rows that are alike in length; a group's have one prompt and the same pictures."""
         conversations, pictures, names = zip(*rows, strict=True)
         judged = self.judging_prompt is not None
         encoding = encode(
@@ -174,22 +181,33 @@ class FactualReward:
         ids = [torch.tensor(row) for row in encoding.input_ids]
         device = self.model.device
         inputs = ModelInputs(
-            pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
-            pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
+            pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left").to(device),
+            pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device),
             [len(own) for own in pictures],
             dict(encoding.image_inputs),
         )
+        packs = groups if self.share_prefix and not inputs.with_tokens() else None
+        lengths = _lengths(encoding.input_ids, packs)
+        scores = torch.zeros(len(rows))
         with torch.inference_mode():
             inputs = self.image_features.attach(self.model, inputs)
-            places = list(range(len(rows)))
-            given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-            if self.share_prefix and not inputs.with_tokens():
-                packed, first, places = pack_groups(encoding.input_ids, groups)
-                given = {name: value.to(device) for name, value in packed._asdict().items()}
-                inputs = inputs.select(first)
-            # No token follows: keys and values of all layers would only take memory.
-            logits = self.model(**given, **inputs.image_kwargs(), use_cache=False).logits
-        return logits.squeeze(-1)[places].float().tolist()
+            for part in micro_batches(range(len(rows)), lengths, self.batch_size, self.max_tokens, None):
+                own = [encoding.input_ids[row] for row in part]
+                together = None if packs is None else pack_groups(own, [packs[row] for row in part])
+                scores[part] = self._pass(inputs.select(part), together).cpu()
+        return scores.tolist()
+
+    def _pass(self, inputs: ModelInputs, together: Grouped | None) -> torch.Tensor:
+        """(B,) float32: the scores of B rows, as they are or packed by prompt."""
+        places = list(range(len(inputs)))
+        given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+        if together is not None:
+            places = together.places
+            given = {name: value.to(self.model.device) for name, value in together.packed._asdict().items()}
+            inputs = inputs.select(together.first)
+        # No token follows: keys and values of all layers would only take memory.
+        logits = self.model(**given, **inputs.image_kwargs(), use_cache=False).logits
+        return logits.squeeze(-1)[places].float()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all that `from_pretrained` needs: adapter with head (or model), processor and judging prompt.
@@ -296,8 +314,37 @@ def _check_fit(
 
 def _same_prompts(rows: Sequence[tuple]) -> list[int]:
     """For each row the first one that has the same prompt and pictures."""
-    asked = [(prompt, pictures) for prompt, _, pictures, *_ in rows]
-    return [asked.index(own) for own in asked]
+    first: dict[tuple[str, ...], int] = {}
+    known: dict[int, str] = {}  # answers to one prompt mostly come with the very same pictures
+    groups = []
+    for row, (prompt, _, pictures, *_) in enumerate(rows):
+        asked, inside = _without_pictures(prompt, "user")
+        own = inside if pictures is None else pictures if isinstance(pictures, list | tuple) else [pictures]
+        for picture in own:
+            if id(picture) not in known:
+                known[id(picture)] = _picture_key(picture)
+        groups.append(first.setdefault((repr(asked), *(known[id(picture)] for picture in own)), row))
+    return groups
+
+
+def _picture_key(picture: ImageRef) -> str:
+    """What two pictures have in common if they are the same."""
+    if not isinstance(picture, Image.Image):
+        return repr(picture)
+    pixels = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
+    return repr((picture.mode, picture.size, picture.getpalette(), picture.info, pixels))
+
+
+def _lengths(rows: Sequence[list[int]], groups: list[int] | None) -> Lengths:
+    """How long rows are, for micro-batches; what the rows of a group share runs once."""
+    if groups is None:
+        return Lengths([len(row) for row in rows], [0] * len(rows))
+    members: dict[int, list[list[int]]] = {}
+    for row, group in zip(rows, groups, strict=True):
+        members.setdefault(group, []).append(row)
+    shared = {group: common_prefix(own) for group, own in members.items()}
+    prompts = [shared[group] for group in groups]
+    return Lengths(prompts, [len(row) - prompt for row, prompt in zip(rows, prompts, strict=True)], groups)
 
 
 def _without_pictures(conversation: Conversation, role: str) -> tuple[list[Message], list[ImageRef]]:

@@ -77,6 +77,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     if rewards and isinstance(rewards[0], FactualReward):
         rewards[0].image_features = image_features
         rewards[0].share_prefix &= training_args.share_prefix
+        rewards[0].max_tokens = training_args.max_tokens_per_micro_batch
     trainer = LlavaPPOTrainer(
         args=training_args,
         processing_class=policy.processor,

@@ -120,11 +120,23 @@ def _pack_rows(packs: Sequence[Sequence[list[int]]], multiple: int | None = None
     """Pack rows by the longest prefix that those of a pack share; the last token of each stays its own."""
     prefixes, rests = [], []
     for rows in packs:
-        most = min(map(len, rows)) - 1
-        common = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+        common = common_prefix(rows)
         prefixes.append(torch.tensor(rows[0][:common]))
         rests.append([torch.tensor(row[common:]) for row in rows])
     return pack(prefixes, rests, multiple)
+
+
+def common_prefix(rows: Sequence[list[int]]) -> int:
+    """How many tokens rows share at their beginning; the last token of each stays its own.
+
+    Args:
+        rows: lists of at least one id.
+
+    Returns:
+        The number.
+    """
+    most = min(map(len, rows)) - 1
+    return next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
 
 
 def predictors(packed: Packed, counts: Sequence[int]) -> list[torch.Tensor]:

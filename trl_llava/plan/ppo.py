@@ -219,13 +219,15 @@ class _Phases:
     def rewards(self) -> Counter[str]:
         """The reward model over prompts, answers and judging turns, without gradients or autocast."""
         model = self.roles.reward
-        length = self._judged_length()
+        length, rows = self._judged_length(), self.at_once
+        if (budget := self.job.values["max_tokens_per_micro_batch"]) is not None:
+            rows = min(rows, max(1, budget // length))
         assert model is not None
 
         def run(trace: MemoryTrace) -> None:
-            seen = self._seen("reward", self.at_once, trace, new="reward" not in self.roles.sharing)
+            seen = self._seen("reward", rows, trace, new="reward" not in self.roles.sharing)
             with torch.no_grad():
-                model(**text_inputs(self.at_once, length), **seen, use_cache=False)
+                model(**text_inputs(rows, length), **seen, use_cache=False)
 
         return self._dry(model, run)
 

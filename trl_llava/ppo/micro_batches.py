@@ -63,7 +63,7 @@ class Lengths(NamedTuple):
 
 
 def micro_batches(
-    rows: Sequence[int], lengths: Lengths, max_rows: int, max_tokens: int | None, accelerator: Accelerator
+    rows: Sequence[int], lengths: Lengths, max_rows: int, max_tokens: int | None, accelerator: Accelerator | None
 ) -> list[list[int]]:
     """Split rows into micro-batches of similar length, the longest first.
 
@@ -74,7 +74,7 @@ def micro_batches(
         max_tokens: most tokens of a micro-batch, padding included; `None` for no limit. A row that is longer on its
             own is a micro-batch of its own.
         accelerator: knows the other processes. All get the same number of micro-batches, since under DeepSpeed every
-            pass is a collective one.
+            pass is a collective one; `None` where a pass is each process's own.
 
     Returns:
         The micro-batches; every row is in one of them.
@@ -86,7 +86,7 @@ def micro_batches(
             parts[-1].append(row)
         else:
             parts.append([row])
-    if max_tokens is not None and accelerator.num_processes > 1:
+    if max_tokens is not None and accelerator is not None and accelerator.num_processes > 1:
         count = torch.tensor([len(parts)], device=accelerator.device)
         _split_into(parts, int(accelerator.gather(count).max()))
     return parts
