@@ -124,19 +124,23 @@ def force_lengths(lengths: Sequence[int]) -> None:
         lengths: Tokens of each answer of a batch, the stop token included.
     """
     generate = GenerationMixin.generate
-    answered = 0
+    answered = prompt_length = 0
+    left: list[int] = []  # of answers that a call was stopped in the middle of: the next one goes on with them
 
     @functools.wraps(generate)
     def scheduled(self: Any, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
-        nonlocal answered
-        ids = kwargs["input_ids"]
-        own = lengths[answered : answered + len(ids)]
+        nonlocal answered, prompt_length, left
+        ids, own = kwargs["input_ids"], left
+        if not left:
+            own, prompt_length = list(lengths[answered : answered + len(ids)]), ids.shape[1]
+            answered = (answered + len(ids)) % len(lengths)
         if len(ids) != len(own):
             raise ValueError(f"{len(ids)} prompts are answered at once, but {len(own)} of the batch are left")
-        answered = (answered + len(ids)) % len(lengths)
-        schedule = StopSchedule(own, ids.shape[1], SPECIAL.index(STOP))
+        schedule = StopSchedule(own, prompt_length, SPECIAL.index(STOP))
         processors = LogitsProcessorList([*(logits_processor or []), schedule])
-        return generate(self, *args, logits_processor=processors, **kwargs)
+        output = generate(self, *args, logits_processor=processors, **kwargs)
+        left = [length for length in own if length > output.shape[1] - prompt_length]
+        return output
 
     GenerationMixin.generate = scheduled
 

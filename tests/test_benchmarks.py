@@ -302,11 +302,21 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lengths_go_on_where_the_last_micro_batch_of_answers_ended(unpatched: None) -> None:
     seen: list[Any] = []
-    GenerationMixin.generate = lambda self, *args, logits_processor, **kwargs: seen.append(logits_processor[0].lengths)
+
+    def answer(self: Any, *, input_ids: torch.Tensor, logits_processor: Any, tokens: int = 4) -> torch.Tensor:
+        seen.append(logits_processor[0].lengths)
+        return torch.nn.functional.pad(input_ids, (0, tokens))
+
+    GenerationMixin.generate = answer
     ppo_sides.force_lengths((3, 1, 2, 4))
     for rows in (1, 3, 2, 2):
         GenerationMixin.generate(None, input_ids=torch.zeros(rows, 5, dtype=torch.long))
     assert [own.tolist() for own in seen] == [[3], [1, 2, 4], [3, 1], [2, 4]]
+    # The second call goes on with the row of the first one that has not ended, from where that one stopped.
+    GenerationMixin.generate(None, input_ids=torch.zeros(2, 5, dtype=torch.long), tokens=2)
+    GenerationMixin.generate(None, input_ids=torch.zeros(1, 7, dtype=torch.long), tokens=1)
+    GenerationMixin.generate(None, input_ids=torch.zeros(2, 5, dtype=torch.long))
+    assert [own.tolist() for own in seen[4:]] == [[3, 1], [3], [2, 4]]
     GenerationMixin.generate(None, input_ids=torch.zeros(3, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="2 prompts are answered at once, but 1 of the batch are left"):
         GenerationMixin.generate(None, input_ids=torch.zeros(2, 5, dtype=torch.long))

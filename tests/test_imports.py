@@ -45,6 +45,7 @@ LAYERS = (
             "loading.gpu_kernels",
             "ppo.generation",
             "ppo.growing_cache",
+            "ppo.ended_rows",
             "ppo.generation_batches",
             "ppo.ask",
             "ppo.setup",

@@ -36,7 +36,8 @@ from trl_llava.loading.sequence_classification import (
     LlavaNextForSequenceClassification,
     LlavaOnevisionForSequenceClassification,
 )
-from trl_llava.ppo import generation, growing_cache
+from trl_llava.ppo import ended_rows, generation, growing_cache
+from trl_llava.ppo.ended_rows import EnoughEnded, can_drop_rows
 from trl_llava.ppo.generation import Generator
 from trl_llava.ppo.passes import response_logprobs, response_values
 from trl_llava.rollout import ModelInputs
@@ -238,6 +239,85 @@ def test_the_growing_cache_gives_the_answers_of_transformers_own(
             expected = generator(policy, inputs.select(rows), 1)
         assert torch.equal(grown.responses, expected.responses)
         torch.testing.assert_close(grown.logprobs, expected.logprobs, rtol=0, atol=1e-6)
+
+
+def end_often(policy: torch.nn.Module, stop: int = 2) -> None:
+    """Make about every seventh token a stop token."""
+    bonus = torch.zeros(policy.get_output_embeddings().out_features).index_fill(0, torch.tensor([stop]), 4.0)
+    policy.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + bonus)
+
+
+def assert_ended_rows_leave(
+    policy: PreTrainedModel, inputs: ModelInputs, monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    """Nothing is answered otherwise, and less than a quarter of the rows that run have ended."""
+    end_often(policy)
+    settings = {"response_length": 14, "local_rollout_forward_batch_size": len(inputs), "keep_logprobs": True}
+    seen: list[int] = []
+    handle = policy.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    found = make_generator(**settings)(policy, inputs, step)
+    handle.remove()
+    lengths = found.mask.sum(1)
+    running = [int((lengths > done).sum()) for done in range(int(lengths.max()))]
+    assert all(alive <= rows and (rows - alive) * 4 < rows for rows, alive in zip(seen, running, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "can_drop_rows", lambda *_: False)
+        expected = make_generator(**settings)(policy, inputs, step)
+    assert torch.equal(found.responses, expected.responses) and torch.equal(found.mask, expected.mask)
+    assert found.stopped.any() and torch.equal(found.stopped, expected.stopped)
+    if step is None:
+        assert found.logprobs is expected.logprobs is None
+    else:
+        assert len(set(seen)) > 1
+        torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [1, None])
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+def test_rows_that_have_ended_leave_the_batch(
+    family: str, step: int | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, _ = policy_and_value(family, request.getfixturevalue(family))
+    inputs = make_inputs(family, request.getfixturevalue(family))
+    monkeypatch.setattr(growing_cache, "ROOM", 3)
+    rows = [0, 2, 0, 1, 2, 2, 3] if step else [0, 1, 2, 3]
+    assert_ended_rows_leave(policy, inputs.select(rows), monkeypatch, step)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**TEXT, **HEADS),
+        MistralConfig(**TEXT, **HEADS, sliding_window=4),
+        Qwen2Config(**TEXT, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ],
+    ids=["llama", "mistral with a window", "qwen2 with a window"],
+)
+def test_rows_leave_a_cache_with_a_window(config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    mask = (torch.arange(9) >= torch.tensor([[4], [0], [6], [2], [0], [8], [3], [5]])).long()
+    ids = torch.randint(10, 300, (8, 9), generator=torch.Generator().manual_seed(2)).masked_fill(mask == 0, 319)
+    assert_ended_rows_leave(policy, ModelInputs(ids, mask, [0] * 8), monkeypatch, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ended", "expected"),
+    [(8, 1, False), (8, 2, True), (7, 1, False), (7, 2, True), (3, 1, True), (2, 0, False)],
+)
+def test_a_quarter_of_the_rows_is_enough(rows: int, ended: int, expected: bool) -> None:
+    ids = torch.full((rows, 6), 9)
+    ids[:, 1] = 2  # in a prompt it ends nothing
+    ids[:ended, 4] = 2
+    assert EnoughEnded(3, 2)(ids, None).tolist() == [expected] * rows
+
+
+def test_no_row_leaves_where_processes_run_in_step(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
+    assert can_drop_rows(policy, inputs) and not can_drop_rows(policy, inputs.select([0]))
+    monkeypatch.setattr(ended_rows, "is_deepspeed_zero3_enabled", lambda: True)
+    assert not can_drop_rows(policy, inputs)
 
 
 def test_a_growing_layer_is_a_dynamic_one_that_seldom_moves() -> None:

@@ -6,17 +6,26 @@ Letters: `B` batch, `R` response length.
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.forward.chunked_head import Sampling, logprobs_of
 from trl_llava.loading.adapter_role import computing
 from trl_llava.loading.base_model import base_of
 from trl_llava.ppo.answers import Answers
+from trl_llava.ppo.ended_rows import EnoughEnded, can_drop_rows
 from trl_llava.ppo.generation_batches import GenerationBatches
 from trl_llava.ppo.growing_cache import growing_cache
 from trl_llava.ppo.passes import position_kwargs
@@ -147,7 +156,8 @@ class Generator:
             eos_token_id=stop_token_id,
             pad_token_id=tokenizer.pad_token_id,
             suppress_tokens=list(sampling.suppressed) or None,
-            cache_implementation=args.cache_implementation,
+            # A dynamic one is made here, and transformers takes a cache or the name of one.
+            cache_implementation=None if args.cache_implementation == "dynamic" else args.cache_implementation,
         )
 
     def __call__(self, policy: nn.Module, inputs: ModelInputs, step: int | None) -> Answers:
@@ -184,27 +194,53 @@ class Generator:
         self, policy: nn.Module, inputs: ModelInputs, keys: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, R) token ids, and the log-probabilities that they were drawn with, if they are kept."""
-        config, given = self.config, inputs.image_kwargs()
-        if config.cache_implementation == "dynamic":
-            config = copy.deepcopy(config)
-            config.cache_implementation = None  # transformers takes a cache, or the name of one
-            cache = growing_cache(policy, inputs.query_length + self.args.response_length)
+        query, most = inputs.query_length, self.args.response_length
+        leaves_at: int | None = None  # the token behind which a row may leave
+        ids, attention_mask = inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0), inputs.attention_mask
+        pictures = inputs.image_kwargs()
+        cache: dict[str, Cache] = {}
+        if self.config.cache_implementation is None:
+            cache["past_key_values"] = growing_cache(policy, query + most)
+            leaves_at = self.stop_token_id if can_drop_rows(policy, inputs) else None
             if self.args.share_prefix and can_prefill_once(policy, inputs):
-                run_prompts_once(policy, inputs, cache)
-                given = {}
-            given["past_key_values"] = cache
+                run_prompts_once(policy, inputs, cache["past_key_values"])
+                pictures = {}
+        tokens = ids.new_full((len(ids), most), self.pad_token_id)
+        known = torch.zeros(len(ids), most, device=ids.device) if self.keep_logprobs and keys is not None else None
+        rows = torch.arange(len(ids), device=ids.device)
+        while True:
+            start = ids.shape[1] - query
+            stop_early = [] if leaves_at is None else [EnoughEnded(ids.shape[1], leaves_at)]
+            given = {"attention_mask": attention_mask, "stopping_criteria": StoppingCriteriaList(stop_early)}
+            output, logprobs = self._call(policy, ids, query, keys, **given, **pictures, **cache)
+            end = output.shape[1] - query
+            new = output[:, query + start :]
+            tokens[rows, start:end] = new
+            if known is not None and logprobs is not None:
+                known[rows, start:end] = logprobs
+            if leaves_at is None or end == most or (new == leaves_at).any(1).all():
+                return tokens[:, :end], None if known is None else known[:, :end]
+            left = (new != leaves_at).all(1).nonzero().squeeze(1)
+            cache["past_key_values"].batch_select_indices(left)
+            rows, ids, keys, pictures = rows[left], output[left], None if keys is None else keys[left], {}
+            attention_mask = nn.functional.pad(attention_mask[left], (0, end - start), value=1)
+
+    def _call(
+        self, policy: nn.Module, ids: torch.Tensor, query: int, keys: torch.Tensor | None, **given: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Call `generate`: ids (B, L) with those that it adds, and the log-probabilities of these."""
+        config = copy.deepcopy(self.config)
+        config.max_new_tokens = query + self.args.response_length - ids.shape[1]
         # Ahead of the noise, which is no part of the distribution.
         chosen = ChosenLogprobs(self.sampling) if self.keep_logprobs and keys is not None else None
-        noise = None if keys is None else RowNoise(keys, inputs.query_length, self.args.temperature)
+        noise = None if keys is None else RowNoise(keys, query, self.args.temperature)
         output = policy.generate(
-            input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
-            attention_mask=inputs.attention_mask,
+            input_ids=ids,
             **given,
             generation_config=config,
             logits_processor=LogitsProcessorList([step for step in (chosen, noise) if step is not None]),
         )
-        logprobs = None if chosen is None else chosen.of(output, inputs.query_length)
-        return output[:, inputs.query_length :], logprobs
+        return output, None if chosen is None else chosen.of(output, ids.shape[1])
 
 
 def can_prefill_once(policy: nn.Module, inputs: ModelInputs) -> bool:

@@ -47,6 +47,21 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys, values
         return keys, values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows, and the room for tokens to come.
+
+        Args:
+            indices: of the rows, in their new order; one may come more than once.
+        """
+        for name, (whole, front) in list(self.whole.items()):
+            if getattr(self, name) is front:
+                whole = whole[indices]
+                self.whole[name] = whole, whole[..., : front.shape[-2], :]
+                setattr(self, name, self.whole[name][1])
+            else:
+                del self.whole[name]
+                setattr(self, name, getattr(self, name)[indices])
+
     def _followed_by(self, name: str, new: torch.Tensor) -> torch.Tensor:
         known: torch.Tensor = getattr(self, name)
         start = known.shape[-2] if known.numel() else 0
