@@ -55,7 +55,10 @@ def speeds(case: Case, size: Size, runs: list[dict[str, Any]], card: Card, respo
         response_length: Of PPO.
 
     Returns:
-        Column -> cell. Lengths are those of the workload's middle: prompts have about 40 tokens of template.
+        Column -> cell. Lengths are those of the workload's middle: prompts have about 40 tokens of template, the
+        judging turn with captions about 200. What is computed once is counted once: a pair's prompt, for both answers.
+        The share of bandwidth is too low by the time of the prompts' own pass, and where memory makes generation take
+        a batch in parts, each of which reads the weights.
     """
     if runs[0]["seconds"] is None:
         nothing = dict.fromkeys(("tokens/s", "peak GB", "of bf16 peak", "of bandwidth, generation"))
@@ -77,8 +80,8 @@ def speeds(case: Case, size: Size, runs: list[dict[str, Any]], card: Card, respo
         tokens = sum(rows)
     else:
         answer = sum(sft_step.Step.answer) / 2
-        copies, tail = (2, 200) if case.stage == "reward" else (1, 0)  # the judging turn with captions
-        rows = [round(prompt + answer + tail)] * (copies * case.batch)
+        behind = 2 * (answer + 200) if case.stage == "reward" else answer
+        rows = [round(prompt + behind)] * case.batch
         predicted = 0 if case.stage == "reward" else sum(rows)
         flops = training_flops(size, rows, predicted, case.batch)
         tokens = sum(rows)

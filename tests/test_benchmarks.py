@@ -127,6 +127,18 @@ def test_seven_billion_weights() -> None:
     assert gpu_work.layer_weights(size) == 6_476_005_376  # Llama-2-7B's linear layers without embedding and head
 
 
+def test_a_pair_is_counted_as_it_runs_with_its_prompt_once() -> None:
+    """Prompts of 16 image tokens, 6 of the question and 40 of the template; answers of 64, judging turns of 200."""
+    card = gpu_work.Card(1e-6, 100)
+
+    def row(stage: str) -> dict[str, Any]:
+        return gpu_tables.speeds(gpu.Case(stage, "bf16", 2), TOY, [entry(1, "x", 2.0)], card, 8)
+
+    assert (row("sft")["tokens/s"], row("reward")["tokens/s"]) == (62 + 64, 62 + 2 * 264)
+    work = gpu_work.training_flops(TOY, [590, 590], 0, 2)
+    assert row("reward")["of bf16 peak"] == pytest.approx(work / 2.0 / 1e6)
+
+
 def test_largest_batch_is_one_that_was_measured() -> None:
     def run(batch: int, gb: float) -> dict[str, Any]:
         return {
