@@ -118,12 +118,15 @@ def largest_batches(
         fits: Tries whether a case runs within so many 10^9 bytes; asked where it took more when it had the whole card.
 
     Returns:
-        A row for each stage and base: `24 GB` and so on -> batch, 0 if none fits, None if not known.
+        A row for each stage and base: `24 GB` and so on -> batch, 0 if none fits, None if not known,
+            as where all cases failed.
     """
     rows = []
     for stage, base in dict.fromkeys((entry["stage"], entry["base"]) for entry in entries):
         row: dict[str, Any] = {"stage": stage, "base": base}
-        own = [entry for entry in entries if (entry["stage"], entry["base"]) == (stage, base) and entry["seconds"]]
+        all_own = [entry for entry in entries if (entry["stage"], entry["base"]) == (stage, base)]
+        own = [entry for entry in all_own if entry["seconds"]]
+        untold = not own and any(entry["run"] == "failed" for entry in all_own)
         peaks = {batch: peak_gb([e for e in own if e["batch"] == batch]) for batch in {e["batch"] for e in own}}
         for capacity in CAPACITIES_GB:
             largest = 0
@@ -132,7 +135,7 @@ def largest_batches(
                 if capacity > total_gb * 1.05 or not (peaks[batch] <= limit or fits(Case(stage, base, batch), limit)):
                     break
                 largest = batch
-            row[f"{capacity} GB"] = largest if capacity <= total_gb * 1.05 else None
+            row[f"{capacity} GB"] = largest if capacity <= total_gb * 1.05 and not untold else None
         rows.append(row)
     return rows
 

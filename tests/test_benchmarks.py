@@ -219,7 +219,12 @@ def test_gpu_sweep_leaves_its_table_whatever_happens(
         gpu.measure(options, gpu_work.Card(1, 100), 50.0)
     found = json.loads((tmp_path / "found.json").read_text())
     assert [(run["stage"], run["run"]) for run in found["runs"]] == [("sft", "failed"), ("reward", 1), ("ppo", 1)]
-    assert (found["ratios"]["ppo bf16 24 GB"], found["ratios"]["ppo bf16 48 GB"]) == (0, 1)
+    assert [found["ratios"][f"{stage} bf16 {gb} GB"] for stage in ("ppo", "sft") for gb in (24, 48)] == [
+        0,
+        1,
+        None,
+        None,
+    ]
     assert [len(runs) for runs in seen[:3]] == [0, 1, 2]
     assert "| sft | bf16 | 1 | failed |" in capsys.readouterr().out
 
