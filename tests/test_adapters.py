@@ -185,7 +185,7 @@ def test_joint_backward_gives_each_role_the_gradient_it_has_alone(tiny_llava_dir
 def test_shared_base_gives_the_gradients_of_separate_copies_under_checkpointing(tiny_llava_dir: Path) -> None:
     model = with_two_adapters(tiny_llava_dir)
     expected = gradients(model, [("value", 0.3)])
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     model.zero_grad()
     with active_adapter(model, "value"):  # backward inside: the recomputation needs the role
@@ -310,6 +310,11 @@ def test_heads_must_be_on_both_sides_or_on_none(tiny_llava_dir: Path, tmp_path: 
     save_file(headless, tmp_path / "reward" / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="has no score head"):
         load_adapter(classifier(tiny_llava_dir), str(tmp_path / "reward"), is_trainable=False)
+
+
+def test_a_whole_model_named_as_an_adapter_is_an_error(tiny_llava_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no adapter: it has no adapter_config\.json"):
+        load_adapter(policy(tiny_llava_dir), str(tiny_llava_dir), is_trainable=False)
 
 
 def test_adapter_that_does_not_exist_is_named(tiny_llava_dir: Path) -> None:

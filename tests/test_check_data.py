@@ -172,6 +172,10 @@ def test_the_stage_is_found_or_asked_for(files: Published) -> None:
     other.write_text(recipe.read_text())
     with pytest.raises(RecipeError, match=r"mine.yaml fits sft and reward and .* and rloo: say with --stage"):
         check_data.find_stage(["--config", str(other)])
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none.yaml: there is no such file"):
+        check_data.find_stage(["--config", str(recipe.with_name("none.yaml"))])
+    with pytest.raises(RecipeError, match=r"without --config, the command line fits sft and"):
+        check_data.find_stage([])
     assert check_data.find_stage(["--config", str(other), "--with_captions", "false"]) == "reward"
     assert check_data.find_stage([f"--config={recipe}"]) == "reward"
     assert run(other, "--stage", "reward") == 0

@@ -4,6 +4,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from trl_llava import cli
 from trl_llava.processes import launch_config
+from trl_llava.recipe import FIELD_GROUPS
 from trl_llava.recipe_values import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -57,12 +59,25 @@ def test_a_stage_is_launched_as_a_module(stage: str, recipe: Path, launched: lis
     assert args.num_processes >= 1
 
 
-@pytest.mark.parametrize("given", ["cpu", str(ROOT / "accelerate_configs" / "cpu.yaml")])
+@pytest.mark.parametrize("given", ["zero2", str(ROOT / "accelerate_configs" / "zero2.yaml")])
 def test_accelerate_config_by_name_and_by_file(given: str, recipe: Path, launched: list[argparse.Namespace]) -> None:
     assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", given, "--num_processes", "2"]) == 0
     (args,) = launched
-    assert args.config_file == str(ROOT / "accelerate_configs" / "cpu.yaml")
+    assert args.config_file == str(ROOT / "accelerate_configs" / "zero2.yaml")
     assert args.num_processes == 2
+
+
+def test_as_many_processes_start_as_asked_for(
+    recipe: Path, launched: list[argparse.Namespace], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none"))
+    for count in (1, 2):
+        assert cli.main(["sft", "--config", str(recipe), "--num_processes", str(count)]) == 0
+    assert [options.multi_gpu for options in launched] == [False, True]
+    for name in ("cpu", "single_gpu"):
+        assert cli.main(["sft", "--config", str(recipe), "--num_processes", "2", "--accelerate_config", name]) == 2
+        assert f"{name}.yaml is for one process" in capsys.readouterr().err
+    assert len(launched) == 2
 
 
 def test_accelerate_config_that_is_not_there(
@@ -131,8 +146,16 @@ def test_help_of_a_stage_names_recipe_and_launcher(capsys: pytest.CaptureFixture
     assert cli.main(["ppo", "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: trl-llava ppo --config recipe.yaml [--field value ...]")
-    assert "--correctness_coef" in out
+    own, trl, transformers = (out.index(f"{title}:") for title in FIELD_GROUPS.values())
+    assert out.index("Every field below") < own < out.index("--correctness_coef CORR") < trl < transformers
+    assert trl < out.index("--cliprange_value CLIP") < transformers < out.index("--save_steps SAVE")
     assert "one of cpu, ddp, fsdp2, multi_node, single_gpu, zero2, zero3" in out
+
+
+def test_a_launch_option_that_cannot_be_read_is_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sft", "--config", str(recipe), "--num_processes", "two"]) == 2
+    error = "error: command line: argument --num_processes/--num-processes: invalid int value: 'two'.\n"
+    assert capsys.readouterr().err == error
 
 
 def test_score_prints_one_number(
@@ -141,6 +164,8 @@ def test_score_prints_one_number(
     seen: dict[str, Any] = {}
 
     class Reward:
+        needs_captions = True
+
         def __call__(self, **columns: Any) -> list[float]:
             seen.update(columns)
             return [1.25]
@@ -158,4 +183,22 @@ def test_score_prints_one_number(
 def test_score_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["score", "--reward_model", str(tmp_path), "--image", str(tmp_path / "no.png"), "--question", "?"]
     assert cli.main([*words, "--answer", "!"]) == 1
-    assert "--image: " in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: --image: the image file {tmp_path / 'no.png'} does not exist.\n"
+
+
+def test_score_asks_for_the_captions_that_its_reward_model_reads(
+    tmp_path: Path, red_image: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads_captions = SimpleNamespace(needs_captions=True)
+    monkeypatch.setattr(
+        "trl_llava.factual_reward.FactualReward.from_pretrained", lambda name, revision: reads_captions
+    )
+    red_image.save(tmp_path / "red.png")
+    words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "?", "--answer", "!"]
+    assert cli.main(words) == 2
+    assert 'the reward model x reads captions: give at least one --caption "...".' in capsys.readouterr().err
+
+
+def test_a_stage_without_anything_asks_for_its_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sft"]) == 2
+    assert "give a recipe: `trl-llava sft --config recipe.yaml`" in capsys.readouterr().err

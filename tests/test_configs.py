@@ -62,6 +62,8 @@ def test_our_ppo_fields_are_neutral() -> None:
         (LlavaSFTConfig, {"pad_token": "x"}, "`pad_token` .* belongs to the processor"),
         (LlavaSFTConfig, {"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` must stay"),
         (LlavaSFTConfig, {"max_length": 0}, "`max_length` must be above 0, found 0"),
+        (LlavaSFTConfig, {"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be above 0, found 0"),
+        (LlavaModelConfig, {"lora_r": 0}, "`lora_r` must be above 0, found 0"),
         (LlavaRewardConfig, {"pad_token": "x"}, "`pad_token` .* belongs to the processor"),
         (
             LlavaRewardConfig,

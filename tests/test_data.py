@@ -10,6 +10,7 @@ from PIL import Image
 from trl import DatasetMixtureConfig
 
 from trl_llava.data import load_rows, rows_from
+from trl_llava.errors import NotFoundError
 from trl_llava.rows.contract import RowError, normalise_messages, place_images, stage_features
 
 PICTURE = {"type": "image", "text": None}
@@ -277,6 +278,11 @@ def test_missing_captions_name_the_row(folder, captions, problem):
     file = written(folder, captions, "captions.json")
     with pytest.raises(RowError, match=rf"train.json\[0\]: .*captions.json has {problem}"):
         load_rows(written(folder, [preference()]), "preference", captions_file=file)
+
+
+def test_a_captions_file_that_is_not_there_is_named(folder):
+    with pytest.raises(NotFoundError, match=r"captions_file: cannot read .*none\.json \(No such file or directory\)"):
+        load_rows(written(folder, [preference()]), "preference", captions_file=str(folder / "none.json"))
 
 
 @pytest.mark.parametrize("content", [["a"], {"a.png": "a cat"}, {"a.png": [1]}])

@@ -235,7 +235,7 @@ def test_picture_found_damaged_when_its_batch_is_made(work: Work, said: Any, wor
     status, line = said(lambda: train_sft.main([*words, "--dataloader_num_workers", workers]))
     assert status == 1
     assert line.startswith("error: cut.json[0]: the image ") and "cut.jpg cannot be read (" in line
-    assert line.endswith("Replace the file or leave the row out.")
+    assert line.endswith("Replace the file; on_bad_row `skip` leaves such rows out.")
 
 
 def test_the_recipe_itself_is_status_2(work: Work, said: Any) -> None:

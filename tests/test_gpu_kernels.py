@@ -45,6 +45,8 @@ def test_what_needs_a_gpu_is_refused_on_the_cpu() -> None:
         check_gpu_kernels(asked(CPU), None)
     with pytest.raises(InputError, match=r"flex_attention` cannot train on the CPU.*Use sdpa"):
         check_gpu_kernels(asked(CPU, liger=False), "flex_attention")
+    with pytest.raises(InputError, match=r"flash_attention_2` needs a GPU, and this run is on the CPU: use sdpa"):
+        check_gpu_kernels(asked(CPU, liger=False), "flash_attention_2")
     for attention in (None, "sdpa", "eager"):
         check_gpu_kernels(asked(CPU, liger=False), attention)
     check_gpu_kernels(asked(GPU, liger=False), "flex_attention")
@@ -106,4 +108,7 @@ def test_an_entry_point_refuses_before_it_loads(tmp_path: Path) -> None:
     for stage, more in ((train_sft, []), (train_reward, []), (train_ppo, ["--sft_model_path", "none"])):
         with pytest.raises(InputError, match="needs a GPU"):
             stage.main([*words, "--model_name_or_path", "none", "--use_liger_kernel", "true", *more])
+        for reporter in ("wandbb", "none_of_these"):
+            with pytest.raises(InputError, match=f"`report_to`: '{reporter}' is none of .*wandb"):
+                stage.main([*words, "--model_name_or_path", "none", "--report_to", reporter, *more])
         assert not (tmp_path / "out").exists()

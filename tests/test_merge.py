@@ -100,6 +100,11 @@ def test_never_into_4_bit_without_being_told(tiny_llava_dir: Path, tmp_path: Pat
     assert getattr(AutoConfig.from_pretrained(tmp_path / "dense"), "quantization_config", None) is None
 
 
+def test_a_whole_model_is_no_adapter(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no adapter: it has no adapter_config\.json"):
+        merge(str(tiny_llava_dir), tmp_path / "merged")
+
+
 def test_an_adapter_without_a_base_is_named(tiny_llava_dir: Path, tmp_path: Path) -> None:
     folder = adapter(tiny_llava_dir, tmp_path / "adapter")
     config = folder / "adapter_config.json"

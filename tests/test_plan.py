@@ -73,7 +73,10 @@ def test_a_trace_tells_parts_apart():
     assert (second.shape, third.shape) == ((4,), (1,))
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False}, {"loss_type": "nll"}])
+EVERY_OTHER = {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False}, EVERY_OTHER, {"loss_type": "nll"}])
 def test_sft_needs_what_is_planned(tiny_llava_dir, tmp_path, changes):
     trainer, plan = sft(tiny_llava_dir, tmp_path, fields_for(tiny_llava_dir), **changes)
     assert plan == pytest.approx(peak_of(trainer), rel=0.03)

@@ -15,6 +15,7 @@ from reference_passes import followed_by
 from safetensors.torch import load_file
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prompt_rows, weights
 from transformers import AutoProcessor, LlavaConfig, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
@@ -417,6 +418,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_llava_dir, adapter_dir, tmp
     assert losses(plain) == losses(checkpointed)
     expected = weights(plain)
     assert all(torch.equal(expected[name], value) for name, value in weights(checkpointed).items())
+
+
+def test_every_other_layer_may_be_checkpointed_and_nothing_deprecated_is_called(
+    tiny_llava_dir, adapter_dir, tmp_path, recwarn
+):
+    kwargs = {"every_n_layers": 2}
+    trainer = ppo_trainer(
+        tiny_llava_dir, adapter_dir, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs
+    )
+    for model in (trainer.policy_model, trainer.value_model):
+        layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]  # tower, then text
+    assert not [str(entry.message) for entry in recwarn if "gradient_checkpointing_enable" in str(entry.message)]
+    trainer.train()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny_llava_dir, adapter_dir, tmp_path):

@@ -151,7 +151,7 @@ def train_as_in_a_run(host: PeftModel, copies: dict[str, nn.Module], checkpointi
         if checkpointing:
             kwargs = {"use_reentrant": False}
             kwargs |= {"context_fn": checkpoint_contexts(host)} if model is host else {}
-            model.gradient_checkpointing_enable(kwargs)
+            model.activation_checkpointing_enable(kwargs)
 
 
 def assert_gradients_agree(host: PeftModel, roles: dict[str, Any], copies: dict[str, nn.Module]) -> None:
@@ -205,7 +205,7 @@ def test_without_its_contexts_checkpointing_would_give_the_wrong_gradients(
     for contexts in (True, False):
         host, roles = build_shared(tiny_llava_dir, adapters, args_for(tiny_llava_dir))
         kwargs = {"use_reentrant": False} | ({"context_fn": checkpoint_contexts(host)} if contexts else {})
-        host.train().gradient_checkpointing_enable(kwargs)
+        host.train().activation_checkpointing_enable(kwargs)
         value = loss(roles["value"], 0)
         with contextlib.suppress(torch.utils.checkpoint.CheckpointError):
             value.backward()
@@ -219,7 +219,7 @@ def test_a_graph_may_be_run_backward_twice_and_an_exception_leaves_no_role_behin
 ) -> None:
     adapters = save_adapters(tiny_llava_dir, tmp_path)
     host, roles = build_shared(tiny_llava_dir, adapters, args_for(tiny_llava_dir))
-    host.train().gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(host)})
+    host.train().activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(host)})
     policys = loss(host, 0).item()
     value = loss(roles["value"], 0)
     value.backward(retain_graph=True)

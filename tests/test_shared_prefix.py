@@ -151,7 +151,7 @@ def message(role: str, content: str) -> list[dict[str, str]]:
 
 def checkpointed(model: nn.Module, wanted: bool) -> nn.Module:
     if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

@@ -99,6 +99,8 @@ def load_adapter(
     """
     check_there("adapter", name, revision)
     check_safe_adapter(name, revision)
+    if find_file(name, "adapter_config.json", revision) is None:
+        raise InputError(f"'{name}' is no adapter: it has no adapter_config.json. Is it a whole model?")
     try:
         config = PeftConfig.from_pretrained(name, revision=revision)
         keys = load_peft_weights(name, device="cpu", revision=revision).keys()

@@ -7,11 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import trl_llava
-from trl_llava.errors import ExplainedError
-from trl_llava.processes.launch_config import config_folder, find_accelerate_config
+from trl_llava.errors import ExplainedError, InputError
+from trl_llava.processes.launch_config import config_folder, find_accelerate_config, start_as_many_as_asked
 from trl_llava.recipe_values import RecipeError
 
 STAGES = {
@@ -80,6 +80,8 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
         names = ", ".join(sorted(path.stem for path in config_folder().glob("*.yaml"))) or "the names"
         print(LAUNCH_HELP.format(names=names))
         return 0
+    if not words:
+        raise RecipeError(f"give a recipe: `trl-llava {stage} --config recipe.yaml`; --help lists its keys.")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -89,11 +91,13 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
 
     own_words = ["trl-llava", stage, *words]
     launch_parser = launch_command_parser()
+    launch_parser.error = _refuse_launch_option
     launch, training = split_arguments(words, parser.field_names, launch_parser)
     parser.check(training)
     # --quiet: the stage has already said what is wrong, the launcher's own traceback would only hide it.
     command = [*_complete(launch), "--quiet", "-m", f"trl_llava.train_{stage}", *training]
     options = launch_parser.parse_args(command)
+    start_as_many_as_asked(options)
     options.signals_to_handle = LEFT_TO_TORCHRUN
     with signals_passed_on() as received, patch_environment(**{COMMAND_VARIABLE: json.dumps(own_words)}):
         try:
@@ -147,6 +151,11 @@ def split_arguments(
                 raise RecipeError(f"unknown option `{word}`" + (f"; did you mean `--{close[0]}`?" if close else "."))
         target.append(word)
     return launch, training
+
+
+def _refuse_launch_option(message: str) -> NoReturn:
+    """The launcher's parser would print all of its options first."""
+    raise RecipeError(f"command line: {message}.")
 
 
 def _complete(launch: list[str]) -> list[str]:
@@ -232,11 +241,17 @@ def _score(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from trl_llava.factual_reward import FactualReward
+    from trl_llava.rows.contract import RowError
     from trl_llava.rows.images import load_image
 
     transformers_logging.disable_progress_bar()
-    image = load_image(args.image, "--image")
+    try:
+        image = load_image(args.image, "--image")
+    except RowError as error:
+        raise InputError(f"--image: {error.problem}.") from error  # what to do about a row is of no use here
     reward = FactualReward.from_pretrained(args.reward_model, revision=args.revision)
+    if reward.needs_captions and not args.caption:
+        raise RecipeError(f'the reward model {args.reward_model} reads captions: give at least one --caption "...".')
     prompt: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": args.question}]}
     ]

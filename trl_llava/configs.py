@@ -18,6 +18,7 @@ warnings.filterwarnings(
 )
 
 Overlong = Literal["error", "drop"]
+BATCH_FIELDS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 OVERLONG_HELP = (
     "What to do with a row that is longer than the limit: 'error' names it and stops, 'drop' leaves it out and counts "
     "it. Rows are never cut, because a cut through an image's tokens changes the image."
@@ -178,6 +179,7 @@ class LlavaModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         split_fields(self, model_name_or_path="model_revision", adapter_name_or_path="adapter_revision")
+        require_positive(self, "lora_r")
         super().__post_init__()
 
 
@@ -211,7 +213,7 @@ class LlavaSFTConfig(SFTConfig):
                 **ROWS_ARE_OURS,
             },
         )
-        require_positive(self, "max_length", "pad_to_multiple_of")
+        require_positive(self, "max_length", "pad_to_multiple_of", *BATCH_FIELDS)
         super().__post_init__()  # last: it looks at the hardware
 
     @property
@@ -262,7 +264,7 @@ class LlavaRewardConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         refuse(self, ROWS_ARE_OURS)
-        require_positive(self, "max_length", "pad_to_multiple_of")
+        require_positive(self, "max_length", "pad_to_multiple_of", *BATCH_FIELDS)
         keep_heads(self)
         if self.reward_centering == "none" and self.center_rewards_coefficient is not None:
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from trl_llava.configs import OVERLONG_HELP, TEMPLATE_HELP, Overlong, option, refuse, require_positive
+from trl_llava.configs import BATCH_FIELDS, OVERLONG_HELP, TEMPLATE_HELP, Overlong, option, refuse, require_positive
 from trl_llava.hub.names import split_fields
 
 
@@ -30,7 +30,7 @@ class LlavaDPOConfig(DPOConfig):
                 "pad_token": (None, "the pad token belongs to the processor; set it there and save it"),
             },
         )
-        require_positive(self, "max_length", "pad_to_multiple_of")
+        require_positive(self, "max_length", "pad_to_multiple_of", *BATCH_FIELDS)
         super().__post_init__()  # last: it looks at the hardware
 
 

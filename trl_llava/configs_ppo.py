@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl_llava.configs import (
+    BATCH_FIELDS,
     OVERLONG_HELP,
     ROWS_ARE_OURS,
     TEMPLATE_HELP,
@@ -177,7 +178,7 @@ class LlavaPPOConfig(VLLMOptions, PPOConfig):
         require_positive(self, "num_mini_batches", "num_ppo_epochs", "total_episodes", "response_length")
         require_positive(self, "local_rollout_forward_batch_size", "max_prompt_length", "temperature")
         require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size", "generation_cache_gib")
-        require_positive(self, "num_generations_per_prompt")
+        require_positive(self, "num_generations_per_prompt", *BATCH_FIELDS)
         require_positive(self, "missing_eos_penalty", "reward_scale")
         if self.image_cache_gib < 0:
             raise ValueError(f"`image_cache_gib` must be 0 or above, found {self.image_cache_gib!r}.")

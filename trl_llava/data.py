@@ -201,7 +201,8 @@ def _without_bad_rows(rows: Dataset, name: str, on_bad_row: str) -> Dataset:
     if bad and (on_bad_row == "error" or len(bad) == len(rows)):
         first = rows[bad[0]]
         more = f" ({len(bad)} of {len(rows)} rows cannot be used: {_counted(reasons)})" if len(bad) > 1 else ""
-        hint = "; on_bad_row `skip` leaves such rows out" if len(bad) < len(rows) else ""
+        said = "on_bad_row" in first["_fix"] or len(bad) == len(rows)
+        hint = "" if said else "; on_bad_row `skip` leaves such rows out"
         raise RowError(first["row_name"], first["_problem"] + more, first["_fix"] + hint, first["_reason"])
     if bad:
         names = rows["row_name"]

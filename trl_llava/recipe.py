@@ -17,6 +17,11 @@ from trl import TrlParser
 from trl_llava.recipe_values import RecipeDumper, RecipeError, RecipeLoader, convert, nearest
 
 LAUNCHER_KEYS = ("accelerate_config", "num_processes", "num_machines", "machine_rank", "mixed_precision", "gpu_ids")
+FIELD_GROUPS = {
+    "trl_llava": "fields that trl-llava adds or changes",
+    "trl": "fields of TRL",
+    "transformers": "fields of transformers",
+}
 SECRETS = frozenset({"hub_token", "token", "use_auth_token", "push_to_hub_token"})
 
 
@@ -70,7 +75,7 @@ class RecipeParser(TrlParser):
             dataclass_types,
             prog=prog,
             usage="%(prog)s --config recipe.yaml [--field value ...]",
-            epilog="Every field below is also a key of the recipe. `--field null` unsets a field that can be unset.",
+            description="Every field below is also a key of the recipe. `--field null` unsets one that can be unset.",
             allow_abbrev=False,
         )
         self._hints: dict[str, Any] = {}
@@ -89,6 +94,20 @@ class RecipeParser(TrlParser):
                 if bool in get_args(self._hints[action.dest]):
                     action.nargs, action.const = "?", True  # `--disable_tqdm`, like every other flag
         self._resolved: dict[str, Any] = {}
+        self._group_fields()
+
+    def _group_fields(self) -> None:
+        """Lets `--help` show our own fields first, of hundreds."""
+        origins = {
+            name: base.__module__.partition(".")[0]
+            for dataclass_type in self.dataclass_types
+            for base in reversed(dataclass_type.__mro__)  # whoever defines a field last
+            for name in vars(base).get("__annotations__", ())
+        }
+        groups = {origin: self.add_argument_group(title) for origin, title in FIELD_GROUPS.items()}
+        for action in [action for action in self._optionals._group_actions if action.dest in self._fields]:
+            self._optionals._group_actions.remove(action)
+            groups[origins[action.dest]]._group_actions.append(action)
 
     @property
     def field_names(self) -> frozenset[str]:

@@ -2,14 +2,17 @@
 
 import functools
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trl_llava import output_dir
 from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.console import quiet_libraries
+from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.hub.card_samples import write_samples
 from trl_llava.hub.model_card import card_facts, write_card_of
 from trl_llava.hub.repository import Repository, claim_repository
@@ -84,9 +87,10 @@ def begin(
 
     Raises:
         InputError: If kernels are asked for that need a GPU, and there is none.
-        MissingPackageError: If they are not installed.
+        MissingPackageError: If they, or what `report_to` names, are not installed.
         OutputDirError: If `output_dir` cannot be written or belongs to another run.
     """
+    _check_reporters(training_args)
     check_gpu_kernels(training_args, model_args.attn_implementation)
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
@@ -94,3 +98,12 @@ def begin(
     resuming = output_dir.wants_resume(training_args)  # also from the first step, if it was killed before it had more
     repository = claim_repository(training_args, script_args, model_args, recipe, resuming=resuming)
     return StageRun(stage, script_args, training_args, recipe, checkpoint, repository)
+
+
+def _check_reporters(args: TrainingArguments) -> None:
+    """Stop for a reporter that transformers would only miss when all models are loaded."""
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"`report_to`: {name!r} is none of {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name in ("comet_ml", "mlflow", "trackio", "wandb") and find_spec(name) is None:
+            raise MissingPackageError(f"`report_to: {name}` needs {name}: `pip install {name}`, or leave it out")

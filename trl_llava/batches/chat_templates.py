@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, ProcessorMixin
 
 from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 
@@ -43,10 +44,12 @@ def _template_of_model(name: str, trust_remote_code: bool) -> str:
     expected = f"expected `{VICUNA_V1}`, a .jinja file, or a model's Hub ID or folder"
     name, revision = split_revision("`chat_template_path`", name)
     try:
+        check_there("chat_template_path", name, revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         template = tokenizer.chat_template
     except (OSError, ValueError) as error:
-        raise NotFoundError(f"`chat_template_path`: cannot load {name!r}; {expected}. The cause: {error}") from error
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise NotFoundError(f"`chat_template_path`: cannot load {name!r}; {expected}. The cause: {cause}") from error
     if not isinstance(template, str):
         raise InputError(f"`chat_template_path`: the model {name!r} has no chat template; {expected}.")
     return template

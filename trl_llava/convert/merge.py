@@ -75,10 +75,13 @@ def merge(
         The check's numbers.
 
     Raises:
-        ValueError: If the base is quantised and `quantized` is false, or the merged model computes something else.
+        ValueError: If it is no adapter, the base is quantised and `quantized` is false, or the merged model computes
+            something else.
     """
     adapter, revision = split_revision("the adapter", adapter, revision)
     check_there("the adapter", adapter, revision)
+    if find_file(adapter, "adapter_config.json", revision) is None:
+        raise InputError(f"'{adapter}' is no adapter: it has no adapter_config.json. A whole model needs no merging")
     config = PeftConfig.from_pretrained(adapter, revision=revision)
     if not (base or config.base_model_name_or_path):
         raise InputError(f"the adapter '{adapter}' does not name its base model. Name it with --base")

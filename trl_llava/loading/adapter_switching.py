@@ -82,7 +82,7 @@ def checkpoint_contexts(
     """What `torch.utils.checkpoint` takes as `context_fn`: a recomputation then runs with the adapter of its forward.
 
     Args:
-        model: A PEFT model; its `gradient_checkpointing_enable` hands the function on.
+        model: A PEFT model; its `activation_checkpointing_enable` hands the function on.
 
     Returns:
         The function: called in a forward pass, it returns the contexts of this pass and of its recomputation.

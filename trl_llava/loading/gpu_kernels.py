@@ -33,6 +33,10 @@ def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) 
             "`attn_implementation: flex_attention` cannot train on the CPU, where torch has no backward pass for it. "
             "Use sdpa, or a GPU"
         )
+    if str(attn_implementation).startswith("flash_attention") and on_cpu:
+        raise InputError(
+            f"`attn_implementation: {attn_implementation}` needs a GPU, and this run is on the CPU: use sdpa"
+        )
     if args.use_liger_kernel and on_cpu:
         raise InputError(
             "`use_liger_kernel: true` needs a GPU, and this run is on the CPU: leave it out. It changes no result"

@@ -79,9 +79,10 @@ def read_settings(name: str, given: JudgingPrompt | None = None, *, revision: st
     if path is None:
         if given is None:
             raise InputError(
-                f"'{name}' has no {SETTINGS_FILE}, so the prompt that it was trained with is not known, and with "
-                "another one its scores are near chance. Pass judging_prompt=JudgingPrompt(...) (the paper's is the "
-                "default, with_captions=False its plain variant); save_pretrained then keeps it"
+                f"'{name}' has no {SETTINGS_FILE}, which `trl-llava reward` and `trl-llava convert` write: the prompt "
+                "that it was trained with is not known, and with another one its scores are near chance. Name a "
+                "factual reward model; for one without the file, pass judging_prompt=JudgingPrompt(...) in Python "
+                "(the paper's is the default, with_captions=False its plain variant); save_pretrained then keeps it"
             )
         return RewardSettings(given, None)
     settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -167,8 +167,8 @@ def _read_recipe(stage: str, words: list[str]) -> tuple[dict[str, Any], LlavaMod
     # What the configs find out about this machine does not matter.
     configs = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
     quiet_libraries(configs[1])
-    for name in values:  # `name@revision` is two fields by now
-        if name.endswith(("_model_path", "_model_revision")):
+    for name in values:  # `name@revision` is two fields by now, and `activation_checkpointing` has its old name too
+        if name.endswith(("_model_path", "_model_revision")) or name.startswith("gradient_checkpointing"):
             values[name] = getattr(configs[1], name)
     model_args = next(config for config in configs if isinstance(config, LlavaModelConfig))
     model_args.trust_remote_code = configs[1].trust_remote_code

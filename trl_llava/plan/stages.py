@@ -272,9 +272,16 @@ def prepare(model: nn.Module, settings: Settings, checkpointing: dict[str, Any] 
 
     Returns:
         The model, in train mode.
+
+    Raises:
+        InputError: If activations are kept in CPU memory, which no formula here knows.
     """
     if settings.checkpointing:
-        model.gradient_checkpointing_enable(checkpointing or {"use_reentrant": False})
+        given = dict(checkpointing or {})
+        if given.pop("offload", False):
+            raise InputError("gradient_checkpointing_kwargs: what `offload` takes is not known here; plan without it")
+        every = given.pop("every_n_layers", 1)
+        model.activation_checkpointing_enable(given or None, every_n_layers=every)
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
     return model.train()

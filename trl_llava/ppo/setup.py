@@ -97,7 +97,7 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
         compile_layers(model, args)
         if args.gradient_checkpointing:
             shared = any(isinstance(other, AdapterRole) for other in models)
-            model.gradient_checkpointing_enable(_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
+            model.activation_checkpointing_enable(**_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
     if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
         # DeepSpeed clips by itself; left at "auto" it would clip at 1.
         plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
@@ -106,6 +106,8 @@ def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Ac
 def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool) -> dict[str, Any]:
     """The keyword arguments of checkpointing, under which each role's pass is repeated as that role."""
     kwargs = {"use_reentrant": False, **(given or {})}
+    # These two are transformers' own, the others torch's; its Trainer takes them apart too.
+    own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     if shared and kwargs["use_reentrant"]:
         raise InputError(
             "`gradient_checkpointing_kwargs: {use_reentrant: true}` would repeat the value model's passes as the "
@@ -113,7 +115,7 @@ def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool)
         )
     if isinstance(model, PeftModel) and not kwargs["use_reentrant"]:
         kwargs.setdefault("context_fn", checkpoint_contexts(model))
-    return kwargs
+    return {"activation_checkpointing_kwargs": kwargs, **own}
 
 
 def rounds_alike(policy: nn.Module, args: LlavaPPOConfig, accelerator: Accelerator) -> bool:

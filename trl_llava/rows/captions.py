@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from trl_llava.errors import InputError
+from trl_llava.errors import InputError, NotFoundError
 from trl_llava.rows.contract import RowError
 
 MULTIPLE_CHOICE_PREFIX = "aok_"
@@ -52,11 +52,14 @@ def read_captions(path: str) -> dict[str, list[str]]:
         Captions by image name.
 
     Raises:
+        OSError: If there is no such file.
         ValueError: If it is no JSON object of lists of texts.
     """
     try:
         captions = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise NotFoundError(f"captions_file: cannot read {path} ({error.strerror}).") from error
+    except ValueError as error:  # no JSON, or no text at all
         raise InputError(
             f"captions_file {path} is not JSON ({error}). Expected {{image name: [captions]}}."
         ) from error

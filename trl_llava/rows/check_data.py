@@ -129,10 +129,12 @@ def find_stage(words: Sequence[str]) -> str:
         The stage: the first word of the file's name, or the only one that knows all keys.
 
     Raises:
-        RecipeError: If several or none do.
+        RecipeError: If several or none do, or there is no such file.
     """
     path = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"), "")
     path = next((word.partition("=")[2] for word in words if word.startswith("--config=")), path)
+    if path and not os.path.isfile(path):
+        raise RecipeError(f"cannot read the recipe {path}: there is no such file.")
     first = os.path.basename(path).split(".")[0].split("_")[0]
     if first in ROWS_OF:
         return first
@@ -145,7 +147,8 @@ def find_stage(words: Sequence[str]) -> str:
         fitting.append(stage)
     if len(fitting) != 1:
         known = f"fits {' and '.join(fitting)}" if fitting else f"fits none of {', '.join(ROWS_OF)}"
-        raise RecipeError(f"{path or 'the command line'} {known}: say with --stage which one it is for.")
+        recipe = path or "without --config, the command line"
+        raise RecipeError(f"{recipe} {known}: say with --stage which one it is for.")
     return fitting[0]
 
 

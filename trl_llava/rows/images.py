@@ -256,6 +256,5 @@ def _too_large(row_name: str, problem: str) -> RowError:
 def _damaged(ref: ImageRef, row_name: str, error: Exception) -> RowError:
     path = ref.get("path") if isinstance(ref, dict) else ref
     named = f"the image {path}" if isinstance(path, str) else "the image"
-    return RowError(
-        row_name, f"{named} cannot be read ({error})", "Replace the file or leave the row out", "damaged image"
-    )
+    fix = "Replace the file; on_bad_row `skip` leaves such rows out"
+    return RowError(row_name, f"{named} cannot be read ({error})", fix, "damaged image")
