@@ -107,7 +107,7 @@ def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool)
     """The keyword arguments of checkpointing, under which each role's pass is repeated as that role."""
     kwargs = {"use_reentrant": False, **(given or {})}
     # These two are transformers' own, the others torch's; its Trainer takes them apart too.
-    own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    own: dict[str, Any] = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     if shared and kwargs["use_reentrant"]:
         raise InputError(
             "`gradient_checkpointing_kwargs: {use_reentrant: true}` would repeat the value model's passes as the "
