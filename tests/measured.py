@@ -15,9 +15,9 @@ from PIL import Image as Pictures
 
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.plan.command import need_of
-from trl_llava.plan.memory_model import Processes
+from trl_llava.plan.job import Job, Settings
 from trl_llava.plan.memory_trace import MemoryTrace
-from trl_llava.plan.stages import Job, Settings
+from trl_llava.plan.sharing import Processes
 
 QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_length": None}
 

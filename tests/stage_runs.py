@@ -149,7 +149,7 @@ def write_config(folder: Path, backend: dict[str, Any], processes: int, **config
         folder: where it goes.
         backend: one of `BACKENDS`.
         processes: how many there are, on all machines.
-        config: changes of the configuration; its keys are the launcher's.
+        config: changes of the configuration; its keys are the launcher's, and None leaves one out.
     """
     settings = {
         **backend,
@@ -163,7 +163,7 @@ def write_config(folder: Path, backend: dict[str, Any], processes: int, **config
         **config,
     }
     file = folder / f"accelerate_{settings['machine_rank']}.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
     return file
 
 

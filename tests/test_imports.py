@@ -18,6 +18,8 @@ LAYERS = (
         "console",
         "online_rl",
         "processes.launch_config",
+        "plan.job",
+        "plan.micro_batches",
         "plan.ppo",
         "plan.processes",
         "plan.report",
@@ -74,7 +76,9 @@ LAYERS = (
         *(
             "plan.dry_models",
             "plan.dry_passes",
+            "plan.dry_steps",
             "plan.memory_model",
+            "plan.sharing",
             "models",
             "batches.chat_templates",
             "hub.lookup",

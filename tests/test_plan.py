@@ -5,7 +5,6 @@ there are padding masks, as in any real batch; the longest is the plan's.
 """
 
 import json
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,19 @@ from trl_llava.loading.policy_start import load_policy_start
 from trl_llava.loading.score_start import load_score_model
 from trl_llava.plan.command import _make_parser, make_plan, need_of, read_job
 from trl_llava.plan.dry_models import QuantizedLinear, add_adapter, build_policy
-from trl_llava.plan.memory_model import Processes, gradients, kv_cache, optimizer_states, share, weights
+from trl_llava.plan.job import Settings
+from trl_llava.plan.memory_model import kv_cache, optimizer_states, weights
 from trl_llava.plan.memory_trace import MemoryTrace
 from trl_llava.plan.processes import find_processes
-from trl_llava.plan.stages import Settings
+from trl_llava.plan.sharing import (
+    Processes,
+    ZeroSizes,
+    cast_as_deepspeed,
+    gathered,
+    gradients_at_the_step,
+    gradients_backwards,
+    gradients_between_steps,
+)
 from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sft_trainer import LlavaSFTTrainer
@@ -170,21 +178,48 @@ def test_the_formulae_of_states_gradients_and_cache(tiny_llava_dir):
     numbers = [torch.nn.Parameter(torch.zeros(10)), torch.nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))]
     assert optimizer_states(numbers, "adamw_torch_fused") == 2 * 50
     assert optimizer_states(numbers, "adamw_bnb_8bit") == 2 * 15
-    assert gradients(numbers, Processes()) == 50
-    assert gradients(numbers, Processes(4)) == 100  # and DDP's buckets
+    assert gradients_at_the_step(numbers, Processes()) == 50
+    assert gradients_at_the_step(numbers, Processes(4)) == 100  # and DDP's buckets
     config = AutoConfig.from_pretrained(tiny_llava_dir)
     assert kv_cache(config, rows=3, length=10, bytes_per_number=2) == 2 * (2 + 1) * 2 * 8 * 3 * 10 * 2
     with pytest.raises(InputError, match="optim is 'lomo'"):
         optimizer_states(numbers, "lomo")
 
 
+FORMULAE = ("weights", "optimizer", "all the time", "backwards", "step", "gathered")
+
+
 @pytest.mark.parametrize(
-    ("stage", "expected"), [(0, (8, 8, 8, 8)), (1, (8, 8, 2, 8)), (2, (8, 2, 2, 8)), (3, (2, 2, 2, 8))]
+    ("processes", "expected"),
+    [
+        (Processes(4, 0), (4040, 8080, 0, 4040, 8080, 0)),
+        (Processes(4, 1), (4040, 3032, 0, 200, 6064, 0)),
+        (Processes(4, 2), (4040, 3032, 0, 2224, 4048, 0)),
+        (Processes(4, 3), (1052, 3032, 1212, 0, 1012, 2400)),
+        (Processes(4, 3, fsdp=True), (1012, 2020, 0, 0, 1010, 0)),
+    ],
+    ids=["ddp", "zero1", "zero2", "zero3", "fsdp"],
 )
-def test_zero_shares_out_by_stage(stage, expected):
-    parts = Counter(base=8, gradients=8, optimizer=8, activations=8)
-    shared = share(parts, Processes(4, stage))
-    assert tuple(shared[name] for name in ("base", "gradients", "optimizer", "activations")) == expected
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_each_of_four_processes_holds(processes, expected, bf16):
+    """A weight of 1000 numbers and one of 10, which ZeRO-3 keeps whole: a share is 253 numbers."""
+    layer = torch.nn.Linear(100, 10)
+    numbers = list(layer.parameters())
+    processes = replace(processes, sizes=ZeroSizes(reduce_bucket=50, persistent=10, live=600))
+    if bf16:
+        cast_as_deepspeed([layer], processes, bf16)
+        in_bf16 = {1: (2020, 3032, 0, 100, 4044, 0), 2: (2020, 3032, 0, 1112, 3036, 0)}
+        in_bf16[3] = (526, 3032, 606, 0, 1518, 1200)
+        expected = in_bf16.get(processes.zero_stage, expected) if processes.deepspeed else expected
+    found = (
+        weights(layer, processes)["base"],
+        optimizer_states(numbers, "adamw_torch_fused", processes),
+        gradients_between_steps(numbers, processes),
+        gradients_backwards(numbers, processes, accumulated=True),
+        gradients_at_the_step(numbers, processes),
+        gathered([layer], processes),
+    )
+    assert dict(zip(FORMULAE, found, strict=True)) == dict(zip(FORMULAE, expected, strict=True))
 
 
 def recipe(folder: Path, name: str = "sft.yaml", **changes: Any) -> str:
@@ -309,7 +344,7 @@ def test_a_revision_is_looked_up_in_the_cache_and_no_one_is_asked(tiny_llava_dir
     ("lines", "count", "expected"),
     [
         ({"distributed_type": "MULTI_GPU", "num_processes": 4}, None, Processes(4, 0)),
-        ({"distributed_type": "FSDP", "num_processes": -1}, 2, Processes(2, 3)),
+        ({"distributed_type": "FSDP", "num_processes": -1}, 2, Processes(2, 3, fsdp=True)),
         (
             {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}, "num_processes": 8},
             3,
@@ -327,6 +362,24 @@ def test_a_launch_configuration_says_how_a_run_is_shared_out(tmp_path, monkeypat
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
     (tmp_path / "launch.yaml").write_text(json.dumps(lines))
     assert find_processes("launch.yaml", count) == expected
+
+
+def test_sizes_of_deepspeed_are_read_and_auto_is_of_the_models_width(tmp_path):
+    own = tmp_path / "ds.json"
+    zero = {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "overlap_comm": True,
+    }
+    own.write_text(json.dumps({"zero_optimization": {**zero, "stage3_max_live_parameters": 1e6}}))
+    launch = {**DEEPSPEED, "deepspeed_config": {"deepspeed_config_file": str(own)}}
+    (tmp_path / "launch.yaml").write_text(json.dumps(launch))
+    sizes = find_processes(str(tmp_path / "launch.yaml"), 2).for_width(32).sizes
+    assert sizes == ZeroSizes(reduce_bucket=1024, persistent=320, live=1_000_000, overlap=True)
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    with pytest.raises(RecipeError, match=r"ds\.json offloads"):
+        find_processes(str(tmp_path / "launch.yaml"), 2)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.factual_reward import FactualReward
 from trl_llava.models import load_sequence_classifier
 from trl_llava.plan.command import need_of
-from trl_llava.plan.memory_model import Processes
+from trl_llava.plan.job import Job, Need, Settings
 from trl_llava.plan.roles import load_roles
-from trl_llava.plan.stages import Job, Need, Settings
+from trl_llava.plan.sharing import Processes
 from trl_llava.ppo import ask as ppo_ask
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.train_ppo import load_all

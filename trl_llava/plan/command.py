@@ -19,10 +19,11 @@ from rich.console import Console
 
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.console import quiet_libraries
+from trl_llava.plan.job import Job, Need, Settings
 from trl_llava.plan.ppo import ppo_need
 from trl_llava.plan.processes import find_processes
 from trl_llava.plan.report import Plan, as_dict, describe, print_fitting, print_need
-from trl_llava.plan.stages import Job, Need, Settings, supervised_need
+from trl_llava.plan.stages import supervised_need
 from trl_llava.plan.starts import Sources
 from trl_llava.ppo.generation_batches import GIB
 from trl_llava.recipe_values import RecipeError

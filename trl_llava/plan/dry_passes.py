@@ -1,4 +1,4 @@
-"""What one step of each stage computes, on fake tensors: the bytes it holds at its worst moment are what it will need.
+"""What the passes of a PPO step compute, on fake tensors, and what all dry runs take and watch.
 
 Letters: `B` batch, `L` sequence, `V` vocabulary, `H` hidden, `I` images, `N` image tokens.
 """
@@ -10,21 +10,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from trl.trainer.utils import entropy_from_logits
 
 from trl_llava.forward.chunked_head import Sampling, token_statistics
 from trl_llava.forward.shared_prefix import attention_mask_for
 from trl_llava.loading.base_model import base_of
 from trl_llava.plan.memory_trace import MemoryTrace
+from trl_llava.plan.sharing import Processes
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
-
-CHUNK = 256
-"""Tokens whose logits TRL's `loss_type: chunked_nll` has in memory at once."""
 
 
 def image_inputs(config: PreTrainedConfig, images: int) -> dict[str, Any]:
@@ -92,13 +87,59 @@ def autocast(bf16: bool) -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext()
 
 
-def follow_parts(model: nn.Module, trace: MemoryTrace) -> None:
+@contextmanager
+def linear_as_it_runs(processes: Processes) -> Iterator[None]:
+    """Under ZeRO-3, DeepSpeed's linear layers keep their input for the backward pass, frozen ones too.
+
+    Args:
+        processes: How the run is shared out.
+
+    Yields:
+        Nothing.
+    """
+    if not processes.deepspeed or processes.zero_stage < 3:
+        yield
+        return
+    with patch("torch.nn.functional.linear", _Linear.apply):
+        yield
+
+
+class _Linear(torch.autograd.Function):
+    """DeepSpeed's `LinearFunctionForZeroStage3`, as far as it decides what is in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        ctx.save_for_backward(input, weight, bias)
+        output = input @ weight.t()
+        return output if bias is None else output.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight, _ = ctx.saved_tensors
+        needs, flat = ctx.needs_input_grad, gradient.flatten(0, -2)
+        return (
+            gradient @ weight if needs[0] else None,
+            flat.t() @ input.flatten(0, -2) if needs[1] else None,
+            flat.sum(0) if len(needs) > 2 and needs[2] else None,
+        )
+
+
+def follow_parts(model: nn.Module, trace: MemoryTrace, *, gradients_taken: bool) -> None:
     """Count what is made inside of tower and projector, and what becomes a gradient, as parts of their own.
 
     Args:
         model: The model that will run.
         trace: The trace that it will run under.
+        gradients_taken: Whether each gradient is taken away as soon as it is there.
     """
+
+    def keep(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        trace.hold([parameter.grad], "gradients")
+
+    def take(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
     seeing = {*TOWER_NAMES, *PROJECTOR_NAMES}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in seeing:
@@ -106,97 +147,7 @@ def follow_parts(model: nn.Module, trace: MemoryTrace) -> None:
             module.register_forward_hook(lambda *_: setattr(trace, "part", "activations"))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: trace.hold([p.grad], "gradients"))
-
-
-def sft_step(model: nn.Module, batch: dict[str, Any], trace: MemoryTrace, *, bf16: bool, loss_type: str) -> None:
-    """Forward and backward pass of SFT.
-
-    `chunked_nll` has the logits of 256 tokens in memory, and the whole output layer in fp32; `nll` all B x L x V of
-    them: as the layer makes them, in fp32, and their gradient.
-
-    Args:
-        model: The policy.
-        batch: (B, L) ids and mask, and images.
-        trace: Follows the bytes.
-        bf16: Whether it trains in bf16.
-        loss_type: TRL's.
-    """
-    base = base_of(model)
-    labels = torch.ones_like(batch["input_ids"])
-    if loss_type == "chunked_nll":
-        with autocast(bf16):
-            hidden = base.base_model(**batch, use_cache=False).last_hidden_state
-            with trace.counting_as("logits"):
-                loss = _chunked_loss(hidden, base.get_output_embeddings(), labels)
-        del hidden
-    else:
-        run = convert_outputs_to_fp32(autocast(True)(model.forward)) if bf16 else model.forward
-        output = run(**batch, labels=labels, use_cache=False)
-        loss = output.loss
-        with torch.no_grad(), trace.counting_as("logits"):
-            entropy_from_logits(output.logits[..., :-1, :])
-            output.logits[..., :-1, :].argmax(-1)
-        del output  # but for what the backward pass needs
-    loss.backward()
-
-
-def _chunked_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
-    """TRL's `_chunked_cross_entropy_loss`, whose loop asks for the number of labelled tokens; here all are."""
-    hidden = hidden[..., :-1, :].reshape(-1, hidden.shape[-1])
-    hidden = hidden[(labels[..., 1:].reshape(-1) != -100).to(torch.int8).argsort(descending=True, stable=True)]
-    flat = labels[..., 1:].reshape(-1)
-    loss = entropy = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(flat), CHUNK):
-        rows = slice(start, start + CHUNK)
-        part, more = checkpoint(_chunk, hidden[rows], head.weight, flat[rows], use_reentrant=False)
-        loss, entropy = loss + part, entropy + more
-    return loss / len(flat)
-
-
-def _chunk(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and entropy of some tokens; TRL computes the entropy with gradients on, so autograd keeps what it needs."""
-    logits = hidden.float() @ weight.float().t()  # named, so that it lives as long as in TRL's
-    logprobs = nn.functional.log_softmax(logits, dim=-1)
-    loss = nn.functional.nll_loss(logprobs, labels, reduction="sum")
-    logprobs.argmax(-1)
-    return loss, -(logprobs.exp() * logprobs).sum()
-
-
-def reward_step(
-    model: nn.Module, config: PreTrainedConfig, pairs: int, images: int, length: int, *, shared: int, bf16: bool
-) -> None:
-    """Forward and backward pass of the reward model over pairs, each picture encoded once.
-
-    What both answers share runs once too: a pair is one row of twice its length less what is shared, under a mask of
-    that length squared. With nothing shared it is two rows.
-
-    Args:
-        model: The reward model.
-        config: Its configuration.
-        pairs: B.
-        images: Pictures of each pair.
-        length: L of the longer answer, with all that comes before it.
-        shared: Tokens that both answers of a pair begin with, as far as they run once.
-        bf16: Whether it trains in bf16.
-    """
-    base = base_of(model)
-    seen = image_inputs(config, pairs * images)
-    with autocast(bf16):
-        if shared:
-            batch = text_inputs(pairs, 2 * length - shared)
-            segments = torch.ones_like(batch["input_ids"])
-            mask = attention_mask_for(base, segments)
-            hidden = base.model(
-                input_ids=batch["input_ids"], attention_mask=mask, position_ids=segments, use_cache=False, **seen
-            ).last_hidden_state
-            ends = torch.zeros(2, pairs, dtype=torch.long)
-            logits = base.score(hidden[torch.arange(pairs), ends].flatten(0, 1).to(base.score.weight.dtype))
-            del hidden
-        else:
-            logits = model(**text_inputs(2 * pairs, length), **seen, image_copies=2, use_cache=False).logits
-        chosen, rejected = logits.float().squeeze(-1).chunk(2)
-    (-nn.functional.logsigmoid(chosen - rejected).mean()).backward()
+            parameter.register_post_accumulate_grad_hook(take if gradients_taken else keep)
 
 
 def encode(model: nn.Module, config: PreTrainedConfig, images: int) -> list[torch.Tensor]:

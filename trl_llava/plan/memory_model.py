@@ -13,12 +13,14 @@ from transformers import PreTrainedConfig
 
 from trl_llava.errors import InputError
 from trl_llava.models import HEAD
+from trl_llava.plan.sharing import Processes, bytes_of, masters
 from trl_llava.ppo.generation_batches import bytes_per_token
 
 PARTS = (
     "base",
     "adapters",
     "heads",
+    "gathered weights",
     "optimizer",
     "gradients",
     "activations",
@@ -37,19 +39,7 @@ STATE_BYTES = {
 }
 """States per trained number: tensors of the weights' own dtype, or bytes."""
 
-
-@dataclass(frozen=True)
-class Processes:
-    """How a run is shared out.
-
-    Attributes:
-        count: Number of processes, one GPU each.
-        zero_stage: What DeepSpeed shares out: 1 optimizer states, 2 gradients too, 3 weights too (as FSDP does); 0
-            with DDP, which shares nothing.
-    """
-
-    count: int = 1
-    zero_stage: int = 0
+ALONE = Processes()
 
 
 @dataclass
@@ -86,7 +76,7 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
-def weights(model: nn.Module) -> Counter[str]:
+def weights(model: nn.Module, processes: Processes = ALONE) -> Counter[str]:
     """Weights by part: numbers times the bytes of their dtype; tied weights count once.
 
     Adapters are what PEFT has put on, and heads what scores; PEFT trains a copy of a head and keeps the original, so
@@ -94,9 +84,10 @@ def weights(model: nn.Module) -> Counter[str]:
 
     Args:
         model: A model, with or without PEFT around it.
+        processes: How the run is shared out.
 
     Returns:
-        Bytes of "base", "adapters" and "heads".
+        Bytes of "base", "adapters" and "heads", of one process.
     """
     found: dict[int, tuple[str, int]] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -107,7 +98,7 @@ def weights(model: nn.Module) -> Counter[str]:
             part = "heads"
         else:
             part = "adapters" if "modules_to_save" in words else "base"
-        found[id(tensor)] = (part, tensor.numel() * tensor.element_size())
+        found[id(tensor)] = (part, bytes_of(tensor, processes))
     parts: Counter[str] = Counter()
     for part, count in found.values():
         parts[part] += count
@@ -126,12 +117,15 @@ def trained(models: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list({id(p): p for model in models for p in model.parameters() if p.requires_grad}.values())
 
 
-def optimizer_states(parameters: list[nn.Parameter], optim: str) -> int:
+def optimizer_states(parameters: list[nn.Parameter], optim: str, processes: Processes = ALONE) -> int:
     """States of the optimizer: AdamW keeps two numbers per trained number, in that weight's dtype or in 8 bits.
+
+    DeepSpeed's works on fp32 copies, which count as states.
 
     Args:
         parameters: What is trained.
         optim: The recipe's `optim`.
+        processes: How the run is shared out.
 
     Returns:
         Bytes.
@@ -142,36 +136,29 @@ def optimizer_states(parameters: list[nn.Parameter], optim: str) -> int:
     if optim not in STATE_BYTES:
         raise InputError(f"optim is '{optim}', whose memory is not known here; it is for {', '.join(STATE_BYTES)}")
     kind, count = STATE_BYTES[optim]
-    return count * (size(parameters) if kind == "as weights" else sum(p.numel() for p in parameters))
+    numbers = sum(p.numel() for p in parameters)
+    if kind == "as weights":
+        numbers = 4 * numbers if processes.deepspeed else size(parameters)
+    shared = processes.share(numbers) if processes.zero_stage else numbers
+    return count * shared + masters(parameters, processes)
 
 
-def gradients(parameters: list[nn.Parameter], processes: Processes) -> int:
-    """Gradients when all are there: one number per trained number, in its dtype.
-
-    DDP holds them twice, as it averages them in buckets of its own.
-
-    Args:
-        parameters: What is trained.
-        processes: How the run is shared out.
-
-    Returns:
-        Bytes.
-    """
-    copies = 2 if processes.count > 1 and not processes.zero_stage else 1
-    return copies * size(parameters)
-
-
-def step_buffers(parameters: list[nn.Parameter], optim: str) -> int:
+def step_buffers(parameters: list[nn.Parameter], optim: str, processes: Processes = ALONE) -> int:
     """What the optimizer needs while it steps: `adamw_torch` works on all tensors at once, with a copy of them.
+
+    Under ZeRO-1 and -2 that takes what gradients took before, which are gone by then, and under ZeRO-3 some of it.
 
     Args:
         parameters: What is trained.
         optim: The recipe's `optim`.
+        processes: How the run is shared out.
 
     Returns:
         Bytes; 0 for the fused and the 8-bit ones.
     """
-    return size(parameters) if optim in ("adamw_torch", "sgd") else 0
+    if optim not in ("adamw_torch", "sgd") or (processes.deepspeed and processes.zero_stage < 3):
+        return 0
+    return processes.share(size(parameters)) if processes.zero_stage else size(parameters)
 
 
 def kv_cache(config: PreTrainedConfig, rows: int, length: int, bytes_per_number: int) -> int:
@@ -201,19 +188,3 @@ def without_growth(config: PreTrainedConfig, grown: int) -> int:
     """
     layers = config.get_text_config().num_hidden_layers
     return grown * layers // (layers + 1)
-
-
-def share(parts: Counter[str], processes: Processes) -> Counter[str]:
-    """What one process holds of it: ZeRO-1 divides the optimizer, ZeRO-2 gradients too, ZeRO-3 (and FSDP) weights too.
-
-    Args:
-        parts: Bytes by part of one process on its own.
-        processes: How the run is shared out.
-
-    Returns:
-        Bytes by part, rounded up. The layer that ZeRO-3 has gathered at a time and DeepSpeed's buffers are not in it.
-    """
-    shared = {0: (), 1: ("optimizer",), 2: ("optimizer", "gradients")}.get(
-        processes.zero_stage, ("optimizer", "gradients", "base", "adapters", "heads")
-    )
-    return Counter({part: -(-count // processes.count) if part in shared else count for part, count in parts.items()})

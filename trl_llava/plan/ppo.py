@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +22,12 @@ from trl_llava.plan.dry_passes import (
     response_states,
     text_inputs,
 )
-from trl_llava.plan.memory_model import Moment, kv_cache, optimizer_states, share, trained, without_growth
+from trl_llava.plan.job import Job, Need, Settings
+from trl_llava.plan.memory_model import ALONE, Moment, kv_cache, trained, without_growth
 from trl_llava.plan.memory_trace import MemoryTrace
+from trl_llava.plan.micro_batches import Shape, largest
 from trl_llava.plan.roles import Roles, load_roles
-from trl_llava.plan.stages import Job, Need, Settings, dry_run, optimizer_step, prepare
+from trl_llava.plan.stages import between_steps, dry_run, optimizer_step, prepare
 from trl_llava.plan.starts import judged_length
 from trl_llava.ppo.generation_batches import CPU_GIB, GIB, SHARE_OF_FREE, bytes_per_token, rows_at_once
 from trl_llava.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
@@ -49,45 +52,22 @@ def ppo_need(job: Job, settings: Settings) -> Need:
         NotFoundError: If the config of a model cannot be read.
     """
     roles = load_roles(job, settings)
+    job = replace(job, processes=job.processes.for_width(roles.config("policy").get_text_config().hidden_size))
     parameters = trained([roles.policy, roles.value])
-    states = Counter(optimizer=optimizer_states(parameters, job.values["optim"]))
-    held = share(roles.held(but="reward") + states, job.processes) + roles.held(only="reward")
-    gathered: Counter[str] = Counter()  # ZeRO-3's whole weights, besides each process's share
-    if job.processes.zero_stage == 3 and job.values["ds3_gather_for_generation"]:
-        gathered = roles.held(but="reward")
+    held = roles.held(job.processes, but="reward") + roles.held(only="reward") + between_steps(parameters, job)
     phases = _Phases(job, settings, roles, held)
-    update_rows = settings.rows * settings.accumulation // job.values["num_mini_batches"]
-    peaks = {"images": phases.images() + gathered, "generation": phases.generation() + gathered}
+    accumulated = settings.rows * settings.accumulation // job.values["num_mini_batches"] > settings.rows
+    peaks = {"images": phases.images(), "generation": phases.generation()}
+    if job.processes.zero_stage == 3 and job.values["ds3_gather_for_generation"]:
+        for peak in peaks.values():  # all of it, besides each process's share
+            peak["gathered weights"] = roles.held(but="reward").total()
     peaks["passes"] = phases.passes()
     if roles.reward is not None:
         peaks["rewards"] = phases.rewards()
-    peaks["update"] = share(phases.update(accumulated=update_rows > settings.rows), job.processes)
+    peaks["update"] = phases.update(accumulated=accumulated)
     moments = [Moment(name, held + peak) for name, peak in peaks.items()]
     moments.append(optimizer_step(held, parameters, job))
     return Need(moments, phases.host, [*roles.notes, *phases.notes])
-
-
-class Shape(NamedTuple):
-    """What a pass over a rollout computes at once.
-
-    Attributes:
-        prompts: Number of prompts.
-        answers: Answers to each that run behind it as one row.
-        length: Tokens of a prompt.
-    """
-
-    prompts: int
-    answers: int
-    length: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the rollout.
-
-        Returns:
-            Their number.
-        """
-        return self.prompts * self.answers
 
 
 class _Phases:
@@ -164,7 +144,7 @@ class _Phases:
         def run(trace: MemoryTrace) -> None:
             seen = self._seen("policy", prompts, trace)
             sizes = (prompts, self.job.length)
-            found["dtype"] = prefill(self.roles.policy, *sizes, seen, bf16=self.job.bf16, static=static)
+            found["dtype"] = prefill(self.roles.policy, *sizes, seen, bf16=self.job.autocast, static=static)
 
         peak = self._dry(self.roles.policy, run)
         number = found["dtype"].itemsize
@@ -205,11 +185,11 @@ class _Phases:
         for shape in self._shapes(self.at_once, self.packed):
 
             def ask(trace: MemoryTrace, shape: Shape = shape) -> None:
-                with torch.no_grad(), autocast(self.job.bf16):
+                with torch.no_grad(), autocast(self.job.autocast):
                     ask_policy(self.roles.policy, self._states("policy", shape, trace), self.sampling, trace)
 
             def value(trace: MemoryTrace, shape: Shape = shape) -> None:
-                with torch.no_grad(), autocast(self.job.bf16):
+                with torch.no_grad(), autocast(self.job.autocast):
                     self._values(shape, trace)
 
             pairs = [self._dry(self.roles.policy, ask), self._dry(self.roles.value, value)]
@@ -254,7 +234,7 @@ class _Phases:
         for shape in shapes:
 
             def run(trace: MemoryTrace, shape: Shape = shape) -> None:
-                with autocast(self.job.bf16):
+                with autocast(self.job.autocast):
                     states = self._states("policy", shape, trace)
                     logprobs = ask_policy(policy, states, self.sampling, trace)
                     values = self._values(shape, trace)
@@ -266,21 +246,14 @@ class _Phases:
         return worst
 
     def _shapes(self, most: int, packed: bool) -> list[Shape]:
-        """The micro-batches that may need most: of the longest rows, or of more and shorter ones."""
-        budget, each = self.job.values["max_tokens_per_micro_batch"], min(self.answers, most) if packed else 1
-        if budget is None:
-            return [Shape(math.ceil(most / each), each, self.job.length)]
-        while each > 1 and self.job.length + each * self.answer > budget:
-            each -= 1
-        fit, prompts = budget // (self.job.length + each * self.answer), math.ceil(most / each)
-        longest = Shape(min(max(fit, 1), prompts), each, self.job.length)
-        if fit == 0 or fit >= prompts:
-            return [longest]
-        return [longest, Shape(fit + 1, each, max(1, budget // (fit + 1) - each * self.answer))]
+        answers = min(self.answers, most) if packed else 1
+        budget = self.job.values["max_tokens_per_micro_batch"]
+        return largest(most, answers, self.job.length, self.answer, budget)
 
     def _dry(self, model: nn.Module, run: Any) -> Counter[str]:
         model.eval()
-        peak = dry_run([model], run, accumulated=False, processes=self.job.processes)
+        whole = model is self.roles.reward  # DeepSpeed has nothing to do with it
+        peak = dry_run([model], run, accumulated=False, processes=ALONE if whole else self.job.processes)
         del peak["gradients"]
         return peak
 

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trl_llava.plan.job import Job, Need, Settings
 from trl_llava.plan.memory_model import PARTS
-from trl_llava.plan.stages import Job, Need, Settings
 from trl_llava.ppo.generation_batches import GIB
 
 

@@ -13,8 +13,10 @@ from trl.trainer.utils import disable_dropout_in_model
 from trl_llava.configs import LlavaModelConfig
 from trl_llava.loading.adapter_role import cast_adapters
 from trl_llava.plan.dry_models import add_adapter, build_classifier, build_policy
-from trl_llava.plan.memory_model import weights
-from trl_llava.plan.stages import Job, Settings, shaped
+from trl_llava.plan.job import Job, Settings
+from trl_llava.plan.memory_model import ALONE, weights
+from trl_llava.plan.sharing import Processes, cast_as_deepspeed
+from trl_llava.plan.stages import shaped
 from trl_llava.plan.starts import Start, base_config, find_start
 
 
@@ -40,10 +42,11 @@ class Roles:
     sharing: set[str]
     notes: list[str]
 
-    def held(self, *, only: str | None = None, but: str | None = None) -> Counter[str]:
+    def held(self, processes: Processes = ALONE, *, only: str | None = None, but: str | None = None) -> Counter[str]:
         """The weights of the roles: adapters and heads of each, and every base once (`loading/shared_base.py`).
 
         Args:
+            processes: How they are shared out.
             only: Those of this role alone.
             but: Those of all but this role.
 
@@ -54,7 +57,7 @@ class Roles:
         for name in ("policy", "reference", "value", "reward"):
             model = getattr(self, name)
             if model is not None and only in (None, name) and but != name:
-                own = weights(model)
+                own = weights(model, processes)
                 if name in self.sharing:
                     del own["base"]
                 parts += own
@@ -104,6 +107,7 @@ def load_roles(job: Job, settings: Settings) -> Roles:
     for model in (policy, value, reward):
         if model is not None and values["adapter_dtype"] is not None:
             cast_adapters(model, getattr(torch, values["adapter_dtype"]))
+    cast_as_deepspeed([model for model in (policy, reference, value) if model is not None], job.processes, job.bf16)
     adapters = {role for role, model in (("policy", policy), ("value", value)) if isinstance(model, PeftModel)}
     adapters |= {"reward"} if "reward" in starts and starts["reward"].has_adapter else set()
     sharing = _sharing(starts, adapters, job) if values["share_base"] else set()

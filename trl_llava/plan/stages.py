@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,126 +17,22 @@ from trl_llava.configs import LlavaModelConfig
 from trl_llava.errors import InputError
 from trl_llava.forward.shared_prefix import why_not
 from trl_llava.plan.dry_models import add_adapter, build_classifier, build_policy, make_fake
-from trl_llava.plan.dry_passes import follow_parts, image_inputs, no_checks, reward_step, sft_step, text_inputs
-from trl_llava.plan.memory_model import (
-    Moment,
-    Processes,
-    gradients,
-    optimizer_states,
-    share,
-    step_buffers,
-    trained,
-    weights,
-)
+from trl_llava.plan.dry_passes import follow_parts, image_inputs, linear_as_it_runs, no_checks, text_inputs
+from trl_llava.plan.dry_steps import reward_step, sft_step
+from trl_llava.plan.job import Job, Need, Settings
+from trl_llava.plan.memory_model import Moment, optimizer_states, step_buffers, trained, weights
 from trl_llava.plan.memory_trace import MemoryTrace
-from trl_llava.plan.starts import Sources, base_config, find_start
+from trl_llava.plan.sharing import (
+    Processes,
+    cast_as_deepspeed,
+    gathered,
+    gradients_at_the_step,
+    gradients_backwards,
+    gradients_between_steps,
+)
+from trl_llava.plan.starts import base_config, find_start
 
 HELD = "held"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a search may change.
-
-    Attributes:
-        rows: `per_device_train_batch_size`.
-        accumulation: `gradient_accumulation_steps`.
-        checkpointing: `gradient_checkpointing`.
-        four_bit: `load_in_4bit`.
-        rollout_rows: `local_rollout_forward_batch_size`, for PPO.
-    """
-
-    rows: int
-    accumulation: int
-    checkpointing: bool
-    four_bit: bool
-    rollout_rows: int | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A stage of a recipe.
-
-    Attributes:
-        stage: sft, reward or ppo.
-        values: Every field of the recipe.
-        model_args: Its model fields.
-        processes: How it is shared out.
-        images: Pictures per row.
-        length: L, the longest row in tokens; for PPO the longest prompt.
-        sources: Where to look for what an earlier stage has yet to write.
-        limit: Bytes of the GPU that there are for tensors; None for a CPU.
-        judged_length: Tokens that the reward model of PPO reads of a row; None looks them up.
-        shared_length: Tokens that both answers of a pair begin with; None for those of the image.
-    """
-
-    stage: str
-    values: dict[str, Any]
-    model_args: LlavaModelConfig
-    processes: Processes
-    images: int
-    length: int
-    sources: Sources = field(default_factory=Sources)
-    limit: int | None = None
-    judged_length: int | None = None
-    shared_length: int | None = None
-
-    @property
-    def bf16(self) -> bool:
-        """Whether it trains in bf16; TRL does so by default.
-
-        Returns:
-            Whether.
-        """
-        bf16, fp16 = self.values["bf16"], self.values["fp16"]
-        return bool(not fp16 if bf16 is None else bf16)
-
-    def given(self, settings: Settings) -> LlavaModelConfig:
-        """The model fields with a search's choice of 4 bits.
-
-        Args:
-            settings: The choice.
-
-        Returns:
-            A copy.
-        """
-        changed = copy.copy(self.model_args)
-        changed.load_in_4bit = settings.four_bit
-        changed.load_in_8bit = self.model_args.load_in_8bit and not settings.four_bit
-        return changed
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a run needs.
-
-    Attributes:
-        moments: The worst moment of each phase of a step, of one process.
-        host: Bytes of the CPU's memory by what they are for, of one process.
-        notes: What was decided on the way, and what was taken from elsewhere.
-    """
-
-    moments: list[Moment]
-    host: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def worst(self) -> Moment:
-        """The phase that decides.
-
-        Returns:
-            Its worst moment.
-        """
-        return max(self.moments, key=lambda moment: moment.total)
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """What each phase needs.
-
-        Returns:
-            Phase -> bytes.
-        """
-        return {moment.phase: moment.total for moment in self.moments}
 
 
 def supervised_need(job: Job, settings: Settings) -> Need:
@@ -154,39 +50,54 @@ def supervised_need(job: Job, settings: Settings) -> Need:
         NotFoundError: If the config of a model cannot be read.
     """
     start = base_config(job.model_args, job.sources)
+    job = replace(job, processes=job.processes.for_width(start.config.get_text_config().hidden_size))
     model, notes = _trainee(job, settings, start.config)
-    held, parameters = weights(model), trained([model])
+    cast_as_deepspeed([model], job.processes, job.bf16)
+    held, parameters = weights(model, job.processes), trained([model])
 
     def step(trace: MemoryTrace) -> None:
         if job.stage == "reward":
             sizes = (settings.rows, job.images, job.length)
-            reward_step(model, start.config, *sizes, shared=_shared(job, model, start.config), bf16=job.bf16)
+            reward_step(model, start.config, *sizes, shared=_shared(job, model, start.config), bf16=job.autocast)
         else:
             images = image_inputs(start.config, settings.rows * job.images)
             batch = {**text_inputs(settings.rows, job.length), **images}
-            sft_step(model, batch, trace, bf16=job.bf16, loss_type=_loss_type(job))
+            sft_step(model, batch, trace, bf16=job.autocast, loss_type=_loss_type(job))
 
-    held["optimizer"] = optimizer_states(parameters, job.values["optim"])
+    held += between_steps(parameters, job)
     peak = dry_run([model], step, accumulated=settings.accumulation > 1, processes=job.processes)
-    held = share(held, job.processes)
-    passes = Moment("forward and backward", held + share(peak, job.processes))
+    passes = Moment("forward and backward", held + peak)
     return Need([passes, optimizer_step(held, parameters, job)], notes=[*start.notes, *notes])
+
+
+def between_steps(parameters: list[nn.Parameter], job: Job) -> Counter[str]:
+    """What is there all the time besides weights.
+
+    Args:
+        parameters: What is trained.
+        job: The stage.
+
+    Returns:
+        Bytes by part.
+    """
+    states = optimizer_states(parameters, job.values["optim"], job.processes)
+    return Counter(optimizer=states, gradients=gradients_between_steps(parameters, job.processes))
 
 
 def optimizer_step(held: Counter[str], parameters: list[nn.Parameter], job: Job) -> Moment:
     """The optimizer's step: all gradients are there, and no activations any more.
 
     Args:
-        held: Weights and optimizer states, shared out.
+        held: Weights, optimizer states and what else is there all the time.
         parameters: What is trained.
         job: The stage.
 
     Returns:
         The moment.
     """
-    here = Counter(gradients=gradients(parameters, job.processes))
-    here["optimizer"] += step_buffers(parameters, job.values["optim"])
-    return Moment("optimizer step", held + share(here, job.processes))
+    here = Counter(gradients=gradients_at_the_step(parameters, job.processes))
+    here["optimizer"] = step_buffers(parameters, job.values["optim"], job.processes)
+    return Moment("optimizer step", held + here)
 
 
 def dry_run(
@@ -199,20 +110,21 @@ def dry_run(
         run: What to run.
         accumulated: Whether gradients of an earlier micro-batch are there already; else they come one by one, as
             activations go.
-        processes: How the run is shared out: DDP's buckets are there from the first step on.
+        processes: How the run is shared out. ZeRO-2 and -3 let no gradient wait for a later micro-batch.
 
     Returns:
-        Bytes by part at the worst moment, without the weights.
+        Bytes by part at the worst moment, without what is there all the time.
     """
     mode = FakeTensorMode()
     for model in models:
         make_fake(model, mode)
     parameters = trained(models)
-    with mode, no_checks(), MemoryTrace() as trace:
+    taken = processes.deepspeed and processes.zero_stage > 1
+    with mode, no_checks(), linear_as_it_runs(processes), MemoryTrace() as trace:
         for model in models:
             trace.hold([*model.parameters(), *model.buffers()], HELD)
-            follow_parts(model, trace)
-        if accumulated:
+            follow_parts(model, trace, gradients_taken=taken)
+        if accumulated and not taken:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
                 trace.hold([parameter.grad], "gradients")
@@ -220,7 +132,10 @@ def dry_run(
         run(trace)
         peak = Counter(trace.at_peak)
     del peak[HELD]
-    peak["gradients"] += gradients(parameters, processes) - gradients(parameters, Processes())
+    if processes.fsdp:
+        peak["gradients"] = processes.share(peak["gradients"])
+    peak["gradients"] += gradients_backwards(parameters, processes, accumulated=accumulated)
+    peak["gathered weights"] += gathered(models, processes)
     return peak
 
 
