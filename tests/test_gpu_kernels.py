@@ -47,6 +47,8 @@ def test_what_needs_a_gpu_is_refused_on_the_cpu() -> None:
         check_gpu_kernels(asked(CPU, liger=False), "flex_attention")
     with pytest.raises(InputError, match=r"flash_attention_2` needs a GPU, and this run is on the CPU: use sdpa"):
         check_gpu_kernels(asked(CPU, liger=False), "flash_attention_2")
+    with pytest.raises(InputError, match=r"`attn_implementation`: 'spda' is none of eager, .*sdpa"):
+        check_gpu_kernels(asked(CPU, liger=False), "spda")
     for attention in (None, "sdpa", "eager"):
         check_gpu_kernels(asked(CPU, liger=False), attention)
     check_gpu_kernels(asked(GPU, liger=False), "flex_attention")

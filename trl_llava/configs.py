@@ -14,7 +14,7 @@ from trl_llava.hub.names import split_fields
 
 # TRL's own use of names that transformers has renamed; nothing a user could change in a recipe silences it.
 warnings.filterwarnings(
-    "ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated", category=FutureWarning
+    "ignore", message="`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated", category=FutureWarning
 )
 
 Overlong = Literal["error", "drop"]

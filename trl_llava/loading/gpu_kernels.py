@@ -9,6 +9,7 @@ from importlib import import_module
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_liger_kernel_available
 
 from trl_llava.errors import InputError, MissingPackageError
@@ -24,9 +25,12 @@ def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) 
         attn_implementation: Of all models.
 
     Raises:
-        InputError: If it needs a GPU, and the run is on the CPU.
+        InputError: If it needs a GPU, and the run is on the CPU, or there is no such attention.
         MissingPackageError: If liger-kernel is not installed.
     """
+    known = ("eager", *(name for name in ALL_ATTENTION_FUNCTIONS if "|" not in name))  # no `paged|eager`
+    if attn_implementation not in (None, *known) and "/" not in attn_implementation:  # that would be one on the Hub
+        raise InputError(f"`attn_implementation`: {attn_implementation!r} is none of {', '.join(known)}")
     on_cpu = args.device.type == "cpu"
     if attn_implementation == "flex_attention" and on_cpu:
         raise InputError(

@@ -90,7 +90,7 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
         try:
             image = Image.open(source)
         except Image.DecompressionBombError as error:
-            raise _too_large(row_name, str(error)) from error
+            raise _too_large(row_name, f"the image has more than {2 * MAX_PIXELS} pixels") from error
         except _DAMAGED as error:
             raise _damaged(ref, row_name, error) from error
     width, height = image.size
@@ -248,9 +248,8 @@ def _to_rgb(image: Image.Image, row_name: str) -> Image.Image:
 
 
 def _too_large(row_name: str, problem: str) -> RowError:
-    return RowError(
-        row_name, problem, "Make it smaller: the model sees a few hundred pixels a side", "image too large"
-    )
+    fix = "Make it smaller (the model sees a few hundred pixels a side), or raise max_image_pixels"
+    return RowError(row_name, problem, fix, "image too large")
 
 
 def _damaged(ref: ImageRef, row_name: str, error: Exception) -> RowError:
