@@ -48,6 +48,18 @@ def prompts_and_answers() -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
     return ModelInputs(ids, attention, [0, 0, 0]), responses, mask
 
 
+def test_a_pass_is_as_wide_as_its_longest_row(tiny_llava_dir: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, dtype=torch.float32).eval()
+    inputs, responses, mask = prompts_and_answers()  # 6 + 5, 4 + 1 and 5 + 3 tokens
+    seen: list[tuple[int, ...]] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    for rows in ([0, 1, 2], [1, 2], [1]):
+        response_logprobs(model, inputs.select(rows), responses[rows], mask[rows], Sampling())
+    assert seen == [(3, 11), (2, 8), (1, 5)]
+
+
 @pytest.mark.parametrize("head", ["frozen", "trained", "lora"])
 @pytest.mark.parametrize("chunk_size", [1, 4, 512])
 def test_numbers_and_gradients_are_those_of_all_logits_at_once(

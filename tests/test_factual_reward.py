@@ -71,14 +71,19 @@ def test_scores_keep_the_order_and_do_not_depend_on_the_batch(reward: FactualRew
     assert reward([], []) == []
 
 
-def test_scoring_keeps_no_keys_and_values(reward: FactualReward, red_image) -> None:
-    outputs = []
+def test_scoring_keeps_no_graph_keys_or_values(reward: FactualReward, red_image) -> None:
+    outputs, modes = [], []
     model = reward.model.get_base_model() if isinstance(reward.model, PeftModel) else reward.model
-    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+
+    def look(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        outputs.append(output)
+        modes.append(torch.is_inference_mode_enabled())
+
+    handle = model.register_forward_hook(look)
     question, answer = [{"role": "user", "content": "What?"}], [{"role": "assistant", "content": "A square."}]
     reward([question], [answer], images=[[red_image]], captions=[["A red square."]])
     handle.remove()
-    assert [output.past_key_values for output in outputs] == [None]
+    assert [output.past_key_values for output in outputs] == [None] and modes == [True]
 
 
 def test_score_is_the_logit_of_the_preference_collators_batch(reward: FactualReward, red_image) -> None:

@@ -10,9 +10,12 @@ import test_entry_points
 import torch
 from safetensors.torch import load_file
 from test_entry_points import Work, copy_after_one_step
+from test_shared_base import args_for
 
 from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.loading import loaded_models
 from trl_llava.loading.adapter_role import AdapterRole
+from trl_llava.models import load_policy
 
 # The norm is summed up in the order of the parameters, which sharing changes: clipping would carry its rounding on.
 UNCLIPPED = ["--max_grad_norm", "0"]
@@ -104,6 +107,29 @@ def test_the_value_model_may_start_with_the_reward_models_head(
         work.ppo("none", *words, "--value_head", "reward", "--value_model_path", str(policy))
     with pytest.raises(ValueError, match=r"`value_head: reward` needs a value model that starts with a head"):
         LlavaPPOConfig(value_head="reward", value_init="policy", output_dir=str(tmp_path), bf16=False)
+
+
+def test_a_whole_policy_has_a_frozen_copy_as_its_reference_whose_memory_is_said(
+    work: Work, reward_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded_models, "GIB", 1)  # a tiny model's bytes, not 0.00 GiB
+    words = ["--model_name_or_path", str(work.base), "--reward_model_path", str(reward_model)]
+    trainer = work.ppo("whole_policy", *words)
+    before, after, reference = (
+        dict(model.named_parameters())
+        for model in (load_policy(args_for(work.base)), trainer.policy_model, trainer.ref_model)
+    )
+    assert any(not torch.equal(after[name], value) for name, value in before.items() if "q_proj" in name)
+    assert all(torch.equal(reference[name], value) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in reference.values())
+    size = sum(tensor.nbytes for tensor in (*trainer.ref_model.parameters(), *trainer.ref_model.buffers()))
+    said = capsys.readouterr().out.split("Generation answers")[0].splitlines()
+    name = f"  {work.base} (LlavaForConditionalGeneration) {size}.00 GiB"
+    assert f"{name}: policy" in said and f"{name}: reference" in said
+    (shared,) = (line for line in said if line.endswith(": value, reward"))
+    beside = [p for n, p in trainer.value_model.named_parameters() if "lora_" in n or "score" in n]
+    assert f" + {sum(parameter.nbytes for parameter in beside)}.00 GiB of adapters and heads" in shared
+    assert any(line.startswith("3 base models loaded, ") for line in said)
 
 
 def test_value_and_reward_share_a_second_base(

@@ -350,6 +350,10 @@ def test_ppo_with_several_answers_to_a_prompt(tiny_llava_dir: Path, tmp_path: Pa
         favour_the_stop_token(trainer.policy_model)
         assert trainer.share_prefix is share
         asked: list[list[str]] = []
+        widths: list[torch.Size] = []
+        trainer.value_model.get_base_model().model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs, widths=widths: widths.append(kwargs["inputs_embeds"].shape), with_kwargs=True
+        )
 
         def look(prompts: list, completion_ids: list, asked: list = asked, **columns: list) -> list[float]:
             asked.append([prompt[-1]["content"][-1]["text"] for prompt in prompts])
@@ -358,6 +362,8 @@ def test_ppo_with_several_answers_to_a_prompt(tiny_llava_dir: Path, tmp_path: Pa
         trainer.scorer.reward_funcs = [look]
         trainer.train()
         runs.append((trainer.state.log_history, weights(trainer)))
+        # 4 answers to 2 prompts, in the rollout's pass and in two epochs of the update, 4 times.
+        assert [rows for rows, *_ in widths] == [2 if share else 4] * 12
         # 8 prompts, 2 a step, each twice; an epoch asks each once.
         assert len(asked) == 4 and all(a == b and c == d and a != c for a, b, c, d in asked)
         assert len({text for step in asked for text in step}) == 8
