@@ -61,6 +61,21 @@ def test_a_shared_base_gives_the_numbers_and_files_of_copies(
     assert "score" in config["modules_to_save"]
 
 
+@pytest.mark.slow  # dynamo takes most of a minute to trace
+def test_compiled_roles_of_a_shared_base_give_the_same_numbers_under_checkpointing(
+    work: Work, policy: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch compiles no checkpointing whose recomputation switches roles: it stays outside of what is compiled."""
+    for name in ("BACKEND", "MODE"):  # transformers' `TrainingArguments` writes `torch_compile` into the environment
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
+    words = [*start(policy, reward_model), *UNCLIPPED, "--gradient_checkpointing", "true"]
+    plain = work.ppo("not_compiled", *words)
+    compiled = work.ppo("compiled", *words, "--torch_compile", "true", "--torch_compile_backend", "aot_eager")
+    assert isinstance(compiled.value_model, AdapterRole)
+    for ours, theirs in zip(logged(compiled), logged(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
 def test_an_8_bit_base_is_shared(
     work: Work, policy: Path, reward_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,17 +141,21 @@ def compile_layers(model: nn.Module, args: LlavaPPOConfig) -> None:
     Trainer would compile policy and value model as one, anew for every shape of a rollout; all layers of a model share
     what is compiled for one of them. Names of weights stay as they are, and so does the tower.
 
+    With gradient checkpointing, a layer's attention, MLP and norms are compiled one by one: transformers checkpoints
+    inside a layer, and torch compiles no checkpointing whose recomputation has to switch to the role of its forward.
+
     Args:
         model: a role, or a PEFT model around one.
-        args: `torch_compile`, `torch_compile_backend` and `torch_compile_mode`.
+        args: `torch_compile`, `torch_compile_backend`, `torch_compile_mode` and `gradient_checkpointing`.
     """
     if not args.torch_compile:
         return
     with computing(model) as base:
         backbone = getattr(base, base.base_model_prefix)
     for layer in getattr(backbone, "language_model", backbone).layers:
-        if layer._compiled_call_impl is None:  # roles may share their layers
-            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+        for part in layer.children() if args.gradient_checkpointing else (layer,):
+            if part._compiled_call_impl is None:  # roles may share their layers
+                part.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
 
 
 def warm_up_above_zero(scheduler: LRScheduler, warmup_steps: int) -> None:
