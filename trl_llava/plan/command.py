@@ -207,12 +207,11 @@ def make_plan(job: Job, settings: Settings, own: Need) -> Plan:
     Returns:
         The plan.
     """
-    fitting, tried = [], [(settings, own.worst.total)]
-    for choice in _choices(job, settings):
-        found = _largest(job, choice, tried)
-        if found is not None:
-            fitting.append(found)
-    return Plan(job, settings, own, fitting, min(tried, key=lambda pair: pair[1]))
+    known = {settings: own}
+    found = [_largest(job, choice, known) for choice in _choices(job, settings)]
+    fitting = [(choice, known[choice].worst.total) for choice in found if choice is not None]
+    least = min(known, key=lambda tried: known[tried].worst.total)
+    return Plan(job, settings, own, fitting, (least, known[least].worst.total))
 
 
 def _choices(job: Job, settings: Settings) -> Iterator[Settings]:
@@ -223,31 +222,36 @@ def _choices(job: Job, settings: Settings) -> Iterator[Settings]:
             yield replace(settings, four_bit=four_bit, checkpointing=checkpointing)
 
 
-def _largest(job: Job, choice: Settings, tried: list[tuple[Settings, int]]) -> tuple[Settings, int] | None:
-    """The largest micro-batch that fits and keeps the rows of a step; what one row needs is noted.
+def _largest(job: Job, choice: Settings, known: dict[Settings, Need]) -> Settings | None:
+    """The largest micro-batch that fits and keeps the rows of a step; what dry runs tell is noted in `known`.
 
-    Each phase holds so much whatever the rows, and so much more for each row: two dry runs tell both.
+    Two of them tell what a phase holds whatever the rows, and at least for each row: more rows may have another moment
+    that is the worst. So the largest that may fit is run dry too, and if it does not fit after all, the next one.
     """
+    assert job.limit is not None
     total = choice.rows * choice.accumulation
 
     def with_rows(rows: int) -> Settings:
         asked = None if choice.rollout_rows is None else rows
         return replace(choice, rows=rows, accumulation=total // rows, rollout_rows=asked)
 
-    print(f"planning {describe(with_rows(1))} ...", file=sys.stderr)
-    assert job.limit is not None
-    one = need_of(job, with_rows(1)).totals
-    tried.append((with_rows(1), max(one.values())))
+    def need(rows: int) -> dict[str, int]:
+        settings = with_rows(rows)
+        if settings not in known:
+            print(f"planning {describe(settings)} ...", file=sys.stderr)
+            known[settings] = need_of(job, settings)
+        return known[settings].totals
+
+    one = need(1)
+    if max(one.values()) > job.limit:
+        return None
     sizes = [rows for rows in range(2, total + 1) if total % rows == 0]
-    if tried[-1][1] > job.limit or not sizes:
-        return tried[-1] if tried[-1][1] <= job.limit else None
-    # The last size has no accumulation, where gradients come as activations go: it is no guide to the others.
-    second = sizes[0]
-    more = need_of(job, with_rows(second)).totals
-    best = tried[-1]
-    for rows in sizes:
-        each = {phase: (more[phase] - need) / (second - 1) for phase, need in one.items()}
-        need = max(int(one[phase] + (rows - 1) * each[phase]) for phase in one)
-        if need <= job.limit:
-            best = (with_rows(rows), need)
-    return best
+    if sizes:
+        # The last size has no accumulation, where gradients come as activations go: it is no guide to the others.
+        second = sizes[0]
+        each = {phase: (bytes_ - one[phase]) / (second - 1) for phase, bytes_ in need(second).items()}
+        for rows in reversed(sizes):
+            guess = max(one[phase] + (rows - 1) * more for phase, more in each.items())
+            if guess <= job.limit and max(need(rows).values()) <= job.limit:
+                return with_rows(rows)
+    return with_rows(1)

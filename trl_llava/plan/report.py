@@ -144,7 +144,9 @@ def describe(settings: Settings) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size >= 0.005 * GIB else f"{size / GIB:.1g}" if size else "0"
+    if size >= 0.005 * GIB or not size:
+        return f"{size / GIB:.2f}" if size else "0"
+    return "0.00" if size < 1e-4 * GIB else f"{size / GIB:.1g}"
 
 
 def as_dict(plan: Plan, gpu_memory: float, reserve: float) -> dict[str, Any]:
