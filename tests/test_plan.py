@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from measured import QUIET, answer, fields_for, longest, peak_of, planned, question, with_pictures
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from trl_llava.adapters import lora_config
 from trl_llava.cli import main
@@ -166,6 +166,16 @@ def test_weights_are_those_of_the_loaded_model(tiny_llava_dir):
     real = add_adapter(model, model_args, task="CAUSAL_LM", trained=peft_config)
     assert weights(dry) == weights(real)
     assert weights(dry)["adapters"] == 4 * sum(p.numel() for p in real.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_counted_once(tiny_llava_onevision_dir, tied):
+    config = AutoConfig.from_pretrained(tiny_llava_onevision_dir)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    dry = build_policy(config, LlavaModelConfig())
+    real = AutoModelForImageTextToText.from_config(config)
+    assert (real.lm_head.weight is real.get_input_embeddings().weight) == tied
+    assert sum(p.numel() for p in dry.parameters()) == real.num_parameters()
 
 
 @pytest.mark.parametrize(("nested", "scales"), [(False, 4 * 64), (True, 64 + 4)])

@@ -124,6 +124,7 @@ def _build(auto_class: type, config: PreTrainedConfig, model_args: LlavaModelCon
     attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     with torch.device("meta"), no_init_weights():
         model = auto_class.from_config(config, dtype=wanted, **attention)  # type: ignore[attr-defined]
+        model.tie_weights()  # without initialisation nothing has: a head would be counted beside its embeddings
         if model_args.load_in_4bit or model_args.load_in_8bit:
             _quantize(model, model_args)
     freeze_vision(model, tower=model_args.freeze_vision_tower, projector=model_args.freeze_projector)
