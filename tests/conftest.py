@@ -11,6 +11,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import stage_runs
@@ -22,6 +23,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """Take back what a test sets in `os.environ`: TRL's colocated vLLM leaves a RANK there, which later tests obey."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

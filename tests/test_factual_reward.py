@@ -224,7 +224,7 @@ def test_checkpoint_without_its_prompt_is_refused_unless_told(tiny_llava_dir: Pa
     trained = with_adapter(tiny_llava_dir)
     trained.save_pretrained(tmp_path)
     (tmp_path / "factual_reward.json").unlink()
-    with pytest.raises(ValueError, match=r"has no factual_reward.json.*Pass judging_prompt=JudgingPrompt"):
+    with pytest.raises(ValueError, match=r"has no factual_reward.json.*pass judging_prompt=JudgingPrompt"):
         FactualReward.from_pretrained(str(tmp_path))
     loaded = FactualReward.from_pretrained(str(tmp_path), judging_prompt=trained.judging_prompt)
     call = {"prompts": [ask("What?")], "completions": [say("A square.")], "captions": [["a"]]}
