@@ -7,9 +7,11 @@ from typing import Any
 
 import published
 import pytest
+import tiny_models
 from rich.console import Console
 
 from trl_llava import cli
+from trl_llava.recipe_stage import find_stage
 from trl_llava.recipe_values import RecipeError
 from trl_llava.rows import check_data, check_report
 
@@ -160,6 +162,30 @@ def test_prompts_need_captions_if_the_reward_model_shows_them(
     assert run(path) == 0
 
 
+@pytest.mark.parametrize(
+    ("stage", "words", "reader"),
+    [("ppo", ["--use_vllm"], "vLLM"), ("grpo", [], "TRL's trainer"), ("rloo", [], "TRL's trainer"), ("ppo", [], None)],
+)
+def test_several_images_where_each_is_read_alone(
+    files: Published,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    words: list[str],
+    reader: str | None,
+) -> None:
+    picture = next(files.folder.glob("coco/*.jpg")).name
+    rows, question = tmp_path / "rows.jsonl", [{"role": "user", "content": "What?"}]
+    rows.write_text("".join(json.dumps({"prompt": question, "images": [picture] * n}) + "\n" for n in (0, 1, 2, 2)))
+    for name in ("load_processor", "load_policy_processor"):
+        monkeypatch.setattr(check_data, name, lambda *_, **__: tiny_models.onevision_processor())
+    path = files.recipe(stage, dataset_name=str(rows), captions_file=None)
+    assert run(path, *words) == (1 if reader else 0)
+    found = f"2 of 4 rows of {rows} have several images, first row 2, and {reader} would read each as if it were alone"
+    assert (found in " ".join(capsys.readouterr().out.split())) == bool(reader)
+
+
 def test_before_stage_1_has_run_a_processor_can_be_named(files: Published) -> None:
     path = files.recipe("ppo", sft_model_path="runs/not/yet", model_name_or_path=None)
     assert run(path) == 1
@@ -171,13 +197,13 @@ def test_the_stage_is_found_or_asked_for(files: Published) -> None:
     other = recipe.with_name("mine.yaml")
     other.write_text(recipe.read_text())
     with pytest.raises(RecipeError, match=r"mine.yaml fits sft and reward and .* and rloo: say with --stage"):
-        check_data.find_stage(["--config", str(other)])
+        find_stage(["--config", str(other)])
     with pytest.raises(RecipeError, match=r"cannot read the recipe .*none.yaml: there is no such file"):
-        check_data.find_stage(["--config", str(recipe.with_name("none.yaml"))])
+        find_stage(["--config", str(recipe.with_name("none.yaml"))])
     with pytest.raises(RecipeError, match=r"without --config, the command line fits sft and"):
-        check_data.find_stage([])
-    assert check_data.find_stage(["--config", str(other), "--with_captions", "false"]) == "reward"
-    assert check_data.find_stage([f"--config={recipe}"]) == "reward"
+        find_stage([])
+    assert find_stage(["--config", str(other), "--with_captions", "false"]) == "reward"
+    assert find_stage([f"--config={recipe}"]) == "reward"
     assert run(other, "--stage", "reward") == 0
     assert run(recipe, "--learning_rte", "1") == 2
 

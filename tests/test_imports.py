@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "trl_llava"
 LAYERS = (
     ("cli",),
     ("demo", "rows.check_data", "plan.command", "hub.push_later"),
+    ("recipe_stage",),
     ("train_sft", "train_reward", "train_ppo", "train_grpo", "train_rloo", "train_dpo"),
     # what the entry points share
     (

@@ -29,8 +29,9 @@ def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) 
         MissingPackageError: If liger-kernel is not installed.
     """
     known = ("eager", *(name for name in ALL_ATTENTION_FUNCTIONS if "|" not in name))  # no `paged|eager`
-    if attn_implementation not in (None, *known) and "/" not in attn_implementation:  # that would be one on the Hub
-        raise InputError(f"`attn_implementation`: {attn_implementation!r} is none of {', '.join(known)}")
+    wanted = attn_implementation or known[0]
+    if wanted not in known and "/" not in wanted:  # with a slash it would be one on the Hub
+        raise InputError(f"`attn_implementation`: {wanted!r} is none of {', '.join(known)}")
     on_cpu = args.device.type == "cpu"
     if attn_implementation == "flex_attention" and on_cpu:
         raise InputError(

@@ -26,8 +26,8 @@ from trl_llava.plan.report import Plan, as_dict, describe, print_fitting, print_
 from trl_llava.plan.stages import supervised_need
 from trl_llava.plan.starts import Sources
 from trl_llava.ppo.generation_batches import GIB
+from trl_llava.recipe_stage import find_stage
 from trl_llava.recipe_values import RecipeError
-from trl_llava.rows.check_data import find_stage
 
 STAGES = ("sft", "reward", "ppo")
 

@@ -6,7 +6,6 @@ Exit status: 0 if a run could start, 1 if it would fail, 2 if the command line o
 """
 
 import argparse
-import importlib
 import os
 import random
 import re
@@ -29,7 +28,9 @@ from trl_llava.loading.reward_settings import shows_captions
 from trl_llava.models import load_processor
 from trl_llava.ppo.roles import load_policy_processor
 from trl_llava.prompts import render
+from trl_llava.recipe_stage import find_stage, recipe_parser
 from trl_llava.recipe_values import RecipeError
+from trl_llava.rollout import COUNTS
 from trl_llava.rows.check import FOUND, RowCheck
 from trl_llava.rows.check_report import SourceReport, print_report
 from trl_llava.rows.contract import Stage
@@ -58,6 +59,7 @@ class Check:
         collator: Makes the batches of the run; knows processor and limit.
         overlong: What the run does with rows over the limit.
         wants_captions: Whether each row needs captions; None if the reward model is not there to ask.
+        one_image_for: Who reads a row's images one by one, so that a run refuses rows with several; None if no one.
         test_split_size: How much is held out.
         num_proc: Processes to work with.
         samples: How many prompts of each data set are shown.
@@ -70,6 +72,7 @@ class Check:
     collator: Any
     overlong: str
     wants_captions: bool | None
+    one_image_for: str | None
     test_split_size: float | None
     num_proc: int
     samples: int
@@ -119,48 +122,11 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_stage(words: Sequence[str]) -> str:
-    """Find out which stage a recipe is for.
-
-    Args:
-        words: The command line.
-
-    Returns:
-        The stage: the first word of the file's name, or the only one that knows all keys.
-
-    Raises:
-        RecipeError: If several or none do, or there is no such file.
-    """
-    path = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"), "")
-    path = next((word.partition("=")[2] for word in words if word.startswith("--config=")), path)
-    if path and not os.path.isfile(path):
-        raise RecipeError(f"cannot read the recipe {path}: there is no such file.")
-    first = os.path.basename(path).split(".")[0].split("_")[0]
-    if first in ROWS_OF:
-        return first
-    fitting = []
-    for stage in ROWS_OF:
-        try:
-            _recipe_parser(stage).check(words)
-        except RecipeError:
-            continue
-        fitting.append(stage)
-    if len(fitting) != 1:
-        known = f"fits {' and '.join(fitting)}" if fitting else f"fits none of {', '.join(ROWS_OF)}"
-        recipe = path or "without --config, the command line"
-        raise RecipeError(f"{recipe} {known}: say with --stage which one it is for.")
-    return fitting[0]
-
-
-def _recipe_parser(stage: str) -> Any:
-    return importlib.import_module(f"trl_llava.train_{stage}").make_parser(f"trl-llava check-data ({stage})")
-
-
 def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
     stage = options.stage or find_stage(words)
     # Nothing is trained, so a recipe for GPUs can be checked anywhere.
     here = ["--use_cpu", "--bf16", "false", "--fp16", "false"]
-    script_args, args, *others, mixture, _ = _recipe_parser(stage).parse([*words, *here])
+    script_args, args, *others, mixture, _ = recipe_parser(stage).parse([*words, *here])
     model_args = next(other for other in others if isinstance(other, LlavaModelConfig))
     online_args = next((other for other in others if isinstance(other, OnlineArguments)), args)
     model_args.trust_remote_code = args.trust_remote_code
@@ -174,6 +140,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
         collator=_make_collator(stage, online_args, processor),
         overlong=online_args.overlong,
         wants_captions=_wants_captions(stage, online_args),
+        one_image_for=_one_image_for(stage, online_args, processor),
         test_split_size=mixture.test_split_size,
         num_proc=online_args.dataset_num_proc or len(os.sched_getaffinity(0)),
         samples=options.samples,
@@ -209,6 +176,14 @@ def _wants_captions(stage: str, args: Any) -> bool | None:
     if ROWS_OF[stage] != "prompt":
         return bool(getattr(args, "with_captions", False))
     return shows_captions(args.reward_model_path, args.reward_model_revision)
+
+
+def _one_image_for(stage: str, args: Any, processor: ProcessorMixin) -> str | None:
+    if COUNTS not in getattr(getattr(processor, "image_processor", None), "model_input_names", ()):
+        return None  # to it, several images are so many times one
+    if stage in ("grpo", "rloo"):
+        return "TRL's trainer"
+    return "vLLM" if stage == "ppo" and args.use_vllm else None
 
 
 def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
@@ -264,6 +239,12 @@ def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> N
     elif unencoded := [i for i in bad if not found["encoded"][i]]:
         first = found["problem"][unencoded[0]]
         check.failures.append(f"{len(unencoded)} rows of {report.name} cannot be encoded, first {first}")
+    several = [i for i in good if found["images"][i] > 1]
+    if several and check.one_image_for is not None:
+        check.failures.append(
+            f"{len(several)} of {report.rows} rows of {report.name} have several images, first row {several[0]}, and "
+            f"{check.one_image_for} would read each as if it were alone: leave such rows out"
+        )
     if report.over_limit and (check.overlong == "error" or report.over_limit == len(good)):
         check.failures.append(
             f"{report.over_limit} of {report.rows} rows of {report.name} have more tokens than "
