@@ -139,7 +139,8 @@ def force_lengths(lengths: Sequence[int]) -> None:
         schedule = StopSchedule(own, prompt_length, SPECIAL.index(STOP))
         processors = LogitsProcessorList([*(logits_processor or []), schedule])
         output = generate(self, *args, logits_processor=processors, **kwargs)
-        left = [length for length in own if length > output.shape[1] - prompt_length]
+        sequences = getattr(output, "sequences", output)  # TRL asks for the scores too
+        left = [length for length in own if length > sequences.shape[1] - prompt_length]
         return output
 
     GenerationMixin.generate = scheduled

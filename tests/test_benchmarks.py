@@ -322,7 +322,8 @@ def test_lengths_go_on_where_the_last_micro_batch_of_answers_ended(unpatched: No
 
     def answer(self: Any, *, input_ids: torch.Tensor, logits_processor: Any, tokens: int = 4) -> torch.Tensor:
         seen.append(logits_processor[0].lengths)
-        return torch.nn.functional.pad(input_ids, (0, tokens))
+        sequences = torch.nn.functional.pad(input_ids, (0, tokens))
+        return sequences if len(seen) % 2 else SimpleNamespace(sequences=sequences)  # with and without scores
 
     GenerationMixin.generate = answer
     ppo_sides.force_lengths((3, 1, 2, 4))
