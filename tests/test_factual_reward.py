@@ -17,10 +17,11 @@ from trl_llava import factual_reward
 from trl_llava.adapters import lora_config
 from trl_llava.collators import PreferenceCollator
 from trl_llava.configs import LlavaModelConfig
-from trl_llava.factual_reward import FactualReward, _same_prompts
+from trl_llava.factual_reward import FactualReward
 from trl_llava.loading.base_model import base_of
 from trl_llava.models import load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt
+from trl_llava.rows.asked import same_prompts
 from trl_llava.rows.contract import RowError
 
 PLAIN = JudgingPrompt(with_captions=False)
@@ -433,5 +434,5 @@ def test_the_same_picture_is_known_again_without_comparing_each_with_each(red_im
         picture.__class__ = Counted
     rows = [(ask("What?"), say("A"), [picture], None, "row") for picture in [*pictures, pictures[0]]]
     rows += [(ask("Why?"), say("A"), pictures[0], None, "row"), (ask("Why?"), say("A"), [], None, "row")]
-    assert _same_prompts(rows) == [0, 0, 2, 3, 0, 5, 6]
+    assert same_prompts(rows) == [0, 0, 2, 3, 0, 5, 6]
     assert count[0] == 4

@@ -141,6 +141,7 @@ LAYERS = (
         ),
         *(
             "rows.images",
+            "rows.asked",
             "batches.plain_text",
             "batches.padding",
             "ppo.randomness",

@@ -4,7 +4,6 @@ It is a reward function in TRL's sense, so PPO here and `GRPOTrainer` and `RLOOT
 that the model was trained with, its captions' format and its image processor are saved with its adapter and head.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,9 @@ from trl_llava.models import HEAD, load_processor, load_sequence_classifier
 from trl_llava.ppo.micro_batches import Lengths, micro_batches
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages
 from trl_llava.rollout import ModelInputs
+from trl_llava.rows.asked import Conversation, same_prompts, without_pictures
 from trl_llava.rows.contract import RowError, normalise_messages, place_images
 from trl_llava.rows.images import ImageRef, load_image
-
-Conversation = str | list[Message]
-"""A prompt or a completion as TRL hands it over: text, or messages whose content is text or a list of parts."""
 
 AHEAD = 8
 """For how many full passes rows are encoded at once, so that those which run together are alike in length."""
@@ -138,15 +135,15 @@ class FactualReward:
         with in_eval_mode(self.model):
             for start in range(0, len(rows), AHEAD * self.batch_size):
                 part = rows[start : start + AHEAD * self.batch_size]
-                scores += self._score([self._judged(*row) for row in part], _same_prompts(part))
+                scores += self._score([self._judged(*row) for row in part], same_prompts(part))
         return scores
 
     def _judged(
         self, prompt: Conversation, completion: Conversation, pictures: Any, captions: Sequence[str] | None, name: str
     ) -> tuple[list[Message], list[Image.Image], str]:
         """The conversation that the model reads for one row, with the row's decoded pictures."""
-        asked, inside = _without_pictures(prompt, "user")
-        answer, _ = _without_pictures(completion, "assistant")
+        asked, inside = without_pictures(prompt, "user")
+        answer, _ = without_pictures(completion, "assistant")
         if pictures is None:
             pictures = inside
         elif not isinstance(pictures, list | tuple):
@@ -312,29 +309,6 @@ def _check_fit(
         )
 
 
-def _same_prompts(rows: Sequence[tuple]) -> list[int]:
-    """For each row the first one that has the same prompt and pictures."""
-    first: dict[tuple[str, ...], int] = {}
-    known: dict[int, str] = {}  # answers to one prompt mostly come with the very same pictures
-    groups = []
-    for row, (prompt, _, pictures, *_) in enumerate(rows):
-        asked, inside = _without_pictures(prompt, "user")
-        own = inside if pictures is None else pictures if isinstance(pictures, list | tuple) else [pictures]
-        for picture in own:
-            if id(picture) not in known:
-                known[id(picture)] = _picture_key(picture)
-        groups.append(first.setdefault((repr(asked), *(known[id(picture)] for picture in own)), row))
-    return groups
-
-
-def _picture_key(picture: ImageRef) -> str:
-    """What two pictures have in common if they are the same."""
-    if not isinstance(picture, Image.Image):
-        return repr(picture)
-    pixels = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
-    return repr((picture.mode, picture.size, picture.getpalette(), picture.info, pixels))
-
-
 def _lengths(rows: Sequence[list[int]], groups: list[int] | None) -> Lengths:
     """How long rows are, for micro-batches; what the rows of a group share runs once."""
     if groups is None:
@@ -345,18 +319,3 @@ def _lengths(rows: Sequence[list[int]], groups: list[int] | None) -> Lengths:
     shared = {group: common_prefix(own) for group, own in members.items()}
     prompts = [shared[group] for group in groups]
     return Lengths(prompts, [len(row) - prompt for row, prompt in zip(rows, prompts, strict=True)], groups)
-
-
-def _without_pictures(conversation: Conversation, role: str) -> tuple[list[Message], list[ImageRef]]:
-    """Messages whose image parts are empty, and the pictures that were in them (TRL's trainers put them there)."""
-    if isinstance(conversation, str):
-        return [{"role": role, "content": conversation}], []
-    pictures: list[ImageRef] = []
-    messages = []
-    for message in conversation:
-        content = message.get("content")
-        if isinstance(content, list):
-            pictures += [part["image"] for part in content if part.get("type") == "image" and part.get("image")]
-            content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
-        messages.append({**message, "content": content})
-    return messages, pictures
