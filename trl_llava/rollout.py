@@ -17,6 +17,18 @@ from trl_llava.ppo.micro_batches import Lengths
 COUNTS = "batch_num_images"
 
 
+def counts_images(processor: Any) -> bool:
+    """Whether a processor tells one image of a row from several, as LLaVA-OneVision's does: only one alone is tiled.
+
+    Args:
+        processor: a processor, or a tokenizer, which takes no images.
+
+    Returns:
+        Whether it does.
+    """
+    return COUNTS in getattr(getattr(processor, "image_processor", None), "model_input_names", ())
+
+
 @dataclass
 class ModelInputs:
     """A batch of prompts as one model's processor encodes them.

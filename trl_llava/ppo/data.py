@@ -14,7 +14,7 @@ from trl_llava.collators import PromptCollator
 from trl_llava.configs_ppo import LlavaPPOConfig
 from trl_llava.data import rows_from
 from trl_llava.ppo.randomness import RolloutBatches
-from trl_llava.rollout import COUNTS
+from trl_llava.rollout import counts_images
 from trl_llava.rows.contract import RowError
 from trl_llava.rows.lengths import drop_overlong
 
@@ -101,15 +101,15 @@ def _check_what_vllm_sees(rows: Dataset, collator: PromptCollator) -> None:
 
     LLaVA-OneVision's processor cuts a picture into tiles where it is the only one of its row; vLLM cuts up each.
     """
-    image_processor: Any = getattr(collator.processor, "image_processor", None)
-    if COUNTS not in getattr(image_processor, "model_input_names", ()):
+    if not counts_images(collator.processor):
         return
+    name = type(collator.processor.image_processor).__name__
     for row in rows.select_columns(["row_name", "images"]):
         if len(row["images"]) > 1:
             raise RowError(
                 row["row_name"],
-                f"it has {len(row['images'])} images, which {type(image_processor).__name__} processes otherwise than "
-                "one alone, and vLLM each as if it were alone",
+                f"it has {len(row['images'])} images, which {name} processes otherwise than one alone, and vLLM "
+                "each as if it were alone",
                 "Leave such rows out, or set `use_vllm: false`",
                 "several images, with use_vllm",
             )

@@ -30,7 +30,7 @@ from trl_llava.ppo.roles import load_policy_processor
 from trl_llava.prompts import render
 from trl_llava.recipe_stage import find_stage, recipe_parser
 from trl_llava.recipe_values import RecipeError
-from trl_llava.rollout import COUNTS
+from trl_llava.rollout import counts_images
 from trl_llava.rows.check import FOUND, RowCheck
 from trl_llava.rows.check_report import SourceReport, print_report
 from trl_llava.rows.contract import Stage
@@ -179,7 +179,7 @@ def _wants_captions(stage: str, args: Any) -> bool | None:
 
 
 def _one_image_for(stage: str, args: Any, processor: ProcessorMixin) -> str | None:
-    if COUNTS not in getattr(getattr(processor, "image_processor", None), "model_input_names", ()):
+    if not counts_images(processor):
         return None  # to it, several images are so many times one
     if stage in ("grpo", "rloo"):
         return "TRL's trainer"
