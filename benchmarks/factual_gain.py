@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trl_llava.demo.stages import FULL, QUICK, Plan, Stages, say
-from trl_llava.output_dir import versions
+from trl_llava.run.output_dir import versions
 
 REWARDS = {
     "weak eyes, plain": ("reward_plain", False),

@@ -37,11 +37,12 @@ from rich.console import Console
 from rich.table import Table
 from tiny_trainers import even_tokens
 
-from trl_llava import output_dir, train_ppo, train_reward, train_sft
-from trl_llava.checkpoints.finished_model import CONFIG_FILES
-from trl_llava.checkpoints.folders import checkpoints, step_of
+from trl_llava import train_ppo, train_reward, train_sft
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.reward_trainer import LlavaRewardTrainer
+from trl_llava.run import output_dir
+from trl_llava.run.finished_model import CONFIG_FILES
+from trl_llava.run.folders import checkpoints, step_of
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
 MAINS = {"sft": train_sft.main, "reward": train_reward.main, "ppo": train_ppo.main}

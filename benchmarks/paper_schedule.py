@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from trl.trainer.utils import selective_log_softmax
 
-from trl_llava import ppo_math
-from trl_llava.ppo import generation
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.ppo import generation, ppo_math
+from trl_llava.ppo.rollout import Rollout, chunks
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.rollout import ModelInputs, Rollout, chunks
 
 
 class PaperSchedule(LlavaPPOTrainer):

@@ -35,11 +35,11 @@ from benchmarks.workload import (
     make_text_model,
 )
 from trl_llava import train_ppo
-from trl_llava.collators import PromptCollator
-from trl_llava.models import load_processor
+from trl_llava.data.collators import PromptCollator
+from trl_llava.data.contract import normalise_messages, place_images
+from trl_llava.models.load import load_processor
 from trl_llava.ppo.roles import Policy
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.rows.contract import normalise_messages, place_images
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from benchmarks.rows import NOTHING_ELSE, make_rows, run_stage
 from benchmarks.tables import Ratio, arguments, report
 from benchmarks.workload import FULL, Size, lora, make_base
 from trl_llava import train_sft
-from trl_llava.models import load_processor
+from trl_llava.models.load import load_processor
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
 OURS, TRL = "ours", "trl"

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from trl_llava.factual_reward import FactualReward
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
-from trl_llava.models import load_processor
+from trl_llava.models.load import load_processor
+from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
+from trl_llava.rewards.factual_reward import FactualReward
 
 PATCH = 14
 STOP = "</s>"

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from trl_llava.convert_checkpoint import convert
+from trl_llava.tools.convert.convert_checkpoint import convert
 
 GOLDEN = Path(os.environ.get("TRL_LLAVA_GOLDEN") or Path(__file__).parent / "golden" / "paper")
 MODEL = GOLDEN / "4_model"

@@ -27,7 +27,7 @@ def logits(card: str, pictures: Path) -> list[float]:
 
 def scores(name: str, pictures: Path) -> list[float]:
     """What a reward model gives two answers."""
-    from trl_llava.factual_reward import FactualReward
+    from trl_llava.rewards.factual_reward import FactualReward
 
     answers = [[{"role": "assistant", "content": text}] for text in ("a square", "a dog")]
     images, captions = [[str(pictures / "red.png")]] * 2, [["a red square"]] * 2

@@ -18,11 +18,11 @@ import torch
 from launched_stages import without_operations_of_inference
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from trl_llava.console import run_as_program
-from trl_llava.plan.memory_trace import MemoryTrace
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.reward_trainer import LlavaRewardTrainer
+from trl_llava.run.console import run_as_program
 from trl_llava.sft_trainer import LlavaSFTTrainer
+from trl_llava.tools.plan.memory_trace import MemoryTrace
 
 TRAINERS = {"sft": LlavaSFTTrainer, "reward": LlavaRewardTrainer, "ppo": LlavaPPOTrainer}
 

@@ -19,10 +19,10 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from transformers import Trainer
 
-from trl_llava.checkpoints import safe_checkpoints
-from trl_llava.console import run_as_program
-from trl_llava.hub import push as hub_push
-from trl_llava.rows.contract import RowError
+from trl_llava.data.contract import RowError
+from trl_llava.publish import push as hub_push
+from trl_llava.run import safe_checkpoints
+from trl_llava.run.console import run_as_program
 
 
 def waiting_to_be_stopped(completion_ids: list[list[int]], **columns: object) -> list[float]:

@@ -9,7 +9,7 @@ from launched_stages import without_operations_of_inference
 from tiny_vllm import pretend_vllm
 
 from trl_llava import train_ppo
-from trl_llava.console import run_as_program
+from trl_llava.run.console import run_as_program
 
 if __name__ == "__main__":
     without_operations_of_inference()

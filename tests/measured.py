@@ -13,11 +13,11 @@ from typing import Any
 from datasets import Dataset, Image, List
 from PIL import Image as Pictures
 
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.plan.command import need_of
-from trl_llava.plan.job import Job, Settings
-from trl_llava.plan.memory_trace import MemoryTrace
-from trl_llava.plan.sharing import Processes
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.tools.plan.command import need_of
+from trl_llava.tools.plan.job import Job, Settings
+from trl_llava.tools.plan.memory_trace import MemoryTrace
+from trl_llava.tools.plan.sharing import Processes
 
 QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_length": None}
 

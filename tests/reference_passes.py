@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_llava.forward.chunked_head import Sampling, entropies_of, logprobs_of
+from trl_llava.models.chunked_head import Sampling, entropies_of, logprobs_of
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo.passes import position_kwargs
-from trl_llava.rollout import ModelInputs
 
 
 def followed_by(inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:

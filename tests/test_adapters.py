@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trl_llava.adapters import load_adapter, lora_config
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.loading.adapter_switching import active_adapter
-from trl_llava.models import load_policy, load_sequence_classifier
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.adapter_switching import active_adapter
+from trl_llava.models.adapters import load_adapter, lora_config
+from trl_llava.models.load import load_policy, load_sequence_classifier
 
 IDS = torch.tensor([[1, 300, 301, 302, 2]])
 ALL_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

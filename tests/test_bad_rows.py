@@ -15,9 +15,9 @@ from test_entry_points import QUICK
 from torch.utils.data import DataLoader
 
 from trl_llava import train_ppo, train_reward, train_sft
+from trl_llava.data.contract import RowError
 from trl_llava.reward_trainer import LlavaRewardTrainer
-from trl_llava.rows import check_data, check_report
-from trl_llava.rows.contract import RowError
+from trl_llava.tools.check_data import check_data, check_report
 
 STAGES = {"sft": ("sft", train_sft), "preference": ("reward", train_reward), "prompt": ("ppo", train_ppo)}
 PPO = [

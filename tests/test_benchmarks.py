@@ -30,9 +30,9 @@ from benchmarks.paper_schedule import PaperSchedule
 from benchmarks.tables import Ratio
 from benchmarks.workload import TOY
 from trl_llava import train_ppo
-from trl_llava.collators import SFTCollator
+from trl_llava.data.collators import SFTCollator
 from trl_llava.demo import stages
-from trl_llava.models import load_processor
+from trl_llava.models.load import load_processor
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
 STEP = ppo_sides.Step(TOY, lengths=(2, 5, 8, 3), response_length=8, micro_batch=2, epochs=2, steps=2)
@@ -402,7 +402,7 @@ def test_both_sft_sides_learn_the_same_tokens(tmp_path: Path) -> None:
     theirs = importlib.import_module("trl.trainer.sft_trainer").DataCollatorForVisionLanguageModeling(
         processor, completion_only_loss=True
     )(list(sft_step.trl_rows(tmp_path)))
-    rows = importlib.import_module("trl_llava.data").rows_from(sft_step.trl_rows(tmp_path), "sft", name="rows")
+    rows = importlib.import_module("trl_llava.data.load").rows_from(sft_step.trl_rows(tmp_path), "sft", name="rows")
     ours = SFTCollator(processor)(list(rows))
     for row in range(3):
         assert ours["labels"][row][ours["labels"][row] != -100].tolist() == [

@@ -16,14 +16,14 @@ from trl import RLOOTrainer
 
 import trl_llava.demo
 from trl_llava import online_rl, train_dpo, train_grpo, train_reward, train_rloo, train_sft
-from trl_llava.batches.dpo_collator import DPOCollator
-from trl_llava.collators import SFTCollator
-from trl_llava.data import rows_from
+from trl_llava.data import trl_rows
+from trl_llava.data.collators import SFTCollator
+from trl_llava.data.contract import RowError
+from trl_llava.data.dpo_collator import DPOCollator
+from trl_llava.data.load import rows_from
+from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.demo.data import Sizes, write_data
-from trl_llava.recipe_values import RecipeError
-from trl_llava.rows import trl_rows
-from trl_llava.rows.contract import RowError
-from trl_llava.rows.trl_rows import as_trl_reads
+from trl_llava.errors import RecipeError
 
 BASE = Path(trl_llava.demo.__file__).parent / "base"
 QUICK = [
@@ -75,7 +75,7 @@ def adapter(folder: Path | str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stage", ["grpo", "rloo"])
 def test_online_with_the_factual_reward(world: World, policy: str, reward_model: str, stage: str) -> None:
     start = ["--adapter_name_or_path", policy, "--reward_model_path", reward_model, "--beta", "0.1"]
-    correct = ["--reward_funcs", "trl_llava.reward_terms:correctness", "--reward_weights", "1.0", "0.5"]
+    correct = ["--reward_funcs", "trl_llava.rewards.reward_terms:correctness", "--reward_weights", "1.0", "0.5"]
     trainer = ONLINE[stage](world.words("prompts", stage, *start, *correct, *SHORT))
     logged = trainer.state.log_history[0]
     assert {"rewards/factual_reward/mean", "rewards/correctness/mean"} <= set(logged)
@@ -97,9 +97,9 @@ def test_the_reward_sees_what_the_policy_saw(world: World, monkeypatch: pytest.M
         calls.append({"completions": completions, **columns})
         return [float(i) for i in range(len(completions))]
 
-    monkeypatch.setattr("trl_llava.reward_terms.correctness", spy)
+    monkeypatch.setattr("trl_llava.rewards.reward_terms.correctness", spy)
     train_grpo.main(
-        world.words("prompts", "spied", *LORA, *SHORT, "--reward_funcs", "trl_llava.reward_terms:correctness")
+        world.words("prompts", "spied", *LORA, *SHORT, "--reward_funcs", "trl_llava.rewards.reward_terms:correctness")
     )
     call = calls[0]
     assert [len(images) for images in call["images"]] == [1, 1, 1, 1]
@@ -147,7 +147,14 @@ def test_onevision_with_one_image_a_row(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     base = toy_models.onevision(tmp_path, monkeypatch)
-    words = [*LORA, *SHORT, "--reward_funcs", "trl_llava.reward_terms:correctness", "--model_name_or_path", str(base)]
+    words = [
+        *LORA,
+        *SHORT,
+        "--reward_funcs",
+        "trl_llava.rewards.reward_terms:correctness",
+        "--model_name_or_path",
+        str(base),
+    ]
     words += ["--per_device_train_batch_size", "2", "--beta", "0.1"]
     trainer = ONLINE[stage](world.words("prompts", f"ov-{stage}", *words, "--max_steps", "1"))
     assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-5)
@@ -177,7 +184,7 @@ def test_rows_with_and_without_pictures(world: World) -> None:
     for row in rows[3:]:
         row["images"] = []
     (world.folder / "mixed.json").write_text(json.dumps(rows))
-    words = [*LORA, *SHORT, "--reward_funcs", "trl_llava.reward_terms:correctness"]
+    words = [*LORA, *SHORT, "--reward_funcs", "trl_llava.rewards.reward_terms:correctness"]
     with pytest.raises(RowError, match=r"mixed.json\[3\]: it has no image, unlike the rows before it"):
         train_grpo.main(world.words("../mixed.json", "none", *words))
     (world.folder / "text.json").write_text(json.dumps(rows[3:]))

@@ -9,8 +9,8 @@ import tiny_models
 from transformers import AutoProcessor
 
 from trl_llava import train_ppo, train_sft
-from trl_llava.batches.chat_templates import set_chat_template
-from trl_llava.models import load_processor
+from trl_llava.models.chat_templates import set_chat_template
+from trl_llava.models.load import load_processor
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 
 # As llava-hf's LLaVA-1.5 has it: nothing ends an answer, so that SFT has nothing to teach stopping with.

@@ -11,9 +11,9 @@ import tiny_models
 from rich.console import Console
 
 from trl_llava import cli
-from trl_llava.recipe_stage import find_stage
-from trl_llava.recipe_values import RecipeError
-from trl_llava.rows import check_data, check_report
+from trl_llava.errors import RecipeError
+from trl_llava.tools.check_data import check_data, check_report
+from trl_llava.tools.recipe_stage import find_stage
 
 
 class Published:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from trl_llava.checkpoints import folders as checkpoint_folders
-from trl_llava.checkpoints import manifest
-from trl_llava.checkpoints.folders import (
+from trl_llava.errors import NotFoundError
+from trl_llava.run import folders as checkpoint_folders
+from trl_llava.run import manifest
+from trl_llava.run.folders import (
     checkpoints,
     clear_leftovers,
     find_checkpoint,
@@ -21,8 +22,7 @@ from trl_llava.checkpoints.folders import (
     start_checkpoint,
     unfinished,
 )
-from trl_llava.checkpoints.manifest import DamagedCheckpointError
-from trl_llava.errors import NotFoundError
+from trl_llava.run.manifest import DamagedCheckpointError
 
 
 def save(run_dir: Path, step: int, limit: int | None = None, text: str = "weights") -> None:

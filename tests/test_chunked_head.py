@@ -10,11 +10,11 @@ from reference_passes import response_logits, token_entropies, token_logprobs
 from torch import nn
 from transformers import AutoModelForImageTextToText, Gemma2Config, Gemma2ForCausalLM
 
-from trl_llava.forward.chunked_head import Sampling, entropies_of, logprobs_of, token_statistics
-from trl_llava.loading.adapter_switching import active_adapter
-from trl_llava.plan.memory_trace import MemoryTrace
+from trl_llava.models.adapter_switching import active_adapter
+from trl_llava.models.chunked_head import Sampling, entropies_of, logprobs_of, token_statistics
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo.passes import check_plain_head, response_logprobs
-from trl_llava.rollout import ModelInputs
+from trl_llava.tools.plan.memory_trace import MemoryTrace
 
 
 def test_formulae() -> None:
@@ -112,7 +112,7 @@ def test_no_tensor_is_wider_than_a_chunk_in_forward_or_backward() -> None:
 
 def test_a_process_with_fewer_tokens_runs_the_head_as_often_under_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the others would wait for it for ever: a layer's weights are fetched by all of them together."""
-    monkeypatch.setattr("trl_llava.forward.chunked_head.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("trl_llava.models.chunked_head.is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, op: count.fill_(5))
     head, runs = nn.Linear(8, 50), []
     head.register_forward_hook(lambda module, args, output: runs.append(len(output)))

@@ -12,9 +12,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from trl_llava import cli
-from trl_llava.processes import launch_config
-from trl_llava.recipe import FIELD_GROUPS
-from trl_llava.recipe_values import RecipeError
+from trl_llava.configs.recipe import FIELD_GROUPS
+from trl_llava.errors import RecipeError
+from trl_llava.run import launch_config
 
 ROOT = Path(__file__).parents[1]
 FIELDS = frozenset({"learning_rate", "bf16", "freeze_projector", "debug"})
@@ -108,7 +108,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*args: Any, **options: Any) -> None:
         raise ValueError("a fault")
 
-    monkeypatch.setattr("trl_llava.convert.merge.merge", fail)
+    monkeypatch.setattr("trl_llava.tools.convert.merge.merge", fail)
     with pytest.raises(ValueError, match="a fault"):
         cli.main(["merge", "adapter", "target"])
 
@@ -170,7 +170,9 @@ def test_score_prints_one_number(
             seen.update(columns)
             return [1.25]
 
-    monkeypatch.setattr("trl_llava.factual_reward.FactualReward.from_pretrained", lambda name, revision: Reward())
+    monkeypatch.setattr(
+        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, revision: Reward()
+    )
     red_image.save(tmp_path / "red.png")
     words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "What?"]
     assert cli.main([*words, "--answer", "A square.", "--caption", "red", "--caption", "square"]) == 0
@@ -191,7 +193,7 @@ def test_score_asks_for_the_captions_that_its_reward_model_reads(
 ) -> None:
     reads_captions = SimpleNamespace(needs_captions=True)
     monkeypatch.setattr(
-        "trl_llava.factual_reward.FactualReward.from_pretrained", lambda name, revision: reads_captions
+        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, revision: reads_captions
     )
     red_image.save(tmp_path / "red.png")
     words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "?", "--answer", "!"]

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from trl_llava import collators
-from trl_llava.batches.dpo_collator import DPOCollator
-from trl_llava.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data import collators
+from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data.contract import RowError
+from trl_llava.data.dpo_collator import DPOCollator
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, VICUNA_V1_SYSTEM, JudgingPrompt
-from trl_llava.rows.contract import RowError
 
 PICTURE = {"type": "image", "text": None}
 VOCABULARY = ["<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "Hi", "What", "cat", "dog", "<unk>"]

@@ -7,13 +7,13 @@ import pytest
 from trl import ModelConfig, RewardConfig, SFTConfig
 from trl.experimental.ppo import PPOConfig
 
-from trl_llava.configs import (
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import (
     LlavaModelConfig,
     LlavaRewardConfig,
     LlavaScriptArguments,
     LlavaSFTConfig,
 )
-from trl_llava.configs_ppo import LlavaPPOConfig
 
 
 def make(kind: type, **fields: Any) -> Any:

@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from trl_llava import cli
-from trl_llava.adapters import load_adapter
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.convert import adapter as convert_adapter
-from trl_llava.convert import layouts as checkpoint_layouts
-from trl_llava.convert import model as convert_model
-from trl_llava.convert import paper_tokenizer
-from trl_llava.convert_checkpoint import VALUE_FOLDER, convert
-from trl_llava.factual_reward import FactualReward
-from trl_llava.forward.chunked_head import Sampling
-from trl_llava.models import load_policy, load_sequence_classifier
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.adapters import load_adapter
+from trl_llava.models.chunked_head import Sampling
+from trl_llava.models.load import load_policy, load_sequence_classifier
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo.passes import response_logprobs, response_values
-from trl_llava.ppo_math import response_mask
-from trl_llava.rollout import ModelInputs
+from trl_llava.ppo.ppo_math import response_mask
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.tools.convert import adapter as convert_adapter
+from trl_llava.tools.convert import layouts as checkpoint_layouts
+from trl_llava.tools.convert import model as convert_model
+from trl_llava.tools.convert import paper_tokenizer
+from trl_llava.tools.convert.convert_checkpoint import VALUE_FOLDER, convert
 
 OUT = golden_data.tensors("4_outputs.safetensors")
 LAYOUTS = {"rl_init": "rl_init", "rm": "rm/checkpoint-*", "ppo": "ppo/checkpoint-*"}
@@ -423,8 +423,8 @@ def test_base_folder_is_only_where_it_is_now(made: SimpleNamespace, tmp_path: Pa
 
 MEMORY = """
 import resource, sys
-from trl_llava.convert import model as convert_model
-from trl_llava.convert_checkpoint import convert
+from trl_llava.tools.convert import model as convert_model
+from trl_llava.tools.convert.convert_checkpoint import convert
 convert_model.SHARD_BYTES = 30_000_000
 convert(sys.argv[1], sys.argv[2] + "-small", vision_tower=sys.argv[4])  # what is loaded once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

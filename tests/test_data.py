@@ -9,9 +9,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from trl import DatasetMixtureConfig
 
-from trl_llava.data import load_rows, rows_from
+from trl_llava.data.contract import RowError, normalise_messages, place_images, stage_features
+from trl_llava.data.load import load_rows, rows_from
 from trl_llava.errors import NotFoundError
-from trl_llava.rows.contract import RowError, normalise_messages, place_images, stage_features
 
 PICTURE = {"type": "image", "text": None}
 
@@ -365,7 +365,7 @@ def test_a_row_that_cannot_be_used_says_why(folder, stage, record, problem, capl
     path = written(folder, [good, record])
     with pytest.raises(RowError, match=rf"^train\.json\[1\]: .*{problem}.*on_bad_row `skip` leaves such rows out"):
         load_rows(path, stage)
-    with caplog.at_level(logging.WARNING, logger="trl_llava.data"):
+    with caplog.at_level(logging.WARNING, logger="trl_llava.data.load"):
         assert load_rows(path, stage, on_bad_row="skip")["row_name"][:] == ["train.json[0]"]
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("Skipped 1 of 2 rows of train.json: 1 ")
 
@@ -375,7 +375,7 @@ def test_skipped_rows_are_counted_by_reason_in_one_line(folder, caplog):
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
     bad = [preference(image="x.png"), preference(preference=3), preference(image="y.png"), preference(image="cut.png")]
     path = written(folder, [preference(), *bad, "text"])
-    with caplog.at_level(logging.WARNING, logger="trl_llava.data"):
+    with caplog.at_level(logging.WARNING, logger="trl_llava.data.load"):
         assert len(load_rows(path, "preference", on_bad_row="skip")) == 1
     assert caplog.messages == [
         "Skipped 5 of 6 rows of train.json: 2 image missing (train.json[1]), 1 preference outside {1, 2} "
@@ -457,7 +457,7 @@ def test_a_column_with_a_name_that_is_used_here_is_an_error(column):
 
 
 def test_other_columns_are_left_behind_with_a_word(folder, caplog):
-    with caplog.at_level(logging.INFO, logger="trl_llava.data"):
+    with caplog.at_level(logging.INFO, logger="trl_llava.data.load"):
         rows = load_rows(written(folder, [preference(hallucination=False)]), "preference")
     assert "hallucination" not in rows.column_names
     assert caplog.messages == ["train.json: the preference stage does not read the columns hallucination."]

@@ -5,7 +5,7 @@ import random
 import pytest
 from PIL import Image
 
-from trl_llava.data import load_rows
+from trl_llava.data.load import load_rows
 from trl_llava.demo import language
 from trl_llava.demo.data import KINDS, Sizes, read_rows, write_data
 from trl_llava.demo.metrics import Answered, invented_objects, measure

@@ -14,9 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from trl_llava.errors import InputError
-from trl_llava.loading.adapter_role import AdapterRole
-from trl_llava.loading.dense_weights import DenseWeights
-from trl_llava.loading.quantization import UNQUANTIZED
+from trl_llava.models.adapter_role import AdapterRole
+from trl_llava.models.quantization import UNQUANTIZED
+from trl_llava.ppo.dense_weights import DenseWeights
 
 IDS = torch.tensor([[1, 20, 300, 41, 5, 60]])
 

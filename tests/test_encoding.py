@@ -10,10 +10,10 @@ from tiny_models import onevision_processor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from trl_llava.batches.encoding import encode
-from trl_llava.batches.plain_text import special_strings
+from trl_llava.data.contract import RowError
+from trl_llava.data.encoding import encode
+from trl_llava.data.plain_text import special_strings
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, render
-from trl_llava.rows.contract import RowError
 
 PICTURE = {"type": "image", "text": None}
 CHATML = (

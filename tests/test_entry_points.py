@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from trl_llava import train_ppo, train_reward, train_sft
-from trl_llava.console import run_as_program
-from trl_llava.factual_reward import FactualReward
-from trl_llava.loading.reward_loading import find_function
-from trl_llava.recipe_values import RecipeError
-from trl_llava.rows.contract import RowError
+from trl_llava.data.contract import RowError
+from trl_llava.errors import RecipeError
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.rewards.reward_loading import find_function
+from trl_llava.run.console import run_as_program
 
 SAVED = {
     "README.md",

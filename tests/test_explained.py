@@ -15,13 +15,13 @@ import tiny_models
 from test_entry_points import QUESTION, QUICK, Work, answer
 from tqdm import tqdm
 
-from trl_llava import models, train_sft
-from trl_llava.console import run_as_program
-from trl_llava.errors import ExplainedError, InputError, MissingPackageError, NotFoundError, OccupiedError
-from trl_llava.output_dir import OutputDirError
-from trl_llava.ppo.health import UnhealthyRunError
-from trl_llava.recipe_values import RecipeError
-from trl_llava.rows.contract import RowError
+from trl_llava import train_sft
+from trl_llava.data.contract import RowError
+from trl_llava.errors import ExplainedError, InputError, MissingPackageError, NotFoundError, OccupiedError, RecipeError
+from trl_llava.health import UnhealthyRunError
+from trl_llava.models import load as models
+from trl_llava.run.console import run_as_program
+from trl_llava.run.output_dir import OutputDirError
 
 
 @pytest.fixture(scope="module")

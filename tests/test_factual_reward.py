@@ -13,16 +13,16 @@ from peft import PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from trl_llava import factual_reward
-from trl_llava.adapters import lora_config
-from trl_llava.collators import PreferenceCollator
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.factual_reward import FactualReward
-from trl_llava.loading.base_model import base_of
-from trl_llava.models import load_sequence_classifier
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.data.asked import same_prompts
+from trl_llava.data.collators import PreferenceCollator
+from trl_llava.data.contract import RowError
+from trl_llava.models.adapters import lora_config
+from trl_llava.models.base_model import base_of
+from trl_llava.models.load import load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.rows.asked import same_prompts
-from trl_llava.rows.contract import RowError
+from trl_llava.rewards import factual_reward
+from trl_llava.rewards.factual_reward import FactualReward
 
 PLAIN = JudgingPrompt(with_captions=False)
 

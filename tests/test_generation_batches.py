@@ -5,10 +5,10 @@ import tiny_trainers
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo.generation import Generator
 from trl_llava.ppo.generation_batches import bytes_per_token, rows_at_once
-from trl_llava.rollout import ModelInputs
 
 # 2 layers and one that grows, 2 key-value heads of 8, fp32, keys and values
 TOKEN = 2 * 3 * 2 * 8 * 4

@@ -12,11 +12,11 @@ from tiny_trainers import make_adapter, ppo_trainer
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from trl_llava import train_ppo, train_reward, train_sft
-from trl_llava.configs import LlavaRewardConfig
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaRewardConfig
 from trl_llava.errors import InputError, MissingPackageError
-from trl_llava.loading import gpu_kernels
-from trl_llava.loading.gpu_kernels import apply_liger, check_gpu_kernels, check_liger_knows
+from trl_llava.models import gpu_kernels
+from trl_llava.models.gpu_kernels import apply_liger, check_gpu_kernels, check_liger_knows
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from huggingface_hub import constants
 
+from trl_llava.data.sources import read_source
 from trl_llava.errors import InputError, NotFoundError
-from trl_llava.rows.sources import read_source
 
 
 def parquet(answer: str) -> bytes:

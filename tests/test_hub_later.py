@@ -9,9 +9,9 @@ import pytest
 from test_hub_push import checkpoint, finished
 
 from trl_llava import cli
-from trl_llava.checkpoints.manifest import write_manifest
-from trl_llava.hub import push as hub_push
-from trl_llava.hub.model_card import CardFacts
+from trl_llava.publish import push as hub_push
+from trl_llava.publish.model_card import CardFacts
+from trl_llava.run.manifest import write_manifest
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.configs_beyond_ppo import OnlineArguments
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.online import OnlineArguments
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError
 from trl_llava.hub.names import split_revision
 

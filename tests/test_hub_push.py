@@ -13,14 +13,14 @@ import pytest
 from huggingface_hub import snapshot_download
 from transformers.trainer_utils import HubStrategy
 
-from trl_llava.checkpoints.manifest import check_manifest
-from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.configs.recipe import Recipe
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import InputError
-from trl_llava.hub import push as hub_push
-from trl_llava.hub.push import HubPush, PushError
-from trl_llava.hub.repository import HubError, Repository, claim_repository
-from trl_llava.hub.shareable import stage_run, without_paths
-from trl_llava.recipe import Recipe
+from trl_llava.publish import push as hub_push
+from trl_llava.publish.push import HubPush, PushError
+from trl_llava.publish.repository import HubError, Repository, claim_repository
+from trl_llava.publish.shareable import stage_run, without_paths
+from trl_llava.run.manifest import check_manifest
 
 RECIPE = Recipe({"learning_rate": 0.1, "dataset_name": "/home/me/rows.json", "output_dir": "/scratch/run"}, {})
 

@@ -15,7 +15,7 @@ from test_hub_runs import QUICK, write_rows
 from test_hub_safety import Evil
 
 from trl_llava import train_ppo, train_sft
-from trl_llava.checkpoints.manifest import DamagedCheckpointError, write_manifest
+from trl_llava.run.manifest import DamagedCheckpointError, write_manifest
 
 TIMED = ("runtime", "per_second", "time/", "eps", "tokens_per_second")
 

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from trl_llava import cli, output_dir, train_sft
-from trl_llava.adapters import load_adapter
-from trl_llava.configs import LlavaModelConfig
+from trl_llava import cli, train_sft
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError
-from trl_llava.loading.score_start import load_score_model
-from trl_llava.models import load_policy
+from trl_llava.models.adapters import load_adapter
+from trl_llava.models.load import load_policy
+from trl_llava.models.score_start import load_score_model
+from trl_llava.run import output_dir
 
 PACKAGE = Path(cli.__file__).parent
 

@@ -17,10 +17,10 @@ from test_hub_push import checkpoint, finished
 from test_hub_runs import PUSH, QUICK, write_rows
 
 from trl_llava import cli
-from trl_llava.hub import push as hub_push
-from trl_llava.hub import saves as hub_saves
-from trl_llava.hub.push import HubPush
-from trl_llava.hub.saves import PushAtSaves
+from trl_llava.publish import push as hub_push
+from trl_llava.publish import saves as hub_saves
+from trl_llava.publish.push import HubPush
+from trl_llava.publish.saves import PushAtSaves
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from transformers import Trainer
 
 from trl_llava import cli
-from trl_llava.hub import push as hub_push
-from trl_llava.hub.push import PushError
-from trl_llava.hub.repository import HubError
+from trl_llava.publish import push as hub_push
+from trl_llava.publish.push import PushError
+from trl_llava.publish.repository import HubError
 
 PUSH = {
     "push_to_hub": True,

@@ -12,13 +12,13 @@ from test_passes import make_inputs, policy_and_value
 from test_share_base_runs import logged, start
 from test_shared_base import args_for, build_shared, save_adapters
 
-from trl_llava.adapters import load_adapter
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.factual_reward import FactualReward
-from trl_llava.forward.image_features import GIB, ImageFeatures, bytes_kept
-from trl_llava.loading.adapter_switching import active_adapter
-from trl_llava.loading.shared_base import SharedBase
-from trl_llava.models import load_policy
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.adapter_switching import active_adapter
+from trl_llava.models.adapters import load_adapter
+from trl_llava.models.image_features import GIB, ImageFeatures, bytes_kept
+from trl_llava.models.load import load_policy
+from trl_llava.models.shared_base import SharedBase
+from trl_llava.rewards.factual_reward import FactualReward
 
 work, policy, reward_model = test_entry_points.work, test_entry_points.policy, test_entry_points.reward_model
 ONE = 16 * 32 * 4  # bytes of a tiny LLaVA's features of a picture: tokens, width, float32

@@ -7,9 +7,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from trl_llava.rows import images
-from trl_llava.rows.contract import RowError
-from trl_llava.rows.images import image_size, load_image, load_images, path_inside
+from trl_llava.data import images
+from trl_llava.data.contract import RowError
+from trl_llava.data.images import image_size, load_image, load_images, path_inside
 
 
 def encoded(image, format="PNG", **options):

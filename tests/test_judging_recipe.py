@@ -2,8 +2,8 @@
 
 import pytest
 
+from trl_llava.errors import RecipeError
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.recipe_values import RecipeError
 from trl_llava.train_reward import make_judging_prompt, make_parser
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from stage_runs import BACKENDS, NOT_RESUMED, assert_same_logs, end_of, run_words, start_python, write_config
 
-from trl_llava.checkpoints.manifest import check_manifest
+from trl_llava.run.manifest import check_manifest
 
 pytestmark = pytest.mark.xdist_group("launched")
 

@@ -7,11 +7,11 @@ from datasets import Dataset
 from tiny_models import onevision_processor
 from transformers import AutoProcessor
 
-from trl_llava.collators import PreferenceCollator, PromptCollator, SFTCollator
-from trl_llava.data import rows_from
+from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data.contract import RowError
+from trl_llava.data.lengths import drop_overlong, token_lengths
+from trl_llava.data.load import rows_from
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, JudgingPrompt
-from trl_llava.rows.contract import RowError
-from trl_llava.rows.lengths import drop_overlong, token_lengths
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_long_rows_are_dropped_and_counted(tiny_processor, dataset, caplog):
     lengths = token_lengths(list(dataset), collator)
     limit = sorted(lengths)[1]
     collator.max_prompt_length = limit
-    with caplog.at_level(logging.WARNING, logger="trl_llava.rows.lengths"):
+    with caplog.at_level(logging.WARNING, logger="trl_llava.data.lengths"):
         kept = drop_overlong(dataset, collator, "drop")
     assert kept["row_name"][:] == [f"a[{i}]" for i in range(4) if lengths[i] <= limit]
     assert len(kept) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_llava.checkpoints.manifest import MANIFEST, DamagedCheckpointError, check_manifest, write_manifest
+from trl_llava.run.manifest import MANIFEST, DamagedCheckpointError, check_manifest, write_manifest
 
 
 @pytest.fixture

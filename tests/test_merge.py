@@ -8,13 +8,13 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from trl_llava import cli
-from trl_llava.adapters import load_adapter, lora_config
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.convert import merge as merge_module
-from trl_llava.convert.merge import merge
-from trl_llava.factual_reward import FactualReward
-from trl_llava.models import load_policy, load_sequence_classifier
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.adapters import load_adapter, lora_config
+from trl_llava.models.load import load_policy, load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.tools.convert import merge as merge_module
+from trl_llava.tools.convert.merge import merge
 
 
 def adapter(base: Path, folder: Path, task: str = "CAUSAL_LM", dtype: str = "float32") -> Path:

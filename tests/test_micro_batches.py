@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, weights
 
-from trl_llava.ppo.micro_batches import Lengths, micro_batches
+from trl_llava.models.micro_batches import Lengths, micro_batches
 
 ALONE = SimpleNamespace(num_processes=1)
 LENGTHS = Lengths(prompts=[10, 4, 10, 4, 30], responses=[2, 1, 8, 3, 1])

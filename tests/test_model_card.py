@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from trl_llava.hub.card_plots import CURVES, plot_curves
-from trl_llava.hub.model_card import wilson_interval, write_card_of
+from trl_llava.publish.card_plots import CURVES, plot_curves
+from trl_llava.publish.model_card import wilson_interval, write_card_of
 
 
 def card(folder: Path, stage: str, *, adapter: bool = True, **options: Any) -> tuple[dict[str, Any], str]:

@@ -15,10 +15,10 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-import trl_llava.models as models
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.loading.same_tokenizer import check_same_tokenizer
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
+import trl_llava.models.load as models
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.same_tokenizer import check_same_tokenizer
+from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 
 
 def args_for(folder: Path | str, **fields: object) -> LlavaModelConfig:

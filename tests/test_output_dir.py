@@ -7,9 +7,10 @@ from typing import Any
 import hub_server
 import pytest
 
-from trl_llava import output_dir, stage_run, train_sft
-from trl_llava.checkpoints.manifest import DamagedCheckpointError, write_manifest
-from trl_llava.output_dir import OutputDirError, claim, record
+from trl_llava import stage_run, train_sft
+from trl_llava.run import output_dir
+from trl_llava.run.manifest import DamagedCheckpointError, write_manifest
+from trl_llava.run.output_dir import OutputDirError, claim, record
 from trl_llava.stage_run import StageRun
 
 

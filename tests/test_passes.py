@@ -27,11 +27,12 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from trl_llava.collators import PromptCollator
-from trl_llava.data import rows_from
-from trl_llava.forward.chunked_head import Sampling
-from trl_llava.forward.image_features import GIB, ImageFeatures
-from trl_llava.loading.sequence_classification import (
+from trl_llava.data.collators import PromptCollator
+from trl_llava.data.load import rows_from
+from trl_llava.models.chunked_head import Sampling
+from trl_llava.models.image_features import GIB, ImageFeatures
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.sequence_classification import (
     LlavaForSequenceClassification,
     LlavaNextForSequenceClassification,
     LlavaOnevisionForSequenceClassification,
@@ -40,7 +41,6 @@ from trl_llava.ppo import ended_rows, generation, growing_cache
 from trl_llava.ppo.ended_rows import EnoughEnded, can_drop_rows
 from trl_llava.ppo.generation import Generator
 from trl_llava.ppo.passes import response_logprobs, response_values
-from trl_llava.rollout import ModelInputs
 
 SCORE_CLASSES = {
     "tiny_llava_dir": LlavaForSequenceClassification,

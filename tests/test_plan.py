@@ -15,19 +15,21 @@ import torch
 from measured import QUIET, answer, fields_for, longest, peak_of, planned, question, with_pictures
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from trl_llava.adapters import lora_config
 from trl_llava.cli import main
-from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaSFTConfig
-from trl_llava.errors import InputError
-from trl_llava.loading.policy_start import load_policy_start
-from trl_llava.loading.score_start import load_score_model
-from trl_llava.plan.command import _make_parser, make_plan, need_of, read_job
-from trl_llava.plan.dry_models import QuantizedLinear, add_adapter, build_policy
-from trl_llava.plan.job import Job, Need, Settings
-from trl_llava.plan.memory_model import Moment, kv_cache, optimizer_states, weights
-from trl_llava.plan.memory_trace import MemoryTrace
-from trl_llava.plan.processes import find_processes
-from trl_llava.plan.sharing import (
+from trl_llava.configs.stages import LlavaModelConfig, LlavaRewardConfig, LlavaSFTConfig
+from trl_llava.errors import InputError, RecipeError
+from trl_llava.models.adapters import lora_config
+from trl_llava.models.policy_start import load_policy_start
+from trl_llava.models.score_start import load_score_model
+from trl_llava.reward_trainer import LlavaRewardTrainer
+from trl_llava.sft_trainer import LlavaSFTTrainer
+from trl_llava.tools.plan.command import _make_parser, make_plan, need_of, read_job
+from trl_llava.tools.plan.dry_models import QuantizedLinear, add_adapter, build_policy
+from trl_llava.tools.plan.job import Job, Need, Settings
+from trl_llava.tools.plan.memory_model import Moment, kv_cache, optimizer_states, weights
+from trl_llava.tools.plan.memory_trace import MemoryTrace
+from trl_llava.tools.plan.processes import find_processes
+from trl_llava.tools.plan.sharing import (
     Processes,
     ZeroSizes,
     cast_as_deepspeed,
@@ -36,9 +38,6 @@ from trl_llava.plan.sharing import (
     gradients_backwards,
     gradients_between_steps,
 )
-from trl_llava.recipe_values import RecipeError
-from trl_llava.reward_trainer import LlavaRewardTrainer
-from trl_llava.sft_trainer import LlavaSFTTrainer
 
 DEEPSPEED = {"distributed_type": "DEEPSPEED"}
 
@@ -126,7 +125,7 @@ def test_8_bit_sft_needs_what_is_planned(tiny_llava_dir, tmp_path):
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_the_reward_model_needs_what_is_planned(tiny_llava_dir, tmp_path, share_prefix, monkeypatch):
     # A plan is for a GPU, which runs packs under a mask; row by row, on a CPU, they take less.
-    monkeypatch.setattr("trl_llava.forward.shared_prefix._on_cpu", lambda model, segments: False)
+    monkeypatch.setattr("trl_llava.models.shared_prefix._on_cpu", lambda model, segments: False)
     model_args, rows = fields_for(tiny_llava_dir), 2
     args = LlavaRewardConfig(
         output_dir=str(tmp_path),
@@ -270,7 +269,7 @@ def test_a_micro_batch_is_not_advised_by_two_smaller_ones_alone(tiny_llava_dir, 
         rows = settings.rows
         return Need([Moment("passes", Counter(activations=10 + max(rows, 3 * rows - 6 + 2 * (rows > 4))))])
 
-    monkeypatch.setattr("trl_llava.plan.command.need_of", need)
+    monkeypatch.setattr("trl_llava.tools.plan.command.need_of", need)
     plan = make_plan(replace(job, limit=22), settings, need(job, settings))
     assert [(choice.rows, choice.accumulation, total) for choice, total in plan.fitting[:2]] == [(4, 2, 16)] * 2
 

@@ -11,16 +11,16 @@ from measured import fields_for, longest, phases_of, question, values_of, with_p
 from torch import nn
 from transformers import AutoProcessor
 
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.factual_reward import FactualReward
-from trl_llava.models import load_sequence_classifier
-from trl_llava.plan.command import need_of
-from trl_llava.plan.job import Job, Need, Settings
-from trl_llava.plan.roles import load_roles
-from trl_llava.plan.sharing import Processes
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.load import load_sequence_classifier
 from trl_llava.ppo import ask as ppo_ask
 from trl_llava.prompts import JudgingPrompt
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.tools.plan.command import need_of
+from trl_llava.tools.plan.job import Job, Need, Settings
+from trl_llava.tools.plan.roles import load_roles
+from trl_llava.tools.plan.sharing import Processes
 from trl_llava.train_ppo import load_all
 
 
@@ -52,7 +52,7 @@ def step(base: Path, folder: Path, **changes: Any) -> tuple[Any, Path]:
 @pytest.fixture(autouse=True)
 def packs_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is for a GPU, which runs packs under a mask; row by row, on a CPU, they take less."""
-    monkeypatch.setattr("trl_llava.forward.shared_prefix._on_cpu", lambda model, segments: False)
+    monkeypatch.setattr("trl_llava.models.shared_prefix._on_cpu", lambda model, segments: False)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer
 from transformers import AutoProcessor
 
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.factual_reward import FactualReward
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.sequence_classification import LlavaForSequenceClassification
+from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.train_ppo import load_all
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_llava import ppo_math
+from trl_llava.ppo import ppo_math
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, False], [True, True, True]])

@@ -17,13 +17,13 @@ from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prom
 from transformers import AutoProcessor, LlavaConfig, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.data.contract import RowError
 from trl_llava.errors import ExplainedError, InputError
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
-from trl_llava.ppo.health import UnhealthyRunError
+from trl_llava.health import UnhealthyRunError
+from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 from trl_llava.ppo.setup import rounds_alike
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.rows.contract import RowError
 
 
 @pytest.fixture(scope="module")

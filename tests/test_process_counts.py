@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trl_llava.processes.counts import ProcessCountError, check_processes
+from trl_llava.run.counts import ProcessCountError, check_processes
 
 
 def checkpoint(folder: Path, *, processes: int = 1, shards: int = 0, **state: Any) -> Path:

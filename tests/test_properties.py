@@ -23,17 +23,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from trl_llava.batches.dpo_collator import DPOCollator
-from trl_llava.batches.padding import pad
-from trl_llava.collators import PreferenceCollator, PromptCollator, SFTCollator
-from trl_llava.data import load_rows
+from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data.contract import ANSWER_TYPES, ANSWERS, stage_features
+from trl_llava.data.dpo_collator import DPOCollator
+from trl_llava.data.formats import KNOWN_COLUMNS
+from trl_llava.data.load import load_rows
+from trl_llava.data.maker import RowMaker
+from trl_llava.data.padding import pad
+from trl_llava.data.sources import RawRows
 from trl_llava.errors import ExplainedError
 from trl_llava.prompts import JUDGING_ANSWER_PREFIX, JudgingPrompt, judging_messages, message_text
-from trl_llava.reward_terms import correctness, length_term, missing_eos
-from trl_llava.rows.contract import ANSWER_TYPES, ANSWERS, stage_features
-from trl_llava.rows.formats import KNOWN_COLUMNS
-from trl_llava.rows.maker import RowMaker
-from trl_llava.rows.sources import RawRows
+from trl_llava.rewards.reward_terms import correctness, length_term, missing_eos
 
 SCALE = int(os.environ.get("TRL_LLAVA_EXAMPLES", "1"))
 IMAGE_TOKENS = 16

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from trl_llava import cli
-from trl_llava.factual_reward import FactualReward
-from trl_llava.hub import push_later as push
-from trl_llava.plan import command as plan
+from trl_llava.publish import push_later as push
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.tools.plan import command as plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

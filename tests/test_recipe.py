@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from trl_llava import train_ppo, train_reward, train_sft
-from trl_llava.recipe_values import RecipeDumper, RecipeError, RecipeLoader, convert
+from trl_llava.configs.recipe_values import RecipeDumper, RecipeLoader, convert
+from trl_llava.errors import RecipeError
 
 CPU = {"output_dir": "unused", "bf16": False, "use_cpu": True}
 

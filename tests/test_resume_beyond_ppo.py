@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from trl_llava import train_dpo, train_grpo, train_rloo
-from trl_llava.checkpoints import generation_buffer
 from trl_llava.errors import InputError
+from trl_llava.run import generation_buffer
 
 TIMED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
 WORDS = [

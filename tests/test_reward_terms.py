@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 
-from trl_llava import reward_terms
-from trl_llava.reward_terms import correctness, length_term, missing_eos
-from trl_llava.rows import contract as rows
+from trl_llava.data import contract as rows
+from trl_llava.rewards import reward_terms
+from trl_llava.rewards.reward_terms import correctness, length_term, missing_eos
 
 
 @pytest.mark.parametrize(

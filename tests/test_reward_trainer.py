@@ -11,10 +11,10 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import AutoProcessor, AutoTokenizer
 
-from trl_llava.configs import LlavaRewardConfig
+from trl_llava.configs.stages import LlavaRewardConfig
 from trl_llava.errors import InputError
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
-from trl_llava.ppo.health import UnhealthyRunError
+from trl_llava.health import UnhealthyRunError
+from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_trainer import LlavaRewardTrainer
 

@@ -15,14 +15,14 @@ import torch
 from tiny_trainers import even_tokens, make_adapter, ppo_trainer
 from transformers import Trainer, TrainerCallback
 
-from trl_llava.checkpoints import folders as checkpoint_folders
-from trl_llava.checkpoints import safe_checkpoints, stop_signals
-from trl_llava.checkpoints.disk_full import DiskFullError, explain_full_disk
-from trl_llava.checkpoints.folders import checkpoints, find_checkpoint, step_of
-from trl_llava.checkpoints.manifest import DamagedCheckpointError, check_manifest
-from trl_llava.checkpoints.resume_command import with_resume
-from trl_llava.checkpoints.stop_signals import Stopped
 from trl_llava.errors import ExplainedError
+from trl_llava.run import folders as checkpoint_folders
+from trl_llava.run import safe_checkpoints, stop_signals
+from trl_llava.run.disk_full import DiskFullError, explain_full_disk
+from trl_llava.run.folders import checkpoints, find_checkpoint, step_of
+from trl_llava.run.manifest import DamagedCheckpointError, check_manifest
+from trl_llava.run.resume_command import with_resume
+from trl_llava.run.stop_signals import Stopped
 
 TIMED = ("time/", "tokens_per_second", "eps", "train_runtime", "train_s", "train_steps")
 STEPS = {"sft": 4, "reward": 4, "ppo": 3}

@@ -10,13 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.errors import InputError
-from trl_llava.loading.policy_start import load_policy_start
-from trl_llava.loading.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.errors import InputError, RecipeError
+from trl_llava.models.policy_start import load_policy_start
+from trl_llava.models.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
 from trl_llava.ppo.roles import load_policy_roles, load_value_model
-from trl_llava.recipe_values import RecipeError
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj)"
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 from trl.experimental.utils import get_reward
 
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification, last_token_index
+from trl_llava.models.sequence_classification import LlavaForSequenceClassification, last_token_index
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 

@@ -10,11 +10,11 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from trl_llava.collators import SFTCollator
-from trl_llava.configs import LlavaSFTConfig
-from trl_llava.data import rows_from
-from trl_llava.ppo.health import UnhealthyRunError
-from trl_llava.rows.contract import RowError
+from trl_llava.configs.stages import LlavaSFTConfig
+from trl_llava.data.collators import SFTCollator
+from trl_llava.data.contract import RowError
+from trl_llava.data.load import rows_from
+from trl_llava.health import UnhealthyRunError
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
 PEFT = LoraConfig(r=4, target_modules=r".*language_model\..*\.(q_proj|v_proj|down_proj)")

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from test_entry_points import Work, copy_after_one_step
 from test_shared_base import args_for
 
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.loading import loaded_models
-from trl_llava.loading.adapter_role import AdapterRole
-from trl_llava.models import load_policy
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.models import loaded_models
+from trl_llava.models.adapter_role import AdapterRole
+from trl_llava.models.load import load_policy
 
 # The norm is summed up in the order of the parameters, which sharing changes: clipping would carry its rounding on.
 UNCLIPPED = ["--max_grad_norm", "0"]

@@ -12,14 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from trl_llava.adapters import load_adapter
-from trl_llava.configs import LlavaModelConfig
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError
-from trl_llava.loading.adapter_role import AdapterRole, computing, in_eval_mode
-from trl_llava.loading.adapter_switching import active_adapter, checkpoint_contexts
-from trl_llava.loading.score_start import load_score_model, zero_head
-from trl_llava.loading.shared_base import SharedBase, add_role, find_shared_base
-from trl_llava.models import load_policy, load_sequence_classifier
+from trl_llava.models.adapter_role import AdapterRole, computing, in_eval_mode
+from trl_llava.models.adapter_switching import active_adapter, checkpoint_contexts
+from trl_llava.models.adapters import load_adapter
+from trl_llava.models.load import load_policy, load_sequence_classifier
+from trl_llava.models.score_start import load_score_model, zero_head
+from trl_llava.models.shared_base import SharedBase, add_role, find_shared_base
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"
 IDS = torch.tensor([[5, 17, 301, 44, 9, 250, 7, 12], [8, 3, 99, 41, 100, 31, 6, 60]])

@@ -14,12 +14,17 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AutoModelForImageTextToText, AutoProcessor, MistralConfig, MistralForCausalLM, ProcessorMixin
 
-from trl_llava.collators import PreferenceCollator, PromptCollator
-from trl_llava.data import rows_from
-from trl_llava.factual_reward import FactualReward
-from trl_llava.forward import row_by_row
-from trl_llava.forward.chunked_head import Sampling
-from trl_llava.forward.shared_prefix import (
+from trl_llava.data.collators import PreferenceCollator, PromptCollator
+from trl_llava.data.load import rows_from
+from trl_llava.models import row_by_row
+from trl_llava.models.chunked_head import Sampling
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.sequence_classification import (
+    LlavaForSequenceClassification,
+    LlavaNextForSequenceClassification,
+    LlavaOnevisionForSequenceClassification,
+)
+from trl_llava.models.shared_prefix import (
     attention_mask_for,
     last_of_rests,
     pack,
@@ -28,14 +33,9 @@ from trl_llava.forward.shared_prefix import (
     predictors,
     why_not,
 )
-from trl_llava.loading.sequence_classification import (
-    LlavaForSequenceClassification,
-    LlavaNextForSequenceClassification,
-    LlavaOnevisionForSequenceClassification,
-)
 from trl_llava.ppo.passes import response_logprobs, response_values
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.rollout import ModelInputs
+from trl_llava.rewards.factual_reward import FactualReward
 
 SCORE_CLASSES = {
     "tiny_llava_dir": LlavaForSequenceClassification,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from trl_llava import train_sft
-from trl_llava.recipe_values import RecipeError
-from trl_llava.rows.splits import load_splits
+from trl_llava.data.splits import load_splits
+from trl_llava.errors import RecipeError
 
 
 def write(folder: Path, name: str, count: int) -> str:

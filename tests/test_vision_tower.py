@@ -23,7 +23,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from trl_llava.vision_tower import assemble_llava, freeze_vision, image_token_count, set_square_padding
+from trl_llava.models.vision_tower import assemble_llava, freeze_vision, image_token_count, set_square_padding
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {% for p in m.content %}"

@@ -12,9 +12,9 @@ from test_vllm_rollouts import greedy, on_server
 from tiny_trainers import make_adapter, ppo_trainer
 from tiny_vllm import TinyLLM, TinyServer, pretend_vllm
 
+from trl_llava.data.contract import RowError
+from trl_llava.ppo.vllm_prompts import as_seen
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.rows.contract import RowError
-from trl_llava.vllm_rollouts.prompts import as_seen
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 TILED = FAMILIES[1:]
@@ -161,7 +161,7 @@ def test_tied_embeddings_are_sent_once(family: Family, tmp_path: Path) -> None:
     """As in LLaVA-OneVision 0.5B: vLLM takes the head from the embedding."""
     from transformers import AutoModelForImageTextToText
 
-    from trl_llava.loading.dense_weights import DenseWeights
+    from trl_llava.ppo.dense_weights import DenseWeights
 
     model = AutoModelForImageTextToText.from_pretrained(family.base, dtype=torch.float32)
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True

@@ -16,14 +16,14 @@ from transformers import AutoProcessor
 from trl.generation import vllm_client
 
 from trl_llava import train_ppo
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import InputError, MissingPackageError
-from trl_llava.ppo.health import UnhealthyRunError
+from trl_llava.health import UnhealthyRunError
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.vision_tower import set_square_padding
+from trl_llava.ppo.vllm_engine import RolloutEngineError
+from trl_llava.ppo.vllm_prompts import as_seen, one_token_each, place_pictures
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.rollout import ModelInputs
-from trl_llava.vision_tower import set_square_padding
-from trl_llava.vllm_rollouts.engine import RolloutEngineError
-from trl_llava.vllm_rollouts.prompts import as_seen, one_token_each, place_pictures
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
 
@@ -432,7 +432,7 @@ def test_names_and_defaults_are_grpos() -> None:
 
     from trl import GRPOConfig
 
-    from trl_llava.configs_vllm import VLLMOptions
+    from trl_llava.configs.vllm import VLLMOptions
 
     theirs = {field.name: field.default for field in fields(GRPOConfig)}
     ours = {field.name: field.default for field in fields(VLLMOptions)}

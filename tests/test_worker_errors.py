@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from trl_llava.data.contract import RowError
 from trl_llava.errors import ExplainedError, InputError, NotFoundError, own_words
-from trl_llava.rows.contract import RowError
 
 
 class Failing:

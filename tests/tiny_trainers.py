@@ -9,8 +9,8 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoProcessor
 
-from trl_llava.adapters import load_adapter
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.models.adapters import load_adapter
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"

@@ -73,7 +73,7 @@ def llava_1_5(folder: Path, size: str, pixels: int, *, chat_template: str = VICU
 def onevision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """LLaVA-OneVision-0.5B: SigLIP-so400m at 384 pixels (729 patches), Qwen2-0.5B, ChatML.
 
-    `AutoProcessor` needs torchvision for the video part, so `trl_llava.models` gets one that leaves the part out.
+    `AutoProcessor` needs torchvision for the video part, so `trl_llava.models.load` gets one that leaves the part out.
     """
     side = 384 // 14 * PATCH
     tokenizer = tiny_models.tiny_tokenizer()
@@ -120,5 +120,5 @@ def onevision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 chat_template=(Path(name) / "chat_template.jinja").read_text(),
             )
 
-    monkeypatch.setattr("trl_llava.models.AutoProcessor", AutoProcessorWithoutVideo)
+    monkeypatch.setattr("trl_llava.models.load.AutoProcessor", AutoProcessorWithoutVideo)
     return folder

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import trl_llava
-from trl_llava.errors import ExplainedError, InputError
-from trl_llava.processes.launch_config import config_folder, find_accelerate_config, start_as_many_as_asked
-from trl_llava.recipe_values import RecipeError
+from trl_llava.errors import ExplainedError, InputError, RecipeError
+from trl_llava.run.launch_config import config_folder, find_accelerate_config, start_as_many_as_asked
 
 STAGES = {
     "sft": "stage 1: fine-tune a policy on conversations about images",
@@ -48,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in STAGES:
             return launch_stage(words[0], words[1:])
         if words[:1] == ["check-data"]:
-            return importlib.import_module("trl_llava.rows.check_data").main(words[1:])
+            return importlib.import_module("trl_llava.tools.check_data.check_data").main(words[1:])
         if words[:1] == ["plan"]:
-            return importlib.import_module("trl_llava.plan.command").main(words[1:])
+            return importlib.import_module("trl_llava.tools.plan.command").main(words[1:])
         if words[:1] == ["push"]:
-            return importlib.import_module("trl_llava.hub.push_later").main(words[1:])
+            return importlib.import_module("trl_llava.publish.push_later").main(words[1:])
         args = parser.parse_args(words or ["--help"])
         return {"score": _score, "convert": _convert, "merge": _merge}[args.command](args)
     except ExplainedError as error:
@@ -86,8 +85,8 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from trl_llava.checkpoints.resume_command import COMMAND_VARIABLE
-    from trl_llava.processes.pass_on_signals import LEFT_TO_TORCHRUN, signals_passed_on
+    from trl_llava.run.pass_on_signals import LEFT_TO_TORCHRUN, signals_passed_on
+    from trl_llava.run.resume_command import COMMAND_VARIABLE
 
     own_words = ["trl-llava", stage, *words]
     launch_parser = launch_command_parser()
@@ -240,9 +239,9 @@ def _score(args: argparse.Namespace) -> int:
     """Prints one number."""
     from transformers.utils import logging as transformers_logging
 
-    from trl_llava.factual_reward import FactualReward
-    from trl_llava.rows.contract import RowError
-    from trl_llava.rows.images import load_image
+    from trl_llava.data.contract import RowError
+    from trl_llava.data.images import load_image
+    from trl_llava.rewards.factual_reward import FactualReward
 
     transformers_logging.disable_progress_bar()
     try:
@@ -263,7 +262,7 @@ def _score(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     """Prints what was converted, and where its parts came from."""
-    from trl_llava.convert_checkpoint import convert
+    from trl_llava.tools.convert.convert_checkpoint import convert
 
     options = ("base", "base_folder", "base_revision", "value_base", "vision_tower", "revision")
     given = {name: getattr(args, name) for name in options}
@@ -274,7 +273,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     """Prints how far the merged model is from base and adapter."""
-    from trl_llava.convert.merge import merge
+    from trl_llava.tools.convert.merge import merge
 
     check = merge(
         args.adapter,

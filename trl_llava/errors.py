@@ -50,3 +50,9 @@ class OccupiedError(ExplainedError, FileExistsError):
 
 class MissingPackageError(ExplainedError, ImportError):
     """An optional package that this needs."""
+
+
+class RecipeError(InputError):
+    """A recipe, or a command line, that cannot be used as it is."""
+
+    exit_status = 2

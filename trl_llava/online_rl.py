@@ -8,21 +8,21 @@ from accelerate import PartialState
 from transformers import ProcessorMixin, TrainingArguments, set_seed
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from trl_llava.checkpoints.generation_buffer import ResumableGenerations
-from trl_llava.collators import PromptCollator
-from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
-from trl_llava.configs_beyond_ppo import OnlineArguments, refuse_vllm
-from trl_llava.loading.policy_start import load_policy_start, load_recipe_processor
-from trl_llava.loading.reward_loading import load_reward_functions
-from trl_llava.ppo.scoring import RewardFunction, needs_captions
-from trl_llava.recipe import RecipeParser
-from trl_llava.recipe_values import RecipeError
-from trl_llava.reward_terms import length_term
-from trl_llava.rollout import COUNTS
-from trl_llava.rows.lengths import drop_overlong
-from trl_llava.rows.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
-from trl_llava.rows.splits import load_splits
-from trl_llava.rows.trl_rows import as_trl_reads
+from trl_llava.configs.online import OnlineArguments, refuse_vllm
+from trl_llava.configs.recipe import RecipeParser
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.data.collators import PromptCollator
+from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
+from trl_llava.data.splits import load_splits
+from trl_llava.data.trl_rows import as_trl_reads
+from trl_llava.errors import RecipeError
+from trl_llava.models.model_inputs import COUNTS
+from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.rewards.functions import RewardFunction, needs_captions
+from trl_llava.rewards.reward_loading import load_reward_functions
+from trl_llava.rewards.reward_terms import length_term
+from trl_llava.run.generation_buffer import ResumableGenerations
 from trl_llava.stage_run import begin
 
 

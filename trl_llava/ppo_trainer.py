@@ -26,23 +26,26 @@ from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo import ppo_trainer as upstream
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
-from trl_llava import ppo_math
-from trl_llava.collators import PromptCollator
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.configs_vllm import require_vllm
-from trl_llava.forward.chunked_head import Sampling
-from trl_llava.forward.image_features import GIB, ImageFeatures
-from trl_llava.hub.trainer import PushesSafely
-from trl_llava.loading.gpu_kernels import apply_liger
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.vllm import require_vllm
+from trl_llava.data.collators import PromptCollator
+from trl_llava.health import check_finite, check_first_step_kl
+from trl_llava.models.blank_picture import look_on_every_process
+from trl_llava.models.chunked_head import Sampling
+from trl_llava.models.gpu_kernels import apply_liger
+from trl_llava.models.image_features import GIB, ImageFeatures
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.shared_weights import shares_weights
+from trl_llava.ppo import ppo_math
 from trl_llava.ppo.answers import Answers
 from trl_llava.ppo.ask import RoleQuestions, can_share_prefix
 from trl_llava.ppo.data import collator_of_both, prompt_rows, rollout_loader
 from trl_llava.ppo.generation import Generator, suppressed_tokens
-from trl_llava.ppo.health import check_finite, check_first_step_kl
 from trl_llava.ppo.passes import PolicyAndValue, check_plain_head
 from trl_llava.ppo.report import PhaseClock, answered_table, report_samples, step_metrics
 from trl_llava.ppo.resume import PPOCheckpoints
-from trl_llava.ppo.scoring import RewardFunction, Scorer, needs_captions
+from trl_llava.ppo.rollout import Rollout
+from trl_llava.ppo.scoring import Scorer
 from trl_llava.ppo.setup import (
     check_precision,
     compile_layers,
@@ -53,12 +56,11 @@ from trl_llava.ppo.setup import (
     warm_up_above_zero,
 )
 from trl_llava.ppo.update import PPOUpdate
-from trl_llava.processes.blank_picture import look_on_every_process
-from trl_llava.processes.shared_weights import shares_weights
-from trl_llava.rollout import ModelInputs, Rollout
+from trl_llava.publish.trainer import PushesSafely
+from trl_llava.rewards.functions import RewardFunction, needs_captions
 
 if TYPE_CHECKING:
-    from trl_llava.vllm_rollouts.source import VLLMGenerator
+    from trl_llava.ppo.vllm_source import VLLMGenerator
 
 
 @contextmanager
@@ -397,7 +399,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
             yield model
 
     def _connect_to_vllm(self) -> "VLLMGenerator":
-        from trl_llava.vllm_rollouts.source import VLLMGenerator  # takes vLLM along, which takes its time and the GPU
+        from trl_llava.ppo.vllm_source import VLLMGenerator  # takes vLLM along, which takes its time and the GPU
 
         policy = self.accelerator.unwrap_model(self.model).policy
         tokens = (self.stop_token_id, list(self.sampling.suppressed))

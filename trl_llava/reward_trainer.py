@@ -8,21 +8,21 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import RewardTrainer
 
-from trl_llava.checkpoints.safe_checkpoints import SafeCheckpoints
-from trl_llava.collators import PreferenceCollator
-from trl_llava.configs import LlavaRewardConfig
-from trl_llava.data import rows_from
-from trl_llava.forward.finite_steps import FiniteSteps
-from trl_llava.forward.shared_prefix import why_not
-from trl_llava.hub.trainer import PushesSafely
-from trl_llava.loading.base_model import base_of
-from trl_llava.loading.gpu_kernels import check_liger_knows
-from trl_llava.loading.reward_settings import save_settings
-from trl_llava.loading.sequence_classification import ImageTextForSequenceClassification
-from trl_llava.processes.blank_picture import look_on_every_process
-from trl_llava.processes.fsdp_layers import shard_by_layers
+from trl_llava.configs.stages import LlavaRewardConfig
+from trl_llava.data.collators import PreferenceCollator
+from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.load import rows_from
+from trl_llava.health import FiniteSteps
+from trl_llava.models.base_model import base_of
+from trl_llava.models.blank_picture import look_on_every_process
+from trl_llava.models.fsdp_layers import shard_by_layers
+from trl_llava.models.gpu_kernels import check_liger_knows
+from trl_llava.models.sequence_classification import ImageTextForSequenceClassification
+from trl_llava.models.shared_prefix import why_not
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.rows.lengths import drop_overlong
+from trl_llava.publish.trainer import PushesSafely
+from trl_llava.rewards.reward_settings import save_settings
+from trl_llava.run.safe_checkpoints import SafeCheckpoints
 
 logger = logging.getLogger(__name__)
 

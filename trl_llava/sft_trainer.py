@@ -7,16 +7,16 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTTrainer
 
-from trl_llava.checkpoints.safe_checkpoints import SafeCheckpoints
-from trl_llava.collators import SFTCollator
-from trl_llava.configs import LlavaSFTConfig
-from trl_llava.data import rows_from
-from trl_llava.forward.finite_steps import FiniteSteps
-from trl_llava.hub.trainer import PushesSafely
-from trl_llava.loading.gpu_kernels import check_liger_knows
-from trl_llava.processes.blank_picture import look_on_every_process
-from trl_llava.processes.fsdp_layers import shard_by_layers
-from trl_llava.rows.lengths import drop_overlong
+from trl_llava.configs.stages import LlavaSFTConfig
+from trl_llava.data.collators import SFTCollator
+from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.load import rows_from
+from trl_llava.health import FiniteSteps
+from trl_llava.models.blank_picture import look_on_every_process
+from trl_llava.models.fsdp_layers import shard_by_layers
+from trl_llava.models.gpu_kernels import check_liger_knows
+from trl_llava.publish.trainer import PushesSafely
+from trl_llava.run.safe_checkpoints import SafeCheckpoints
 
 EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 

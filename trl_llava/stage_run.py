@@ -9,16 +9,16 @@ from typing import TypeVar
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from trl_llava import output_dir
-from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
-from trl_llava.console import quiet_libraries
+from trl_llava.card_samples import write_samples
+from trl_llava.configs.recipe import Recipe
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import InputError, MissingPackageError
-from trl_llava.hub.card_samples import write_samples
-from trl_llava.hub.model_card import card_facts, write_card_of
-from trl_llava.hub.repository import Repository, claim_repository
-from trl_llava.hub.saves import push_saves
-from trl_llava.loading.gpu_kernels import check_gpu_kernels
-from trl_llava.recipe import Recipe
+from trl_llava.models.gpu_kernels import check_gpu_kernels
+from trl_llava.publish.model_card import card_facts, write_card_of
+from trl_llava.publish.repository import Repository, claim_repository
+from trl_llava.publish.saves import push_saves
+from trl_llava.run import output_dir
+from trl_llava.run.console import quiet_libraries
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 

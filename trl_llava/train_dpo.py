@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from transformers import set_seed
 from trl import DatasetMixtureConfig, DPOTrainer
 
-from trl_llava.batches.dpo_collator import DPOCollator
-from trl_llava.checkpoints.safe_checkpoints import SafeCheckpoints
-from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
-from trl_llava.configs_beyond_ppo import LlavaDPOConfig
-from trl_llava.console import run_as_program
-from trl_llava.hub.trainer import PushesSafely
-from trl_llava.loading.policy_start import load_policy_start, load_recipe_processor
-from trl_llava.recipe import RecipeParser
-from trl_llava.rows.lengths import drop_overlong
-from trl_llava.rows.splits import load_splits
+from trl_llava.configs.online import LlavaDPOConfig
+from trl_llava.configs.recipe import RecipeParser
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.data.dpo_collator import DPOCollator
+from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.splits import load_splits
+from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.publish.trainer import PushesSafely
+from trl_llava.run.console import run_as_program
+from trl_llava.run.safe_checkpoints import SafeCheckpoints
 from trl_llava.stage_run import begin
 
 

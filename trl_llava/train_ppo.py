@@ -15,21 +15,21 @@ import torch
 from accelerate import PartialState
 from trl import DatasetMixtureConfig
 
-from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.configs_vllm import require_vllm
-from trl_llava.console import run_as_program
-from trl_llava.factual_reward import FactualReward
-from trl_llava.forward.image_features import GIB, ImageFeatures
-from trl_llava.loading.adapter_role import cast_adapters
-from trl_llava.loading.loaded_models import describe_models
-from trl_llava.loading.reward_loading import check_rewards, load_rewards
-from trl_llava.loading.reward_settings import shows_captions
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.recipe import RecipeParser
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.configs.vllm import require_vllm
+from trl_llava.data.splits import load_splits
+from trl_llava.models.adapter_role import cast_adapters
+from trl_llava.models.image_features import GIB, ImageFeatures
+from trl_llava.models.loaded_models import describe_models
 from trl_llava.ppo.roles import Policy, Value, load_policy_roles, load_value_model
-from trl_llava.ppo.scoring import RewardFunction
 from trl_llava.ppo_trainer import LlavaPPOTrainer
-from trl_llava.recipe import RecipeParser
-from trl_llava.rows.splits import load_splits
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.rewards.functions import RewardFunction
+from trl_llava.rewards.reward_loading import check_rewards, load_rewards
+from trl_llava.rewards.reward_settings import shows_captions
+from trl_llava.run.console import run_as_program
 from trl_llava.stage_run import begin
 
 

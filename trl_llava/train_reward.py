@@ -12,16 +12,16 @@ from collections.abc import Sequence
 
 from trl import DatasetMixtureConfig
 
-from trl_llava.adapters import lora_config
-from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
-from trl_llava.console import run_as_program
-from trl_llava.loading.policy_start import load_recipe_processor
-from trl_llava.loading.score_start import load_score_model
+from trl_llava.configs.recipe import RecipeParser
+from trl_llava.configs.stages import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
+from trl_llava.data.splits import load_splits
+from trl_llava.errors import RecipeError
+from trl_llava.models.adapters import lora_config
+from trl_llava.models.policy_start import load_recipe_processor
+from trl_llava.models.score_start import load_score_model
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.recipe import RecipeParser
-from trl_llava.recipe_values import RecipeError
 from trl_llava.reward_trainer import LlavaRewardTrainer
-from trl_llava.rows.splits import load_splits
+from trl_llava.run.console import run_as_program
 from trl_llava.stage_run import begin
 
 

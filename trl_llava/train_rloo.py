@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from trl import RLOOConfig, RLOOTrainer
 
-from trl_llava.console import run_as_program
+from trl_llava.configs.recipe import RecipeParser
 from trl_llava.online_rl import online_parser, run_online
-from trl_llava.recipe import RecipeParser
+from trl_llava.run.console import run_as_program
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from trl import DatasetMixtureConfig
 
-from trl_llava.configs import LlavaModelConfig, LlavaScriptArguments, LlavaSFTConfig
-from trl_llava.console import run_as_program
-from trl_llava.loading.policy_start import load_policy_start, load_recipe_processor
-from trl_llava.recipe import RecipeParser
-from trl_llava.rows.splits import load_splits
+from trl_llava.configs.recipe import RecipeParser
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments, LlavaSFTConfig
+from trl_llava.data.splits import load_splits
+from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.run.console import run_as_program
 from trl_llava.sft_trainer import LlavaSFTTrainer
 from trl_llava.stage_run import begin
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trl_llava.configs import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "deviations.md"

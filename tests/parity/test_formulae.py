@@ -17,16 +17,17 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from trl_llava import ppo_math
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.forward.chunked_head import Sampling, logprobs_of
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.models.chunked_head import Sampling, logprobs_of
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.ppo import ppo_math
 from trl_llava.ppo import update as ppo_update
+from trl_llava.ppo.rollout import Rollout
 from trl_llava.ppo.scoring import Scorer
 from trl_llava.ppo.setup import warm_up_above_zero
 from trl_llava.ppo.update import PPOUpdate
-from trl_llava.reward_terms import correctness, length_term
 from trl_llava.reward_trainer import LlavaRewardTrainer
-from trl_llava.rollout import ModelInputs, Rollout
+from trl_llava.rewards.reward_terms import correctness, length_term
 
 META = golden_data.read("3_meta.json")
 PPO = golden_data.tensors("3_ppo.safetensors")

@@ -12,13 +12,13 @@ from PIL import Image
 from test_paper_prompts import MODES, judged
 from transformers import ProcessorMixin
 
-from trl_llava.batches.encoding import encode
-from trl_llava.collators import IGNORED, PreferenceCollator, PromptCollator, SFTCollator
-from trl_llava.convert.paper_tokenizer import load_sentencepiece, original_ids, reads_later_turns_as_unknown
-from trl_llava.data import rows_from
+from trl_llava.data.collators import IGNORED, PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data.encoding import encode
+from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.load import rows_from
+from trl_llava.models.vision_tower import image_token_count, set_square_padding
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.rows.lengths import drop_overlong
-from trl_llava.vision_tower import image_token_count, set_square_padding
+from trl_llava.tools.convert.paper_tokenizer import load_sentencepiece, original_ids, reads_later_turns_as_unknown
 
 SFT = golden_data.read("1_sft.json")["cases"]
 # The same prompts from the script that trained all weights; its other template, `v0_plain`, pre-trained the projector.

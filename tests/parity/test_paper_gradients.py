@@ -10,10 +10,10 @@ import torch
 from golden_data import MODEL, expanded
 from test_formulae import bare_trainer
 
-from trl_llava.adapters import load_adapter
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.convert_checkpoint import convert
-from trl_llava.models import load_sequence_classifier
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.models.adapters import load_adapter
+from trl_llava.models.load import load_sequence_classifier
+from trl_llava.tools.convert.convert_checkpoint import convert
 
 OUT = golden_data.tensors("4_outputs.safetensors")
 NORMS = golden_data.read("4_meta.json")["rm_train.grad_norms"]

@@ -4,7 +4,7 @@ import golden_data
 import pytest
 from transformers import ProcessorMixin
 
-from trl_llava.data import rows_from
+from trl_llava.data.load import rows_from
 from trl_llava.prompts import JudgingPrompt, Message, judging_messages, render
 
 MODES = {"fact": True, "plain_with_captions": False, "plain": False}

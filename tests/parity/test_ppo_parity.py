@@ -31,10 +31,10 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from trl_llava.collators import PromptCollator
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.data import rows_from
-from trl_llava.loading.sequence_classification import LlavaForSequenceClassification
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.data.collators import PromptCollator
+from trl_llava.data.load import rows_from
+from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 from trl_llava.ppo.randomness import RolloutBatches, RowNoise, row_keys
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 

@@ -7,10 +7,10 @@ from typing import Any
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from trl_llava.adapters import load_adapter
 from trl_llava.demo.answering import generate_answers
 from trl_llava.demo.data import PICTURES
 from trl_llava.demo.metrics import Answered, Truthfulness, measure
+from trl_llava.models.adapters import load_adapter
 
 
 @dataclass(frozen=True)

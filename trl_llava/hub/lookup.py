@@ -14,6 +14,7 @@ from datasets import Dataset
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers.utils import cached_file
 
 from trl_llava.errors import InputError, NotFoundError
 
@@ -117,3 +118,26 @@ def _check_commit(revision: str | None, commit: str | None, dataset: Dataset) ->
     folders = {Path(file["filename"]).parent.name for file in dataset.cache_files}
     if commit is not None and not all(folder.startswith(commit) for folder in folders):
         raise NotFoundError(f"the Hub is out of reach, and the cache has no revision {revision!r}, only another one")
+
+
+def find_file(name: str, file: str, revision: str | None) -> str | None:
+    """Look a file up in a folder, a Hub repository or the cache.
+
+    Args:
+        name: Hub ID or folder.
+        file: Name of the file.
+        revision: Branch, tag or commit.
+
+    Returns:
+        Its local path, or None if it is not there.
+    """
+    try:
+        return cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no such repository; the caller says so, with all that it looked for
+        return None

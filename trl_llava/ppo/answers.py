@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from trl_llava.ppo_math import response_mask
+from trl_llava.ppo.ppo_math import response_mask
 
 
 class Answers(NamedTuple):

@@ -13,14 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.forward.chunked_head import Sampling
-from trl_llava.forward.shared_prefix import why_not
-from trl_llava.loading.adapter_switching import active_adapter
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.models.adapter_switching import active_adapter
+from trl_llava.models.chunked_head import Sampling
+from trl_llava.models.micro_batches import micro_batches
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.shared_prefix import why_not
 from trl_llava.ppo.answers import Answers
-from trl_llava.ppo.micro_batches import micro_batches
 from trl_llava.ppo.passes import PolicyAndValue, response_logprobs, response_values
-from trl_llava.rollout import ModelInputs, lengths_of
+from trl_llava.ppo.rollout import lengths_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from trl_llava.checkpoints.full_weights import load_full_weights
 from trl_llava.errors import InputError, NotFoundError
-from trl_llava.loading.adapter_role import AdapterRole
+from trl_llava.models.adapter_role import AdapterRole
 from trl_llava.ppo.scoring import Scorer
+from trl_llava.run.full_weights import load_full_weights
 
 STATE_FILE = "ppo_state.json"
 VALUE_FOLDER = "value_model"

@@ -10,13 +10,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_llava.collators import PromptCollator
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.data import rows_from
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.data.collators import PromptCollator
+from trl_llava.data.contract import RowError
+from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.load import rows_from
+from trl_llava.models.model_inputs import counts_images
 from trl_llava.ppo.randomness import RolloutBatches
-from trl_llava.rollout import counts_images
-from trl_llava.rows.contract import RowError
-from trl_llava.rows.lengths import drop_overlong
 
 
 @dataclass

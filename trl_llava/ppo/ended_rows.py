@@ -14,8 +14,8 @@ from torch import nn
 from transformers import StoppingCriteria
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo.passes import position_kwargs
-from trl_llava.rollout import ModelInputs
 
 PART = 4
 """A call ends when one row of so many has ended; the next one costs a copy of what the cache holds of the others."""

@@ -20,17 +20,18 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.forward.chunked_head import Sampling, logprobs_of
-from trl_llava.loading.adapter_role import computing
-from trl_llava.loading.base_model import base_of
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.models.adapter_role import computing
+from trl_llava.models.base_model import base_of
+from trl_llava.models.chunked_head import Sampling, logprobs_of
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo.answers import Answers
 from trl_llava.ppo.ended_rows import EnoughEnded, can_drop_rows
 from trl_llava.ppo.generation_batches import GenerationBatches
 from trl_llava.ppo.growing_cache import growing_cache
 from trl_llava.ppo.passes import position_kwargs
 from trl_llava.ppo.randomness import RowNoise, row_keys
-from trl_llava.rollout import ModelInputs, chunks, pad_right
+from trl_llava.ppo.rollout import chunks, pad_right
 
 
 def suppressed_tokens(policy: nn.Module) -> list[int]:

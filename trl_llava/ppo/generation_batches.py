@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig
 
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.loading.base_model import base_of
-from trl_llava.processes.shared_weights import shares_weights
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.models.base_model import base_of
+from trl_llava.models.shared_weights import shares_weights
 
 GIB = 2**30
 CPU_GIB = 4.0

@@ -13,12 +13,13 @@ from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
 
 from trl_llava.errors import InputError
-from trl_llava.forward.chunked_head import Sampling, token_statistics
-from trl_llava.forward.shared_prefix import attention_mask_for, derives_positions, pack, predictors
-from trl_llava.loading.adapter_role import AdapterRole, computing
-from trl_llava.loading.adapter_switching import SwitchedLayer, checkpoint_contexts
-from trl_llava.loading.base_model import base_of
-from trl_llava.rollout import ModelInputs, Rollout
+from trl_llava.models.adapter_role import AdapterRole, computing
+from trl_llava.models.adapter_switching import SwitchedLayer, checkpoint_contexts
+from trl_llava.models.base_model import base_of
+from trl_llava.models.chunked_head import Sampling, token_statistics
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.shared_prefix import attention_mask_for, derives_positions, pack, predictors
+from trl_llava.ppo.rollout import Rollout
 
 
 def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:

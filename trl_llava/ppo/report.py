@@ -16,9 +16,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_callback import CallbackHandler
 
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.ppo_math import Reduce
-from trl_llava.rollout import Rollout
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.ppo.ppo_math import Reduce
+from trl_llava.ppo.rollout import Rollout
 
 
 class PhaseClock:

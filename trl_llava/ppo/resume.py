@@ -4,7 +4,6 @@ from pathlib import Path
 
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from trl_llava.checkpoints.safe_checkpoints import SafeCheckpoints
 from trl_llava.ppo.checkpoint import (
     load_optimizer,
     load_roles,
@@ -14,6 +13,7 @@ from trl_llava.ppo.checkpoint import (
     save_state,
 )
 from trl_llava.ppo.scoring import Scorer
+from trl_llava.run.safe_checkpoints import SafeCheckpoints
 
 _KEPT = ("global_step", "episode", "epoch", "log_history", "best_metric", "best_model_checkpoint")
 

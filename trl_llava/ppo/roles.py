@@ -6,14 +6,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, ProcessorMixin
 
-from trl_llava.adapters import freeze_as_asked, load_adapter, lora_config
-from trl_llava.configs import LlavaModelConfig
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.hub.lookup import check_there
-from trl_llava.loading.adapter_role import AdapterRole
-from trl_llava.loading.reward_settings import find_file
-from trl_llava.loading.same_tokenizer import check_same_tokenizer
-from trl_llava.loading.score_start import (
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.errors import RecipeError
+from trl_llava.hub.lookup import check_there, find_file
+from trl_llava.models.adapter_role import AdapterRole
+from trl_llava.models.adapters import freeze_as_asked, load_adapter, lora_config
+from trl_llava.models.load import load_policy, load_processor
+from trl_llava.models.same_tokenizer import check_same_tokenizer
+from trl_llava.models.score_start import (
     adapter_base,
     agreed_base,
     load_score_model,
@@ -21,9 +22,7 @@ from trl_llava.loading.score_start import (
     with_base,
     zero_head,
 )
-from trl_llava.loading.shared_base import SharedBase, add_fresh_role, add_role, find_shared_base
-from trl_llava.models import load_policy, load_processor
-from trl_llava.recipe_values import RecipeError
+from trl_llava.models.shared_base import SharedBase, add_fresh_role, add_role, find_shared_base
 
 
 class Policy(NamedTuple):

@@ -1,43 +1,17 @@
 """The score of a response: reward functions, weighted and normalised, and the symbolic terms of the config."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import InputError
-from trl_llava.ppo.health import UnhealthyRunError, check_finite
-from trl_llava.ppo_math import Reduce, one_process
-from trl_llava.reward_terms import correctness, length_term
-
-RewardFunction = Callable[..., Sequence[float | None]]
-"""TRL's signature: `prompts`, `completions`, `completion_ids` and the rows' columns -> one float (or None) per row."""
-
-
-def function_name(function: RewardFunction) -> str:
-    """The name a reward function has in the logs.
-
-    Args:
-        function: a reward function.
-
-    Returns:
-        Its `__name__`, or the name of its class.
-    """
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def needs_captions(reward_funcs: Sequence[RewardFunction]) -> bool:
-    """Tell whether a row without captions cannot be scored.
-
-    Args:
-        reward_funcs: reward functions; one that needs captions says so with an attribute `needs_captions`.
-
-    Returns:
-        Whether one of them does.
-    """
-    return any(getattr(function, "needs_captions", False) for function in reward_funcs)
+from trl_llava.health import UnhealthyRunError, check_finite
+from trl_llava.ppo.ppo_math import Reduce, one_process
+from trl_llava.rewards.functions import RewardFunction, function_name
+from trl_llava.rewards.reward_terms import correctness, length_term
 
 
 class Scorer:

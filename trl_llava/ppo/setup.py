@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from trl_llava.configs_ppo import LlavaPPOConfig
+from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
-from trl_llava.loading.adapter_role import AdapterRole, computing
-from trl_llava.loading.adapter_switching import checkpoint_contexts
+from trl_llava.models.adapter_role import AdapterRole, computing
+from trl_llava.models.adapter_switching import checkpoint_contexts
 
 
 class UnsupportedLaunchError(ExplainedError, ValueError):

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
-from trl_llava import ppo_math
-from trl_llava.configs_ppo import LlavaPPOConfig
-from trl_llava.forward.chunked_head import Sampling
-from trl_llava.ppo.health import check_finite, check_first_step_ratio
-from trl_llava.ppo.micro_batches import Lengths, micro_batches
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.health import check_finite, check_first_step_ratio
+from trl_llava.models.chunked_head import Sampling
+from trl_llava.models.micro_batches import Lengths, micro_batches
+from trl_llava.ppo import ppo_math
 from trl_llava.ppo.randomness import mini_batch_order
-from trl_llava.rollout import Rollout
+from trl_llava.ppo.rollout import Rollout
 
 
 class PPOUpdate:

@@ -1,1 +1,0 @@
-"""Published checkpoints to Hub layout, and adapters merged."""

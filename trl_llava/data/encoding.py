@@ -1,0 +1,293 @@
+"""Conversations to token ids, with each answer's place known.
+
+The ids are those of `processor(text=rendered, images=images)`. What the processor's own call cannot give is added
+here: which tokens are answers (from positions in the rendered text, so that no marker inside a text can confuse it),
+and special tokens inside a user's text that stay text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jinja2.exceptions import TemplateError
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_llava.data.contract import RowError
+from trl_llava.data.plain_text import guard, special_strings, splice
+from trl_llava.errors import InputError
+from trl_llava.prompts import Message, render
+
+Answers = Literal["none", "last", "all"]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Conversations as ids, not yet padded.
+
+    Args:
+        input_ids: One list of ids per conversation.
+        answer_mask: `True` on the tokens of answers and of the tokens that end their turns.
+        image_mask: `True` on image tokens.
+        image_inputs: Tensors of the processor's image part by name (`pixel_values`, ...); empty without images.
+    """
+
+    input_ids: list[list[int]]
+    answer_mask: list[list[bool]]
+    image_mask: list[list[bool]]
+    image_inputs: dict[str, torch.Tensor]
+
+
+def encode(
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    images: Sequence[Sequence[Image.Image]] | None = None,
+    *,
+    row_names: Sequence[str] | None = None,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    judging_turn: bool = False,
+    answers: Answers = "none",
+    image_copies: int = 1,
+) -> Encoding:
+    """Render and tokenise conversations, and prepare their images.
+
+    Args:
+        processor: A processor, or the tokenizer of a text-only model.
+        conversations: `image_copies` times B conversations; conversation `i` shows the images of row `i % B`.
+        images: The decoded images of B rows, an empty list for a text-only row; `None` if no row has any.
+        row_names: Names of the B rows, for errors.
+        add_generation_prompt: End each conversation with what opens an assistant turn.
+        continue_final_message: Leave each last message open.
+        judging_turn: Tell the chat template that the last user turn is a judging turn.
+        answers: Which assistant turns `answer_mask` marks.
+        image_copies: How many conversations share the images of one row; the image tensors hold them once.
+
+    Returns:
+        The encoding.
+
+    Raises:
+        RowError: If a conversation does not show as many images as its row has, or the chat template refuses it.
+        ValueError: If the processor has a layout that cannot be expanded, or a chat template whose answers cannot be
+            located; the message says which part is missing.
+    """
+    rows = len(conversations) // image_copies
+    names = list(row_names) if row_names is not None else [f"row {i}" for i in range(rows)]
+    replacements, image_inputs = expand_images(processor, images if images is not None else [[]] * rows)
+    input_ids, answer_mask, image_mask = encode_text(
+        processor,
+        conversations,
+        list(replacements) * image_copies,
+        names * image_copies,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        judging_turn=judging_turn,
+        answers=answers,
+    )
+    return Encoding(input_ids, answer_mask, image_mask, image_inputs)
+
+
+def expand_images(
+    processor: ProcessorMixin | PreTrainedTokenizerBase, images: Sequence[Sequence[Image.Image]]
+) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+    """Prepare the images of a batch and ask the processor what each image token stands for in the text.
+
+    Args:
+        processor: A processor; without images anything goes.
+        images: The images of each row.
+
+    Returns:
+        For each row and image the text that replaces its image token, and the image tensors by name.
+
+    Raises:
+        ValueError: If the processor cannot take images, or hands them over in a way that is not known here.
+    """
+    with_images = [list(row) for row in images if row]
+    if not with_images:
+        return [[] for _ in images], {}
+    kind = type(processor).__name__
+    token = getattr(processor, "image_token", None)
+    if token is None or getattr(processor, "image_processor", None) is None:
+        missing = "image_token" if token is None else "image_processor"
+        raise InputError(
+            f"{kind} has no `{missing}`, so rows with images cannot be encoded. Use an image-text-to-text model's "
+            "processor, or rows without images."
+        )
+    outputs = processor(
+        text=[token * len(row) for row in with_images],
+        images=with_images,
+        return_text_replacement_offsets=True,
+        images_kwargs={"return_tensors": "pt"},
+    )
+    offsets = outputs.pop("text_replacement_offsets", None)
+    if offsets is None or [len(row) for row in offsets] != [len(row) for row in with_images]:
+        raise InputError(
+            f"{kind} does not tell which text replaces an image token: its `replace_image_token` is missing or unused."
+        )
+    known = set(processor.image_processor.model_input_names)
+    unknown = set(outputs) - known - set(processor.tokenizer.model_input_names) - {"token_type_ids"}
+    if unknown:
+        raise InputError(
+            f"{kind} makes {sorted(unknown)} beside its image inputs {sorted(known)}: inputs per token that this "
+            "package cannot build for its own batches."
+        )
+    remaining = iter(offsets)
+    replacements = [[part["replacement"] for part in next(remaining)] if row else [] for row in images]
+    return replacements, {name: torch.as_tensor(outputs[name]) for name in outputs if name in known}
+
+
+def encode_text(
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    replacements: Sequence[Sequence[str]],
+    row_names: Sequence[str],
+    *,
+    answers: Answers = "none",
+    **rendering: bool,
+) -> tuple[list[list[int]], list[list[bool]], list[list[bool]]]:
+    """Render and tokenise conversations whose images are expanded already.
+
+    Args:
+        processor: A processor or a tokenizer.
+        conversations: One conversation per row.
+        replacements: For each conversation, the texts that replace its image tokens.
+        row_names: One name per conversation.
+        answers: Which assistant turns are marked.
+        **rendering: The flags of `prompts.render`.
+
+    Returns:
+        Ids, answer masks and image masks, as in `Encoding`.
+
+    Raises:
+        RowError: As `encode`.
+        ValueError: As `encode`.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} gives no character offsets, which locate answers and images. Use the fast "
+            "tokenizer of this model (a folder with tokenizer.json)."
+        )
+    specials = special_strings(processor)
+    texts, guards, answer_spans, image_spans = [], [], [], []
+    for messages, row_replacements, name in zip(conversations, replacements, row_names, strict=True):
+        _check_image_count(messages, len(row_replacements), name)
+        guarded, stand_ins = guard(messages, specials, name)
+        text, spans = _render(partial(render, processor), guarded, answers, specials, name, rendering)
+        text, spans, pictures = _expand(text, spans, getattr(processor, "image_token", None), row_replacements, name)
+        texts.append(text)
+        guards.append(stand_ins)
+        answer_spans.append(spans)
+        image_spans.append(pictures)
+
+    # A template that writes BOS itself must not get a second one from the tokenizer.
+    writes_bos = bool(tokenizer.bos_token) and all(text.startswith(tokenizer.bos_token) for text in texts)
+    outputs = tokenizer(
+        texts,
+        add_special_tokens=not writes_bos,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids, answer_mask, image_mask = [], [], []
+    for i, text in enumerate(texts):
+        row_ids, offsets = outputs["input_ids"][i], outputs["offset_mapping"][i]
+        if guards[i]:
+            row_ids, offsets = splice(tokenizer, text, row_ids, offsets, guards[i], specials)
+        ids.append(row_ids)
+        answer_mask.append(_overlapping(offsets, answer_spans[i]))
+        image_mask.append(_overlapping(offsets, image_spans[i]))
+    return ids, answer_mask, image_mask
+
+
+def _check_image_count(messages: Sequence[Message], images: int, row_name: str) -> None:
+    shown = sum(
+        part["type"] == "image"
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+    )
+    if shown != images:
+        raise RowError(
+            row_name,
+            f"its messages show {shown} image{'s' * (shown != 1)}, but it has {images}",
+            "Give one image part in the messages for each image of the row",
+        )
+
+
+def _render(
+    render_text: Callable[..., str],
+    messages: Sequence[Message],
+    answers: Answers,
+    specials: list[str],
+    row_name: str,
+    rendering: dict[str, bool],
+) -> tuple[str, list[Span]]:
+    """Render a conversation and locate its answers, each with the special token that ends it."""
+    try:
+        text = render_text(messages, **rendering)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or answers == "none" or (answers == "last" and i < len(messages) - 1):
+                continue
+            before = render_text(messages[:i], add_generation_prompt=True) if i else None
+            through = render_text(messages[: i + 1])
+            spans.append(_answer_span(text, before, through, specials, row_name))
+    except TemplateError as error:
+        raise RowError(
+            row_name, f"the chat template refuses its messages ({error})", "Correct the messages or the template"
+        ) from error
+    return text, spans
+
+
+def _answer_span(text: str, before: str | None, through: str, specials: list[str], row_name: str) -> Span:
+    if before is None or not (text.startswith(through) and through.startswith(before)):
+        part = "start with a user turn" if before is None else "render earlier turns the same when later ones follow"
+        raise InputError(
+            f"{row_name}: the answers cannot be located, because the chat template does not {part}. Expected the "
+            "conversation up to an answer, with the generation prompt, to be the beginning of the whole conversation. "
+            "Set another chat template: `chat_template_path` in a recipe (a .jinja file, or vicuna_v1)."
+        )
+    # What follows the stop token (a newline in some templates) is not generated, so it is not learned either.
+    body = through.rstrip()
+    if len(body) <= len(before) or not body.endswith(tuple(specials)):
+        raise InputError(
+            f"{row_name}: the chat template ends an answer with {through[len(before) :][-20:]!r}, not with a special "
+            "token, so a model trained with it would never learn to stop. Set a chat template that writes one: "
+            "`chat_template_path: vicuna_v1` in a recipe, trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE in Python."
+        )
+    return len(before), len(body)
+
+
+def _expand(
+    text: str, spans: list[Span], image_token: str | None, replacements: Sequence[str], row_name: str
+) -> tuple[str, list[Span], list[Span]]:
+    """Replace each image token by its expansion, and move the answers' spans along."""
+    chunks = text.split(image_token) if image_token else [text]
+    if len(chunks) - 1 != len(replacements):
+        raise InputError(
+            f"{row_name}: the chat template writes {len(chunks) - 1} image tokens {image_token!r} for "
+            f"{len(replacements)} images. Use the chat template that belongs to this processor."
+        )
+    expanded, at, pictures, shifts = chunks[0], len(chunks[0]), [], [(0, 0)]
+    for chunk, replacement in zip(chunks[1:], replacements, strict=True):
+        at += len(image_token or "")
+        pictures.append((len(expanded), len(expanded) + len(replacement)))
+        expanded += replacement + chunk
+        shifts.append((at, pictures[-1][1] - at))
+        at += len(chunk)
+
+    def move(position: int) -> int:
+        return position + next(shift for start, shift in reversed(shifts) if position >= start)
+
+    return expanded, [(move(start), move(end)) for start, end in spans], pictures
+
+
+def _overlapping(offsets: Sequence[Span], spans: list[Span]) -> list[bool]:
+    """Mark the tokens that share a character with a span; tokens without characters (BOS) are in none."""
+    if not spans:
+        return [False] * len(offsets)
+    return [any(start < end and first < end and start < last for start, end in spans) for first, last in offsets]

@@ -1,0 +1,253 @@
+"""Published formats to rows: TRL's conversational formats and LLaVA's JSON, one record at a time."""
+
+import sys
+from typing import Any
+
+from trl_llava.data.contract import (
+    ANSWER_TYPES,
+    RowError,
+    Stage,
+    abridged,
+    count_images,
+    normalise_messages,
+    place_images,
+)
+from trl_llava.prompts import Message, message_text
+
+LLAVA_IMAGE_MARK = "<image>"
+LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+LLAVA_CAPTION_TYPES = {1: "general", 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}
+
+_COLUMNS = "row_name images image messages conversations prompt completion chosen rejected output_1 output_2"
+_COLUMNS += " preference margin captions answer_type caption_type length_multiplier length_bonus"
+KNOWN_COLUMNS = frozenset(_COLUMNS.split())
+"""Columns that mean something here; any other one is carried along (prompt stage) or left behind."""
+
+
+def to_row(record: dict[str, Any], stage: Stage, row_name: str) -> dict[str, Any]:
+    """Turn one record into a row of the contract; its images stay as the record has them.
+
+    - TRL: `messages`; `prompt` with `completion`, or with `chosen` and `rejected`; `chosen` and `rejected` that begin
+      with the same prompt. Images go to the front of the first user turn unless image parts place them.
+    - LLaVA JSON: `conversations` with `from` (human, gpt) and `value`; `<image>` is moved to the front of its turn and
+      the rest stripped; turns of the assistant before the first question are left out. Preferences have `output_1`,
+      `output_2` and `preference`; their last, placeholder answer goes. Of a PPO record the first question is the
+      prompt, as in the paper.
+
+    Args:
+        record: A record of a data set, columns by name.
+        stage: Which stage will read it.
+        row_name: The row, for errors.
+
+    Returns:
+        `row_name`, `images` (a list), the stage's messages, `captions`, `answer_type`, `length_multiplier`, `margin`,
+        the last four where the stage has them.
+
+    Raises:
+        RowError: If something is missing, contradictory or of the wrong kind.
+    """
+    images = _images(record, row_name)
+    messages = _llava_messages if record.get("conversations") is not None else _trl_messages
+    row: dict[str, Any] = {"row_name": row_name, "images": images, **messages(record, stage, row_name, len(images))}
+    _check_turns(row, stage, row_name)
+    if stage != "sft":
+        row["captions"] = _captions(record, row_name)
+    if stage == "preference" and record.get("margin") is not None:
+        row["margin"] = _number(record["margin"], "margin", row_name)
+    if stage == "prompt":
+        row["answer_type"] = _answer_type(record, row_name)
+        given = [record[name] for name in ("length_multiplier", "length_bonus") if record.get(name) is not None]
+        row["length_multiplier"] = _number(given[0], "length_multiplier", row_name) if given else 1.0
+    return row
+
+
+def _images(record: dict[str, Any], row_name: str) -> list[Any]:
+    given = [name for name in ("images", "image") if record.get(name)]
+    if len(given) > 1:
+        raise RowError(row_name, f"it has {' and '.join(given)}", "Keep one of them", "several image columns")
+    value = record[given[0]] if given else []
+    images = list(value) if isinstance(value, (list, tuple)) else [value]
+    if any(image is None for image in images):
+        raise RowError(row_name, "its images have a gap (None)", "Remove the gap", "image missing")
+    return images
+
+
+def _trl_messages(record: dict[str, Any], stage: Stage, row_name: str, images: int) -> dict[str, list[Message]]:
+    found = {
+        name: normalise_messages(record[name], row_name, name)
+        for name in ("messages", "prompt", "completion", "chosen", "rejected")
+        if record.get(name) is not None
+    }
+    if stage == "preference":
+        _require(found, ("chosen", "rejected"), record, row_name)
+        prompt, chosen, rejected = _split_pair(found, row_name)
+        return {"prompt": place_images(prompt, images, row_name), "chosen": chosen, "rejected": rejected}
+    if "messages" in found:
+        conversation = found["messages"]
+        if stage == "prompt" and conversation and conversation[-1]["role"] == "assistant":
+            conversation = conversation[:-1]
+    else:
+        _require(found, ("prompt", "completion") if stage == "sft" else ("prompt",), record, row_name)
+        conversation = found["prompt"] + (found["completion"] if stage == "sft" else [])
+    if stage == "prompt":
+        return {"prompt": place_images(conversation, images, row_name)}
+    return {"prompt": place_images(conversation[:-1], images, row_name), "completion": conversation[-1:]}
+
+
+def _split_pair(found: dict[str, list[Message]], row_name: str) -> tuple[list[Message], list[Message], list[Message]]:
+    chosen, rejected = found["chosen"], found["rejected"]
+    if "prompt" not in found:
+        if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+            raise RowError(
+                row_name,
+                "it has no prompt, and chosen and rejected differ before their last message",
+                "Add a `prompt` column, or give both the same messages before the answer",
+                "no common prompt",
+            )
+        return chosen[:-1], chosen[-1:], rejected[-1:]
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if len(answer) != 1:
+            raise RowError(
+                row_name,
+                f"{name} has {len(answer)} messages, expected the answer alone",
+                "Move what comes before the answer to `prompt`",
+                f"{name} is not one message",
+            )
+    return found["prompt"], chosen, rejected
+
+
+def _llava_messages(record: dict[str, Any], stage: Stage, row_name: str, images: int) -> dict[str, list[Message]]:
+    turns = record["conversations"]
+    if not isinstance(turns, (list, tuple)):
+        raise RowError(row_name, f"conversations is {abridged(turns)}, expected a list of turns", "Correct the row")
+    conversation = [_llava_turn(turn, row_name, f"conversations[{i}]") for i, turn in enumerate(turns)]
+    while conversation and conversation[0]["role"] == "assistant":
+        conversation = conversation[1:]
+    shown = count_images(conversation)
+    if shown != images:
+        raise RowError(
+            row_name,
+            f"its human turns have {shown} {LLAVA_IMAGE_MARK}, but it has {images} image{'s' * (images != 1)}",
+            f"Write {LLAVA_IMAGE_MARK} once for each image",
+            f"{LLAVA_IMAGE_MARK} count unlike the number of images",
+        )
+    if stage == "prompt":
+        first = next((i for i, message in enumerate(conversation) if message["role"] == "user"), -1)
+        return {"prompt": place_images(conversation[: first + 1], images, row_name)}
+    if stage == "sft":
+        return {"prompt": conversation[:-1], "completion": conversation[-1:]}
+    _require(record, ("output_1", "output_2", "preference"), record, row_name)
+    outputs = [_llava_turn(record[name], row_name, name) for name in ("output_1", "output_2")]
+    preference = record["preference"]
+    if type(preference) is not int or preference not in (1, 2):
+        raise RowError(
+            row_name, f"preference is {preference!r}, expected 1 or 2", "Correct the row", "preference outside {1, 2}"
+        )
+    if conversation and conversation[-1]["role"] == "assistant":
+        conversation = conversation[:-1]
+    return {"prompt": conversation, "chosen": [outputs[preference - 1]], "rejected": [outputs[2 - preference]]}
+
+
+def _llava_turn(turn: Any, row_name: str, where: str) -> Message:
+    speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+    if speaker not in LLAVA_ROLES or not isinstance(value, str):
+        raise RowError(
+            row_name,
+            f"{where} is {abridged(turn)}, expected `from` (human or gpt) and a text `value`",
+            "Correct the turn",
+            "turn without speaker or text",
+        )
+    marks = value.count(LLAVA_IMAGE_MARK) if speaker == "human" else 0
+    content: list[dict[str, Any]] = [{"type": "image", "text": None} for _ in range(marks)]
+    text = value.replace(LLAVA_IMAGE_MARK, "").strip() if marks else value
+    if text or not marks:
+        content.append({"type": "text", "text": text})
+    return {"role": LLAVA_ROLES[speaker], "content": content}
+
+
+def _check_turns(row: dict[str, Any], stage: Stage, row_name: str) -> None:
+    """Refuse rows without a question, without an answer, or with nothing to choose between."""
+    if not row["prompt"] or row["prompt"][-1]["role"] != "user":
+        last = row["prompt"][-1]["role"] if row["prompt"] else "nothing"
+        raise RowError(
+            row_name, f"its prompt ends with {last}, expected a user turn", "Correct the turns", "no question"
+        )
+    question = row["prompt"][-1]
+    if not message_text(question).strip() and not count_images([question]):
+        raise RowError(row_name, "its question has neither text nor an image", "Leave the row out", "no question")
+    for name in ("completion", "chosen", "rejected"):
+        if name in row and row[name][0]["role"] != "assistant":
+            raise RowError(
+                row_name,
+                f"{name} is a {row[name][0]['role']} turn, expected an assistant turn",
+                "Correct the turns",
+                f"{name} is no assistant turn",
+            )
+        if name in row and count_images(row[name]):
+            raise RowError(row_name, f"{name} shows an image", "Show images in user turns", "image in an answer")
+    if stage == "sft" and not message_text(row["completion"][0]).strip():
+        raise RowError(row_name, "its answer is empty", "Leave the row out", "empty answer")
+    if stage == "preference" and message_text(row["chosen"][0]) == message_text(row["rejected"][0]):
+        raise RowError(
+            row_name,
+            f"chosen and rejected are the same: {abridged(message_text(row['chosen'][0]))}",
+            "Leave the row out: there is nothing to prefer",
+            "chosen equal to rejected",
+        )
+
+
+def _captions(record: dict[str, Any], row_name: str) -> list[str]:
+    captions = record.get("captions")
+    if captions is None:
+        return []
+    if not isinstance(captions, (list, tuple)) or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise RowError(
+            row_name,
+            f"captions is {abridged(captions)}, expected a list of texts",
+            "Correct the row",
+            "captions are no list of texts",
+        )
+    return list(captions)
+
+
+def _answer_type(record: dict[str, Any], row_name: str) -> str:
+    named, numbered = record.get("answer_type"), record.get("caption_type")
+    if named is None and numbered is None:
+        return "general"
+    if named is None:
+        kind = LLAVA_CAPTION_TYPES.get(numbered) if type(numbered) is int else None
+    else:
+        kind = named if named in ANSWER_TYPES else None
+    if kind is None:
+        found, expected = (
+            (f"caption_type is {numbered!r}", f"one of {LLAVA_CAPTION_TYPES}")
+            if named is None
+            else (f"answer_type is {named!r}", f"one of {', '.join(ANSWER_TYPES)}")
+        )
+        raise RowError(row_name, f"{found}, expected {expected}", "Correct the row", "unknown answer type")
+    return kind
+
+
+def _number(value: Any, column: str, row_name: str) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # an integer may have any number of digits
+        raise RowError(
+            row_name,
+            f"{column} is {abridged(value)}, expected a finite number",
+            "Correct the row",
+            f"{column} is no number",
+        )
+    return float(value)
+
+
+def _require(found: dict[str, Any], columns: tuple[str, ...], record: dict[str, Any], row_name: str) -> None:
+    missing = [name for name in columns if found.get(name) is None]
+    if missing:
+        present = sorted(name for name, value in record.items() if value is not None)
+        raise RowError(
+            row_name,
+            f"it has no {' and no '.join(missing)}; found the columns {present}",
+            "Expected TRL's columns (`messages`; `prompt` and `completion`; `chosen` and `rejected`) or LLaVA's "
+            "(`conversations`; `output_1`, `output_2` and `preference`)",
+            f"{missing[0]} missing",
+        )

@@ -1,0 +1,259 @@
+"""Pictures of a row: found, checked and decoded to RGB."""
+
+import functools
+import io
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from trl_llava.data.contract import RowError
+
+MAX_PIXELS = 89_478_485
+"""A picture of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
+
+FOLLOW_LINKS = False
+"""Whether a symbolic link may lead out of the image folder."""
+
+ImageRef = Image.Image | str | dict[str, Any]
+"""A decoded picture, a path, or `{"bytes": bytes | None, "path": str | None}`."""
+
+# What Pillow's readers raise on damaged files, by reading their sources: there is no common class.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def load_image(ref: ImageRef, row_name: str) -> Image.Image:
+    """Decode one picture to 8-bit RGB.
+
+    CMYK, palette and grey pictures are converted, 16-bit grey is scaled (not clipped) to 8 bits, transparency is
+    dropped, the EXIF orientation is applied, and of an animation the first frame is taken.
+
+    Args:
+        ref: What the row holds.
+        row_name: The row, for errors.
+
+    Returns:
+        An RGB picture that no longer needs its file.
+
+    Raises:
+        RowError: If the picture is missing, empty, damaged, larger than `MAX_PIXELS`, or of a depth without a known
+            range.
+
+    Example:
+        >>> load_image(Image.new("L", (4, 2), 255), "row").getpixel((0, 0))
+        (255, 255, 255)
+    """
+    image = open_image(ref, row_name)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image), row_name)
+    except RowError:
+        raise
+    except _DAMAGED as error:
+        raise _damaged(ref, row_name, error) from error
+
+
+def load_images(rows: Sequence[dict[str, Any]]) -> list[list[Image.Image]]:
+    """Decode the images of a batch.
+
+    Args:
+        rows: Rows of the contract; a row without `images` has none.
+
+    Returns:
+        The pictures of each row.
+
+    Raises:
+        RowError: As `load_image`.
+    """
+    return [[load_image(ref, row["row_name"]) for ref in row.get("images") or []] for row in rows]
+
+
+def open_image(ref: ImageRef, row_name: str) -> Image.Image:
+    """Open a picture and check what its header says, without decoding it.
+
+    Args:
+        ref: What the row holds.
+        row_name: The row, for errors.
+
+    Returns:
+        A picture whose `size` is known; as stored, before the EXIF orientation is applied.
+
+    Raises:
+        RowError: If the picture is missing, empty, no picture, or larger than `MAX_PIXELS`.
+    """
+    if isinstance(ref, Image.Image):
+        image = ref
+    else:
+        source = _source(ref, row_name)
+        try:
+            image = Image.open(source)
+        except Image.DecompressionBombError as error:
+            raise _too_large(row_name, f"the image has more than {2 * MAX_PIXELS} pixels") from error
+        except _DAMAGED as error:
+            raise _damaged(ref, row_name, error) from error
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise RowError(
+            row_name, f"the image has no pixels ({width}x{height})", "Replace it or leave the row out", "empty image"
+        )
+    if width * height > MAX_PIXELS:
+        raise _too_large(row_name, f"the image has {width}x{height} pixels, expected at most {MAX_PIXELS}")
+    return image
+
+
+def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
+    """Read a picture's size from its header, as it is after the EXIF orientation is applied.
+
+    Args:
+        ref: What the row holds.
+        row_name: The row, for errors.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        RowError: As `open_image`, or if the picture is damaged where its orientation is looked for.
+    """
+    image = open_image(ref, row_name)
+    width, height = image.size
+    try:
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    except _DAMAGED as error:  # a PNG's may stand behind its pixels, so Pillow decodes those
+        raise _damaged(ref, row_name, error) from error
+    return (height, width) if turned else (width, height)
+
+
+def set_limits(max_pixels: int, follow_links: bool) -> None:
+    """Set what a recipe allows, for this process and those that it starts.
+
+    Args:
+        max_pixels: Pixels that a picture may have.
+        follow_links: Whether a symbolic link may lead out of the image folder.
+    """
+    global MAX_PIXELS, FOLLOW_LINKS
+    MAX_PIXELS, FOLLOW_LINKS = max_pixels, follow_links
+    Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def path_inside(folder: str | Path, name: str, row_name: str) -> str:
+    """Join a file name of a data set to a folder it must not leave.
+
+    Args:
+        folder: The image folder.
+        name: A relative name, possibly with subfolders.
+        row_name: The row, for errors.
+
+    Returns:
+        The path.
+
+    Raises:
+        RowError: If the name is empty, absolute, has a `..` in it, or is a link that leads out of the folder.
+    """
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor != ""
+    if not name or absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
+        raise RowError(
+            row_name,
+            f"the image file name is {name!r}, expected a name relative to the image folder {str(folder)!r}, "
+            "without `..`",
+            "Make the name relative to image_folder",
+            "image outside its folder",
+        )
+    path = str(Path(folder) / name)
+    if not FOLLOW_LINKS and not is_inside(path, folder):
+        raise RowError(
+            row_name,
+            f"the image {path} is a symbolic link to {os.path.realpath(path)}, outside the image folder",
+            "If you made the link, allow it with `follow_image_links: true`",
+            "image outside its folder",
+        )
+    return path
+
+
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether a file is in a folder once all links are followed.
+
+    Args:
+        path: The file.
+        folder: The folder. One in the Hub's cache counts with the files that its links lead to.
+
+    Returns:
+        True if so.
+    """
+    try:
+        real = os.path.realpath(path)
+    except (OSError, ValueError):  # a name that no file could have
+        real = os.path.abspath(path)
+    return real.startswith(_roots(str(folder)))
+
+
+@functools.lru_cache(maxsize=64)
+def _roots(folder: str) -> tuple[str, ...]:
+    real = os.path.realpath(folder)
+    roots = [real]
+    if (marker := f"{os.sep}snapshots{os.sep}") in real:  # the Hub's cache keeps the files in a folder beside
+        roots.append(os.path.join(real.partition(marker)[0], "blobs"))
+    return tuple(root.rstrip(os.sep) + os.sep for root in roots)
+
+
+def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
+    if isinstance(ref, dict):
+        content, path = ref.get("bytes"), ref.get("path")
+    else:
+        content, path = None, ref
+    if content is not None:
+        if not content:
+            raise RowError(row_name, "the image has no bytes", "Replace it or leave the row out", "empty image")
+        return io.BytesIO(content)
+    if not isinstance(path, str) or not path:
+        raise RowError(
+            row_name,
+            f"the image is {ref!r}, expected a picture, a path, or a dict with `bytes` or `path`",
+            "Correct the row",
+            "image missing",
+        )
+    try:
+        found = Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file could have
+        found = False
+    if not found:
+        raise RowError(
+            row_name, f"the image file {path} does not exist", "Check image_folder, or add the file", "image missing"
+        )
+    return path
+
+
+def _to_rgb(image: Image.Image, row_name: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: `convert` would clip at 255 and make nearly everything white.
+        image = image.convert("I")
+        low, high = map(int, image.getextrema())  # type: ignore[arg-type]  # one band
+        if low < 0 or high > 65535:
+            raise RowError(
+                row_name,
+                f"the image has values from {low} to {high}, expected 8 or 16 bits a channel",
+                "Convert it to 8-bit RGB",
+                "unknown pixel range",
+            )
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode == "F":
+        raise RowError(
+            row_name,
+            "the image has floating-point pixels, of no known range",
+            "Convert it to 8-bit RGB",
+            "unknown pixel range",
+        )
+    return image.convert("RGB")
+
+
+def _too_large(row_name: str, problem: str) -> RowError:
+    fix = "Make it smaller (the model sees a few hundred pixels a side), or raise max_image_pixels"
+    return RowError(row_name, problem, fix, "image too large")
+
+
+def _damaged(ref: ImageRef, row_name: str, error: Exception) -> RowError:
+    path = ref.get("path") if isinstance(ref, dict) else ref
+    named = f"the image {path}" if isinstance(path, str) else "the image"
+    fix = "Replace the file; on_bad_row `skip` leaves such rows out"
+    return RowError(row_name, f"{named} cannot be read ({error})", fix, "damaged image")

@@ -1,1 +1,0 @@
-"""Forward passes that compute nothing twice."""

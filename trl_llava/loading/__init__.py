@@ -1,1 +1,0 @@
-"""Models for each role, on bases that they share."""

@@ -1,0 +1,229 @@
+"""LoRA adapters: where they go, and how they are loaded, so that one base model serves many roles."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Literal
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import PreTrainedModel
+from trl import get_peft_config
+
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.errors import InputError, NotFoundError
+from trl_llava.hub.lookup import check_there, find_file, not_found
+from trl_llava.models.base_model import base_of
+from trl_llava.models.load import HEAD
+from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
+
+logger = logging.getLogger(__name__)
+
+
+def lora_config(
+    model_args: LlavaModelConfig, model: nn.Module, *, task: Literal["CAUSAL_LM", "SEQ_CLS"]
+) -> LoraConfig | None:
+    """The LoRA configuration for a model, by default on every linear layer of its language model.
+
+    `lora_target_modules` may hold names (`[q_proj, v_proj]`), which mean layers of the language model: the tower has a
+    `q_proj` too. A regular expression is taken as it is.
+
+    Args:
+        model_args: TRL's `lora_*` fields; `use_peft`; a projector or tower that is not frozen is trained whole, beside
+            the adapter.
+        model: The model that the adapter will be put on.
+        task: SEQ_CLS for models with a score head, which then is trained and saved with the adapter.
+
+    Returns:
+        The configuration, or None without `use_peft`.
+
+    Raises:
+        ValueError: If the targets match nothing, or match a frozen vision tower or projector.
+    """
+    config = get_peft_config(model_args)
+    if config is None:
+        return None
+    config.task_type = task
+    if model_args.model_revision != "main" and not Path(str(model_args.model_name_or_path)).exists():
+        config.revision = model_args.model_revision  # PEFT's name for the revision of the base
+    config.target_modules = _lora_targets(model, model_args.lora_target_modules)
+    frozen = [*TOWER_NAMES] * model_args.freeze_vision_tower + [*PROJECTOR_NAMES] * model_args.freeze_projector
+    matched = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
+    wrong = [name for name in matched if set(name.split(".")) & set(frozen)]
+    if wrong or not matched:
+        found = f"{len(wrong)} modules of frozen parts, e.g. {wrong[0]}" if wrong else "nothing"
+        raise InputError(
+            f"lora_target_modules={config.target_modules!r} matches {found}. Leave it out for the language model's "
+            "linear layers, or set freeze_vision_tower or freeze_projector to false"
+        )
+    whole = [*(model_args.lora_modules_to_save or [])]
+    if task == "SEQ_CLS":
+        whole.append(HEAD)
+    if not model_args.freeze_projector and not any(_within(name, PROJECTOR_NAMES) for name in matched):
+        whole += _present(model, PROJECTOR_NAMES)
+    if not model_args.freeze_vision_tower and not any(_within(name, TOWER_NAMES) for name in matched):
+        whole += _present(model, TOWER_NAMES)
+    config.modules_to_save = sorted(set(whole)) or None
+    return config
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool,
+    revision: str | None = None,
+) -> PeftModel:
+    """Put a trained adapter on a model, with every weight accounted for.
+
+    The first adapter of a model becomes the active one. What is trainable in adapters that are there already, and
+    whether the model is in train mode, stays as it was.
+
+    Args:
+        model: The base model, or a PEFT model that gets one more adapter.
+        name: Hub ID or folder with `adapter_config.json`.
+        adapter_name: The name it gets in the model.
+        is_trainable: Whether its weights (and head) get gradients.
+        revision: Branch, tag or commit.
+
+    Returns:
+        The PEFT model; the same object if `model` was one.
+
+    Raises:
+        OSError: If there is no such adapter.
+        ValueError: If it was made for another base, or has no score head where the model has one, or the other way
+            round, or a weight is missing or left over.
+    """
+    check_there("adapter", name, revision)
+    check_safe_adapter(name, revision)
+    if find_file(name, "adapter_config.json", revision) is None:
+        raise InputError(f"'{name}' is no adapter: it has no adapter_config.json. Is it a whole model?")
+    try:
+        config = PeftConfig.from_pretrained(name, revision=revision)
+        keys = load_peft_weights(name, device="cpu", revision=revision).keys()
+    except (OSError, ValueError) as error:
+        raise NotFoundError(not_found("adapter", name, revision, error)) from error
+    base = base_of(model)
+    _check_head(name, base, any(HEAD in key.split(".") for key in keys))
+    trained_on, was_training = config.base_model_name_or_path, model.training
+    config.inference_mode = not is_trainable
+    try:
+        if not isinstance(model, PeftModel):
+            model = get_peft_model(model, config, adapter_name=adapter_name)
+        result = model.load_adapter(name, adapter_name, is_trainable=is_trainable, revision=revision)
+        problem = [f"{kind} {key}" for kind in ("missing", "unexpected") for key in getattr(result, f"{kind}_keys")]
+    except (KeyError, RuntimeError, ValueError) as error:
+        problem = [f"{type(error).__name__}: {error}"]
+    if problem:
+        raise InputError(
+            f"adapter '{name}' does not fit model '{base.name_or_path}' ({type(base).__name__}): it was trained on "
+            f"'{trained_on}'. Load it on that base, or train an adapter for this one. First of {len(problem)} "
+            f"problems: {' '.join(problem[0].split())[:400]}"
+        )
+    if trained_on and Path(trained_on).name != Path(base.name_or_path).name:
+        logger.warning("Adapter '%s' was trained on '%s' and is put on '%s'.", name, trained_on, base.name_or_path)
+    return model.train(was_training)
+
+
+def check_safe_adapter(name: str, revision: str | None = None) -> None:
+    """Refuse an adapter whose weights are a pickle.
+
+    Args:
+        name: Hub ID or folder.
+        revision: Branch, tag or commit.
+
+    Raises:
+        InputError: If it has an adapter_model.bin and no adapter_model.safetensors.
+    """
+    safe, pickled = (find_file(name, f"adapter_model.{suffix}", revision) for suffix in ("safetensors", "bin"))
+    if safe is None and pickled is not None:
+        at = f" --revision {revision}" if revision else ""
+        raise InputError(
+            f"adapter '{name}' has its weights as a pickle only (adapter_model.bin), which may run code when it is "
+            f"loaded. Convert it, which reads nothing but tensors: `trl-llava convert {name} DST --base BASE{at}`"
+        )
+
+
+def freeze_as_asked(
+    model: PeftModel, name: str, model_args: LlavaModelConfig, adapter_name: str = "default"
+) -> PeftModel:
+    """Make `freeze_vision_tower` and `freeze_projector` hold for an adapter that goes on being trained.
+
+    Args:
+        model: A PEFT model whose adapter is trainable.
+        name: Hub ID or folder of the adapter, for the message.
+        model_args: The two fields.
+        adapter_name: The adapter's name in the model; others are left alone.
+
+    Returns:
+        The model; a part that the adapter holds and the fields freeze has no gradients any more.
+
+    Raises:
+        InputError: If a part shall be trained that is not in the adapter: only what is in it is trained and saved.
+    """
+    for field, parts in (("freeze_vision_tower", TOWER_NAMES), ("freeze_projector", PROJECTOR_NAMES)):
+        there = [(path, parameter) for path, parameter in model.named_parameters() if _within(path, parts)]
+        trained = [p for path, p in there if p.requires_grad and adapter_name in path.split(".")]
+        if getattr(model_args, field):
+            for parameter in trained:
+                parameter.requires_grad_(False)
+        elif there and not trained:
+            raise InputError(
+                f"`{field}: false` cannot be honoured: adapter '{name}' has no weights of that part, and only what is "
+                f"in an adapter is trained and saved. Leave `{field}` true, or start from a fresh adapter"
+            )
+    return model
+
+
+def _check_head(name: str, base: nn.Module, adapter_has_head: bool) -> None:
+    """Raise if exactly one of adapter and model has a score head; PEFT would go on with a random or without one."""
+    if hasattr(base, HEAD) and not adapter_has_head:
+        raise no_head(name)
+    if adapter_has_head and not hasattr(base, HEAD):
+        raise InputError(
+            f"adapter '{name}' is a reward model's (it has a score head), but '{base.name_or_path}' is loaded as a "
+            f"{type(base).__name__}. Use it as the reward model, and an adapter from SFT or PPO here"
+        )
+
+
+def no_head(name: str) -> InputError:
+    """The error for an adapter that lacks a score head.
+
+    Args:
+        name: Hub ID or folder of the adapter.
+
+    Returns:
+        The error.
+    """
+    return InputError(
+        f"adapter '{name}' has no score head ({HEAD}.weight is not in its weights), so its scores would be random. "
+        "Use a trained reward model's adapter; a policy's adapter has none"
+    )
+
+
+def _lora_targets(model: nn.Module, wanted: str | list[str] | None) -> str:
+    """The regular expression that PEFT matches whole module names with; it is stored in adapter_config.json."""
+    if isinstance(wanted, str) and wanted != "all-linear" and not wanted.isidentifier():
+        return wanted
+    base = base_of(model)
+    decoder = base.get_decoder()
+    prefix = next(name for name, module in base.named_modules() if module is decoder).split(".")[-1]
+    if wanted in (None, "all-linear"):
+        linears = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+        # Where an adapter is already, a layer is its `base_layer`, beside the adapter's own layers.
+        own = [name.removesuffix(".base_layer") for name in linears if "lora_" not in name]
+        wanted = sorted({name.split(".")[-1] for name in own})
+    names = [wanted] if isinstance(wanted, str) else wanted
+    return rf"(?:.*\.)?{prefix}\..*\.({'|'.join(map(re.escape, names))})"
+
+
+def _present(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Those of the names that the model has a module of."""
+    return [n for n in names if any(name.split(".")[-1] == n for name, _ in model.named_modules())]
+
+
+def _within(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a dotted module name lies in one of these parts."""
+    return bool(set(name.split(".")) & set(parts))

@@ -1,0 +1,65 @@
+"""Which models a run has loaded, who uses each, and what they take in memory."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from trl_llava.models.adapter_role import AdapterRole
+from trl_llava.models.base_model import base_of
+from trl_llava.models.load import HEAD
+
+GIB = 2**30
+
+
+def describe_models(roles: Mapping[str, nn.Module]) -> str:
+    """One line for each model in memory, with its roles and its GiB.
+
+    Args:
+        roles: Role -> model; roles that share a base have the same model, or an `AdapterRole` on it.
+
+    Returns:
+        The lines, a total first.
+    """
+    models: dict[nn.Module, list[str]] = {}
+    for role, model in roles.items():
+        models.setdefault(model.host if isinstance(model, AdapterRole) else model, []).append(role)
+    seen: set[int] = set()
+    lines, total = [], 0
+    for model, names in models.items():
+        heads = [role for role in roles.values() if isinstance(role, AdapterRole) and role.host is model]
+        tensors = [named for part in (model, *heads) for named in (*part.named_parameters(), *part.named_buffers())]
+        base = bytes_of([tensor for name, tensor in tensors if not _beside_the_base(name)], seen)
+        beside = bytes_of([tensor for name, tensor in tensors if _beside_the_base(name)], seen)
+        total += base + beside
+        inner = base_of(model)
+        adapters = f" + {beside / GIB:.2f} GiB of adapters and heads" if beside else ""
+        lines.append(
+            f"  {inner.name_or_path} ({type(inner).__name__}) {base / GIB:.2f} GiB{adapters}: {', '.join(names)}"
+        )
+    return "\n".join([f"{len(models)} base model{'s' * (len(models) > 1)} loaded, {total / GIB:.2f} GiB", *lines])
+
+
+def bytes_of(tensors: list[torch.Tensor], seen: set[int]) -> int:
+    """The memory of tensors, each place in memory counted once.
+
+    Args:
+        tensors: Any tensors.
+        seen: Storages counted before, by address; those of `tensors` are added.
+
+    Returns:
+        Bytes.
+    """
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _beside_the_base(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter or a head."""
+    parts = name.split(".")
+    return any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts or HEAD in parts

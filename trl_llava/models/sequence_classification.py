@@ -1,0 +1,246 @@
+"""LLaVA models with a score head instead of a language-model head: the reward and the value model.
+
+They differ from transformers' own `...ForSequenceClassification` in three things: the head has a bias, as the paper's
+has; the pooled token is the last one whose attention mask is 1, under any padding side, never a guess by pad ID (an
+answer may end in a token that is also the pad token); and a batch that stacks several texts of the same pictures
+encodes each picture once (`image_copies`).
+
+Importing this module registers the classes with `AutoModelForSequenceClassification`, so that
+`trl.RewardTrainer(model="org/name")` finds them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    Cache,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextPreTrainedModel,
+    LlavaOnevisionConfig,
+    LlavaOnevisionPreTrainedModel,
+    LlavaPreTrainedModel,
+    PreTrainedConfig,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple
+
+from trl_llava.models.shared_prefix import attention_mask_for, last_of_rests
+
+if TYPE_CHECKING:  # what a mixin's methods may expect of `self`
+    from transformers import PreTrainedModel as _Mixin
+else:
+    _Mixin = object
+
+
+def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where the last real token of each row is.
+
+    Args:
+        attention_mask: (B, L) int or bool, 1/True at real tokens; padding may be on either side or both.
+
+    Returns:
+        (B,) int64, the index of the last real token; 0 for a row without any.
+
+    Example:
+        >>> last_token_index(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]))
+        tensor([1, 3])
+    """
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (positions * attention_mask.bool()).argmax(dim=1)
+
+
+class ImageTextForSequenceClassification(_Mixin):
+    """Mixin that turns a family's `...PreTrainedModel` into a model with a score head on the last real token.
+
+    `model` is the family's headless model (tower, projector, language model) and `score` the head, the names that
+    TRL's `get_reward` and `PPOTrainer` reach for; `score` may be called on the hidden states of every position, which
+    is how a value model is read.
+    """
+
+    base_model_prefix = "model"
+    # A checkpoint of the family's generation model has this and nothing else that we have not.
+    _keys_to_ignore_on_load_unexpected = (r"lm_head\.weight",)
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = AutoModel.from_config(config)
+        self.score = nn.Linear(config.get_text_config().hidden_size, config.num_labels, bias=True)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_copies: int = 1,
+        segments: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Score the last real token of each row.
+
+        Args:
+            input_ids: (B, L) token IDs, image tokens expanded.
+            attention_mask: (B, L) int or bool, 1/True at real tokens. May be left out for a batch of one row, which
+                then has no padding.
+            position_ids: (B, L); by default counted over the real tokens.
+            past_key_values: Cache of an earlier pass, handed on to the language model.
+            inputs_embeds: (B, L, H) instead of `input_ids`.
+            pixel_values: The images as the family's image processor returns them: I images for the first
+                B / `image_copies` rows.
+            image_sizes: (I, 2) height and width of each image, for the families that tile.
+            mm_encoder_outputs: Image features computed earlier, `{"image": ...}`, instead of `pixel_values`.
+            image_copies: How many times the batch repeats the same images: 2 for B/2 chosen rows followed by the B/2
+                rejected ones. Each image is encoded once.
+            segments: (B, L) where each row holds several that share their beginning, as `shared_prefix.pack` lays them
+                out; with its `position_ids`.
+            labels: (B,) targets, for a loss by `config.problem_type`.
+            **kwargs: Handed on to the headless model (`output_hidden_states`, `use_cache`, `batch_num_images`, ...).
+
+        Returns:
+            `logits` (B, num_labels) in the head's dtype, and `loss` if there are labels. With `segments` of S rests a
+            row, (S * B, num_labels): all first rests, then all second ones.
+
+        Raises:
+            ValueError: If there are no inputs, or a batch of several rows comes without an attention mask, or B does
+                not divide by `image_copies`.
+        """
+        _check_batch(input_ids if input_ids is not None else inputs_embeds, attention_mask, image_copies)
+        if image_copies > 1 and pixel_values is not None:
+            batch_num_images = kwargs.pop("batch_num_images", None)
+            mm_encoder_outputs = {"image": self._image_features(pixel_values, image_sizes, batch_num_images)}
+            pixel_values = image_sizes = None
+        if position_ids is None and past_key_values is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        encoded = _repeated(mm_encoder_outputs, image_copies)
+        for name, value in (("image_sizes", image_sizes), ("mm_encoder_outputs", encoded)):
+            if value is not None:  # not every family's forward knows these
+                kwargs[name] = value
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask if segments is None else attention_mask_for(self, segments),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        pooled = _pooled(hidden, attention_mask) if segments is None else _ends_of_rests(hidden, segments)
+        logits = self.score(pooled.to(self.score.weight.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None, batch_num_images: torch.Tensor | None
+    ) -> BaseModelOutputWithPooling:
+        """Tower and projector, called the way the headless model calls them.
+
+        Args:
+            pixel_values: As for `forward`.
+            image_sizes: As for `forward`.
+            batch_num_images: Number of images of each row, where the family asks for it.
+
+        Returns:
+            `pooler_output`: one (N, H) tensor for each of the I images.
+        """
+        given = {"image_sizes": image_sizes, "batch_num_images": batch_num_images}
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **given)
+
+
+def _check_batch(given: torch.Tensor | None, attention_mask: torch.Tensor | None, image_copies: int) -> None:
+    """Raise for a batch that `forward` cannot score; `given` are its (B, L) ids or (B, L, H) embeddings."""
+    if given is None:
+        raise ValueError("input_ids and inputs_embeds are both missing; pass one of them")
+    rows = len(given)
+    if attention_mask is None and rows > 1:
+        raise ValueError(
+            f"attention_mask is missing for a batch of {rows} rows: the last real token of a padded row cannot be "
+            "told from its IDs. Pass the attention mask that the collator made"
+        )
+    if rows % image_copies:
+        raise ValueError(
+            f"image_copies={image_copies} does not divide the batch of {rows} rows: the batch must stack the rows "
+            "of the same images, e.g. all chosen, then all rejected"
+        )
+
+
+def _repeated(
+    encoded: dict[str, BaseModelOutputWithPooling] | None, copies: int
+) -> dict[str, BaseModelOutputWithPooling] | None:
+    """Image features as often as the batch repeats their rows; nothing is copied."""
+    if encoded is None or copies == 1:
+        return encoded
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(encoded["image"].pooler_output) * copies)}
+
+
+def _pooled(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The hidden state of each row's last real token.
+
+    Args:
+        hidden_states: (B, L, H).
+        attention_mask: (B, L') with L' >= L (a cache may hold earlier tokens), or None for rows without padding.
+
+    Returns:
+        (B, H).
+    """
+    if attention_mask is None:
+        return hidden_states[:, -1]
+    last = last_token_index(attention_mask[:, -hidden_states.shape[1] :]).to(hidden_states.device)
+    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+
+
+def _ends_of_rests(hidden_states: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """The (S * B, H) hidden states where the S rests of each row end: all first rests, then all second ones."""
+    last = last_of_rests(segments)
+    return hidden_states[torch.arange(len(segments), device=last.device), last].flatten(0, 1)
+
+
+class LlavaForSequenceClassification(ImageTextForSequenceClassification, LlavaPreTrainedModel):
+    """LLaVA-1.5 with a score head."""
+
+
+class LlavaNextForSequenceClassification(ImageTextForSequenceClassification, LlavaNextPreTrainedModel):
+    """LLaVA-NeXT (1.6) with a score head."""
+
+
+class LlavaOnevisionForSequenceClassification(ImageTextForSequenceClassification, LlavaOnevisionPreTrainedModel):
+    """LLaVA-OneVision with a score head."""
+
+
+for _config_class, _model_class in (
+    (LlavaConfig, LlavaForSequenceClassification),
+    (LlavaNextConfig, LlavaNextForSequenceClassification),
+    (LlavaOnevisionConfig, LlavaOnevisionForSequenceClassification),
+):
+    _model_class.config_class = _config_class
+    # Without exist_ok, `register` returns silently for a config that transformers owns.
+    AutoModelForSequenceClassification.register(_config_class, _model_class, exist_ok=True)
+    # The checkpoints on the Hub name their weights `language_model.model.*`; transformers renames them by model type,
+    # but only for its own classes. With the mapping ours are saved under those names too, and adapters that were
+    # trained when the modules had those names load.
+    register_checkpoint_conversion_mapping(
+        _model_class.__name__, get_checkpoint_conversion_mapping(_config_class.model_type), overwrite=True
+    )

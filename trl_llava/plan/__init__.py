@@ -1,1 +1,0 @@
-"""The memory that a recipe will need."""

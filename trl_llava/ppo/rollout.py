@@ -1,0 +1,143 @@
+"""The rollout: prompts as a model sees them, what was answered, and what every role said of each token.
+
+Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `I` images.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_llava.models.micro_batches import Lengths
+from trl_llava.models.model_inputs import ModelInputs
+
+
+@dataclass
+class Rollout:
+    """One batch of answers and what is known of them; a row's entries share one index everywhere.
+
+    What the loop has not yet computed is empty.
+
+    Attributes:
+        inputs: the prompts as the policy sees them.
+        value_inputs: the prompts as the value model sees them (its image tokens may differ in number).
+        columns: the rows' columns (prompts, images, captions, ...), each a list of B.
+        responses: (B, R) token ids, padded right.
+        mask: (B, R) bool, `True` at real tokens: up to and including the first stop token.
+        stopped: (B,) bool, `True` if the response holds its stop token.
+        logprobs: (B, R) log-probabilities of the sampled tokens under the policy; 0 at padding, as all that follow.
+        ref_logprobs: (B, R) the same under the reference.
+        values: (B, R) the value before each token.
+        scores: (B,) the sum of all reward terms of a response.
+        terms: (B,) of each reward term on its own, by name.
+        kl: (B, R) in nats.
+        advantages: (B, R) whitened.
+        returns: (B, R) what the value is trained on.
+    """
+
+    inputs: ModelInputs
+    value_inputs: ModelInputs
+    columns: dict[str, list]
+    responses: torch.Tensor
+    mask: torch.Tensor
+    stopped: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    kl: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    returns: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def lengths(self, share_prefix: bool) -> Lengths:
+        """How long the rows are, for micro-batches.
+
+        Args:
+            share_prefix: whether rows with the same prompt run as one.
+
+        Returns:
+            The lengths.
+        """
+        return lengths_of(self.inputs, self.value_inputs, self.mask, share_prefix)
+
+    def select(self, rows: Sequence[int]) -> "Rollout":
+        """Pick rows for a micro-batch, cut to its longest response.
+
+        Args:
+            rows: indices into the rollout.
+
+        Returns:
+            A rollout of these rows, in this order.
+        """
+        rows = list(rows)
+        width = int(self.mask[rows].sum(1).max())
+        picked: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, ModelInputs):
+                picked[item.name] = value.select(rows)
+            elif isinstance(value, torch.Tensor) and value.numel() == 0:
+                picked[item.name] = value
+            elif isinstance(value, torch.Tensor):
+                picked[item.name] = value[rows][:, :width] if value.dim() == 2 else value[rows]
+            elif isinstance(value, dict):
+                picked[item.name] = {
+                    key: entry[rows] if isinstance(entry, torch.Tensor) else [entry[row] for row in rows]
+                    for key, entry in value.items()
+                }
+            else:
+                picked[item.name] = value
+        return Rollout(**picked)
+
+
+def lengths_of(inputs: ModelInputs, value_inputs: ModelInputs, mask: torch.Tensor, share_prefix: bool) -> Lengths:
+    """How long rows are, for micro-batches.
+
+    Args:
+        inputs: B prompts as the policy sees them.
+        value_inputs: the same as the value model sees them.
+        mask: (B, R) bool, `True` at real tokens of the responses.
+        share_prefix: whether rows with the same prompt run as one.
+
+    Returns:
+        The lengths.
+    """
+    prompts = inputs.lengths
+    if value_inputs is not inputs:
+        prompts = [max(pair) for pair in zip(prompts, value_inputs.lengths, strict=True)]
+    groups = inputs.groups if share_prefix and inputs.can_be_packed and value_inputs.can_be_packed else None
+    return Lengths(prompts, mask.sum(1).tolist(), groups)
+
+
+def chunks(total: int, size: int) -> Iterator[list[int]]:
+    """Split the indices 0..total-1 into consecutive lists of at most `size`.
+
+    Args:
+        total: number of indices.
+        size: length of each list but the last.
+
+    Yields:
+        Lists of indices.
+    """
+    for start in range(0, total, size):
+        yield list(range(start, min(start + size, total)))
+
+
+def pad_right(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Stack chunks of rows whose widths differ.
+
+    Args:
+        tensors: each (b, r).
+        value: what fills the rows up.
+
+    Returns:
+        (sum of b, largest r).
+    """
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors])

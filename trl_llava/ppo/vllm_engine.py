@@ -1,0 +1,298 @@
+"""TRL's connection to vLLM, colocated or a server's: weights go in, prompts with pictures go in, answers come out.
+
+Two things differ from TRL's: an adapter is added to the weights on their way out instead of being merged in place, as
+other roles compute with the same base; and every prompt has its own seed. Colocated engines also get one image token
+for each picture, which vLLM expands by itself: TRL hands over prompts that are expanded already
+(https://github.com/huggingface/trl/issues/6294).
+"""
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.generation import vllm_generation
+
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.errors import ExplainedError, InputError
+from trl_llava.ppo.dense_weights import DenseWeights
+from trl_llava.ppo.vllm_prompts import one_token_each, place_pictures
+from trl_llava.run.resume_command import resume_command
+
+REQUESTS_AT_ONCE = 64
+Result = TypeVar("Result")
+
+
+class RolloutEngineError(ExplainedError, RuntimeError):
+    """A vLLM that cannot be reached, serves something else or gives answers that cannot be used."""
+
+
+@dataclass
+class Question:
+    """A prompt to be answered.
+
+    Attributes:
+        token_ids: the prompt, its pictures expanded to as many image tokens as the policy's processor makes of them.
+        images: its pictures.
+        settings: how it is answered, by the names of vLLM's `SamplingParams`.
+    """
+
+    token_ids: list[int]
+    images: list[Image.Image]
+    settings: dict[str, Any]
+
+
+@dataclass
+class Answer:
+    """What came back.
+
+    Attributes:
+        token_ids: the answer, with its stop token.
+        logprobs: vLLM's log-probability of each token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+def _trls_names(args: LlavaPPOConfig) -> dict[str, Any]:
+    """What `VLLMGeneration` calls the fields of the config."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return {
+        "mode": args.vllm_mode,
+        "server_base_url": args.vllm_url,
+        "server_timeout": args.vllm_server_timeout,
+        "group_port": args.vllm_group_port,
+        "tensor_parallel_size": args.vllm_tensor_parallel_size,
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+        "max_model_length": args.vllm_max_model_length,
+        "max_num_seqs": rows * args.vllm_tensor_parallel_size,
+        "enable_sleep_mode": args.vllm_enable_sleep_mode,
+        "model_impl": args.vllm_model_impl,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+class VLLMEngine(vllm_generation.VLLMGeneration):
+    """TRL's `VLLMGeneration`, which the policy is sent to as dense weights and which is asked prompt by prompt."""
+
+    _llm_weights_sleeping: bool  # set by TRL's class, where engines may sleep
+
+    def __init__(
+        self,
+        args: LlavaPPOConfig,
+        policy: nn.Module,
+        accelerator: Accelerator,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    ) -> None:
+        """Connect to the server, or load an engine in this process.
+
+        Args:
+            args: `vllm_*`, and how many rows are answered at once.
+            policy: the unwrapped policy.
+            accelerator: knows the processes.
+            processing_class: the policy's processor.
+
+        Raises:
+            InputError: if the policy cannot be sent.
+            RolloutEngineError: if the server cannot be reached, or serves another model.
+        """
+        self.weights = DenseWeights(policy)
+        self.url = args.vllm_url
+        name = str(policy.name_or_path)
+        if args.vllm_mode == "colocate" and getattr(policy, "is_quantized", False):
+            raise InputError(
+                f"`vllm_mode: colocate` cannot take the quantised base '{name}': vLLM would quantise it on its own, "
+                "and differently. Use `vllm_mode: server`, which is sent what the base computes with, or load it in "
+                "16 bit"
+            )
+        try:
+            super().__init__(policy, accelerator, processing_class, **_trls_names(args))
+        except (requests.ConnectionError, socket.gaierror) as error:
+            raise RolloutEngineError(
+                f"no vLLM server answers at {self.url} (waited {args.vllm_server_timeout:g} s, "
+                f"`vllm_server_timeout`). Start it with `trl vllm-serve --model {name}`, on other GPUs than those of "
+                "the training, and name it with `vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`"
+            ) from error
+        except NotImplementedError as error:
+            raise RolloutEngineError(
+                f"weights cannot be sent to vLLM from '{accelerator.device}': {error}. Train on a GPU, or leave "
+                "`use_vllm` out"
+            ) from error
+        if args.vllm_mode == "server" and accelerator.is_main_process:
+            self._check_model(name)
+
+    def _check_model(self, name: str) -> None:
+        """Stop if the server was started with another model: it could not take the weights, or not all of them."""
+        served = self.vllm_client.session.get(f"{self.vllm_client.base_url}/v1/models").json()["data"][0]
+        self.max_model_length = served.get("max_model_len")
+        found = [str(served[key]) for key in ("id", "root") if served.get(key)]
+        if Path(name).name not in [Path(path).name for path in found]:
+            raise RolloutEngineError(
+                f"the vLLM server at {self.url} serves '{found[0]}', but the policy is '{name}'. Start it with `trl "
+                f"vllm-serve --model {name}`"
+            )
+
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight as vLLM takes it; TRL's own merges the adapter into the base and back."""
+        if self._dist.is_zero3:
+            return self.weights.tensors(self._gathered)
+        speaks = self.mode == "colocate" or self.accelerator.is_main_process
+        return self.weights.tensors() if speaks else iter(())
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Make these whole under ZeRO-3, but for those that an outer block has gathered and will release."""
+        away = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
+        return self._dist.gather_params(away) if away else nullcontext()
+
+    def send_weights(self) -> None:
+        """Let vLLM answer as the policy does now; on every process.
+
+        Raises:
+            RolloutEngineError: if the server fails.
+        """
+        if self.mode == "colocate":
+            self.sync_weights()
+            return
+        # Asked before: under ZeRO-3 the processes make each tensor together, and would wait for one that has stopped.
+        speaks = self.accelerator.is_main_process
+        self._agree(None, self._failure_of(self.vllm_client.check_server) if speaks else None)
+        failure = self._failure_of(self.sync_weights)
+        if failure is not None and self._dist.is_zero3:
+            raise RolloutEngineError(self._explained(failure)) from failure
+        self._agree(None, failure)
+
+    @staticmethod
+    def _failure_of(work: Callable[[], None]) -> Exception | None:
+        try:
+            work()
+        except Exception as error:  # TRL raises plain ones for whatever a server answers
+            return error
+        return None
+
+    def ask(self, questions: Sequence[Question]) -> list[list[Answer]]:
+        """Answer the prompts of this process; on every process, with as many prompts.
+
+        Args:
+            questions: the prompts.
+
+        Returns:
+            Of each prompt as many answers as its settings' `n`.
+
+        Raises:
+            RolloutEngineError: if the server fails, or sees a picture as another number of tokens.
+        """
+        if self.mode == "colocate":
+            return self._ask_engine(questions)
+        everybody = gather_object(list(questions))
+        answers: list[list[Answer]] = []
+        failure = None
+        if self.accelerator.is_main_process:
+            failure = self._failure_of(lambda: answers.extend(self._ask_server(everybody)))
+        answers = self._agree(answers, failure)
+        first = self.accelerator.process_index * len(questions)
+        return answers[first : first + len(questions)]
+
+    def _agree(self, result: Result, failure: Exception | None) -> Result:
+        """Give the main process's result to all, or let all of them stop with its failure."""
+        words = None if failure is None else self._explained(failure)
+        result, words = broadcast_object_list([result, words])
+        if words is not None:
+            raise RolloutEngineError(words) from failure
+        return result
+
+    def _explained(self, failure: Exception) -> str:
+        """What failed, and how to go on."""
+        if isinstance(failure, ExplainedError):
+            return str(failure)
+        words = " ".join(str(failure).split())[:300]
+        return (
+            f"the vLLM server at {self.url} failed ({type(failure).__name__}: {words}). The checkpoints of "
+            f"this run are whole: start the server again with `trl vllm-serve --model "
+            f"{self.model.name_or_path}`, and go on with {resume_command()}"
+        )
+
+    def _ask_server(self, questions: Sequence[Question]) -> list[list[Answer]]:
+        token: Any = getattr(self.processing_class, "image_token_id", None)  # a question with pictures has one
+        features = self.vllm_client.image_features([question.images or None for question in questions])
+        for question, feature in zip(questions, features, strict=True):
+            self._check_length(question)
+            if feature is not None:
+                lengths = [place["length"] for place in feature["mm_placeholders"]["image"]]
+                feature["mm_placeholders"]["image"] = place_pictures(question.token_ids, token, lengths)
+
+        def send(index: int) -> list[Answer]:
+            settings = dict(questions[index].settings)
+            given = {key: settings.pop(key) for key in ("n", "temperature", "max_tokens")}
+            output = self.vllm_client.generate(
+                [questions[index].token_ids], [features[index]], **given, logprobs=0, generation_kwargs=settings
+            )
+            return _answers(output["completion_ids"], output["logprobs"])
+
+        with ThreadPoolExecutor(max_workers=min(REQUESTS_AT_ONCE, len(questions))) as executor:
+            return list(executor.map(send, range(len(questions))))
+
+    def _check_length(self, question: Question) -> None:
+        needed = len(question.token_ids) + question.settings["max_tokens"]
+        if self.max_model_length is not None and needed > self.max_model_length:
+            raise RolloutEngineError(
+                f"a prompt of {len(question.token_ids)} tokens and `response_length` "
+                f"{question.settings['max_tokens']} need {needed} tokens, but vLLM allows {self.max_model_length}: "
+                "start the server with a larger `--max-model-len` (`vllm_max_model_length` where it is colocated), or "
+                "lower `response_length` or `max_prompt_length`"
+            )
+
+    def _ask_engine(self, questions: Sequence[Question]) -> list[list[Answer]]:
+        own, everybody = slice(None), list(questions)
+        if self.tensor_parallel_size > 1:  # the processes of an engine ask the same
+            shares: list[Any] = [None] * self.tensor_parallel_size
+            torch.distributed.all_gather_object(shares, everybody, group=self.tp_group)
+            first = torch.distributed.get_rank(group=self.tp_group) * len(questions)
+            own, everybody = slice(first, first + len(questions)), list(chain.from_iterable(shares))
+        if self.enable_sleep_mode:
+            if self._llm_weights_sleeping:
+                self.sync_weights()
+            self.llm.wake_up(tags=["kv_cache"])
+        token = getattr(self.processing_class, "image_token_id", None)
+        prompts: list[dict[str, Any]] = []
+        for question in everybody:
+            self._check_length(question)
+            prompts.append({"prompt_token_ids": one_token_each(question.token_ids, token, len(question.images))})
+            if question.images:
+                prompts[-1]["multi_modal_data"] = {"image": question.images}
+        settings = [vllm_generation.SamplingParams(**question.settings, logprobs=0) for question in everybody]
+        outputs = self.llm.generate(prompts, sampling_params=settings, use_tqdm=False)
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self._llm_weights_sleeping = True
+        for question, output in zip(everybody, outputs, strict=True):
+            if list(output.prompt_token_ids) != question.token_ids:
+                raise RolloutEngineError(
+                    f"vLLM made {len(output.prompt_token_ids)} tokens of a prompt that the policy's processor makes "
+                    f"{len(question.token_ids)} of: the two process pictures differently"
+                )
+        return [_answers([part.token_ids for part in output.outputs], _logprobs([output])) for output in outputs[own]]
+
+
+def _logprobs(outputs: list[Any]) -> list[list[list[float | None]]] | None:
+    return vllm_generation.extract_logprobs(outputs)[0]
+
+
+def _answers(token_ids: list[list[int]], logprobs: list[list[list[float | None]]] | None) -> list[Answer]:
+    """Answers to one prompt; a log-probability that vLLM could not tell is NaN."""
+    nothing: list[list[list[float | None]]] = [[[None]] * len(ids) for ids in token_ids]
+    return [
+        Answer(list(ids), [float("nan") if entry[0] is None else entry[0] for entry in row])
+        for ids, row in zip(token_ids, logprobs or nothing, strict=True)
+    ]

@@ -1,0 +1,134 @@
+"""The rewards that a recipe names: the factual reward, and functions of the user's own."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.errors import RecipeError
+from trl_llava.hub.lookup import check_there
+from trl_llava.models.shared_base import SharedBase
+from trl_llava.models.shared_weights import loaded_whole
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.rewards.functions import RewardFunction
+
+
+def check_rewards(args: LlavaPPOConfig) -> None:
+    """Refuses a recipe without rewards before anything is loaded.
+
+    Args:
+        args: The config.
+
+    Raises:
+        RecipeError: If there is nothing to learn from.
+    """
+    if not any((args.reward_model_path, args.reward_funcs)) and args.correctness_coef is args.length_coef is None:
+        raise RecipeError(
+            "nothing to learn from: set `reward_model_path`, `reward_funcs`, `correctness_coef` or `length_coef`."
+        )
+
+
+def load_rewards(
+    args: LlavaPPOConfig, model_args: LlavaModelConfig, shared: Sequence[SharedBase] = ()
+) -> list[RewardFunction]:
+    """Loads the rewards of a PPO run.
+
+    Args:
+        args: `reward_model_path` and `reward_funcs`.
+        model_args: dtype, quantisation and attention of the reward model.
+        shared: Loaded models, one of whose bases the reward model may use.
+
+    Returns:
+        Reward functions, the reward model first.
+
+    Raises:
+        RecipeError: If a function cannot be found.
+        ValueError: If the checkpoint has no judging prompt or no head.
+    """
+    return load_reward_functions(
+        args.reward_model_path,
+        args.reward_model_revision,
+        args.reward_funcs,
+        model_args,
+        batch_size=args.local_rollout_forward_batch_size,
+        device=PartialState().device,
+        shared=shared,
+    )
+
+
+def load_reward_functions(
+    reward_model: str | None,
+    revision: str | None,
+    functions: list[str] | None,
+    model_args: LlavaModelConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+    shared: Sequence[SharedBase] = (),
+) -> list[RewardFunction]:
+    """Loads the factual reward, if one is named, and the recipe's own functions.
+
+    Args:
+        reward_model: FactualReward checkpoint.
+        revision: Branch, tag or commit of it.
+        functions: Paths "package.module:function".
+        model_args: dtype, quantisation and attention of the reward model.
+        batch_size: How many answers are scored in one pass.
+        device: Where the reward model goes.
+        shared: Loaded models, one of whose bases the reward model may use.
+
+    Returns:
+        Reward functions, the reward model first.
+
+    Raises:
+        RecipeError: If a function cannot be found.
+        ValueError: If the checkpoint has no judging prompt or no head.
+    """
+    rewards: list[RewardFunction] = []
+    if reward_model is not None:
+        check_there("reward_model_path", reward_model, revision)
+        # Each process scores its own answers, in as many passes as they take: no weights that all fetch together.
+        bases = () if is_deepspeed_zero3_enabled() else shared
+        with loaded_whole():
+            rewards.append(
+                FactualReward.from_pretrained(
+                    reward_model,
+                    revision=revision,
+                    model_args=model_args,
+                    batch_size=batch_size,
+                    device=device,
+                    shared=bases,
+                )
+            )
+    return rewards + [find_function(path) for path in functions or []]
+
+
+def find_function(path: str) -> RewardFunction:
+    """Imports a reward function.
+
+    Args:
+        path: "package.module:function".
+
+    Returns:
+        The function.
+
+    Raises:
+        RecipeError: If there is no such module or function.
+    """
+    module_name, _, name = path.partition(":")
+    if not name:
+        raise RecipeError(f"`reward_funcs`: {path!r} must be 'package.module:function'.")
+    try:
+        function: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"`reward_funcs`: cannot import {module_name!r} of {path!r}: {error}.") from error
+    for part in name.split("."):
+        function = getattr(function, part, None)
+    if not callable(function):
+        raise RecipeError(f"`reward_funcs`: module {module_name!r} has no function {name!r}.")
+    return function

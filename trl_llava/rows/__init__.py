@@ -1,1 +1,0 @@
-"""Records of any data set to rows, checked before a run."""

@@ -1,0 +1,274 @@
+"""`trl-llava check-data`: every row of a recipe read as its run would read it, with the processor and without a model.
+
+    trl-llava check-data --config recipes/llava-1.5-7b-hf/ppo.yaml [--field value ...]
+
+Exit status: 0 if a run could start, 1 if it would fail, 2 if the command line or the recipe cannot be used.
+"""
+
+import argparse
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from transformers import ProcessorMixin
+from trl.scripts.utils import DatasetConfig
+
+from trl_llava.configs.online import OnlineArguments
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data.contract import Stage
+from trl_llava.data.dpo_collator import DPOCollator
+from trl_llava.data.images import set_limits
+from trl_llava.data.lengths import LengthMeter
+from trl_llava.data.load import row_maker
+from trl_llava.data.maker import RowMaker
+from trl_llava.data.sources import RawRows, read_source
+from trl_llava.data.splits import check_held_out, named_sources
+from trl_llava.errors import RecipeError
+from trl_llava.hub.names import split_revision
+from trl_llava.models.load import load_processor
+from trl_llava.models.model_inputs import counts_images
+from trl_llava.ppo.roles import load_policy_processor
+from trl_llava.prompts import render
+from trl_llava.rewards.reward_settings import shows_captions
+from trl_llava.tools.check_data.check import FOUND, RowCheck
+from trl_llava.tools.check_data.check_report import SourceReport, print_report
+from trl_llava.tools.recipe_stage import find_stage, recipe_parser
+from trl_llava.train_reward import make_judging_prompt
+
+ROWS_OF: dict[str, Stage] = {
+    **{"sft": "sft", "reward": "preference", "dpo": "preference"},
+    **dict.fromkeys(("ppo", "grpo", "rloo"), "prompt"),
+}
+"""Which rows each stage reads."""
+
+
+@dataclass
+class Check:
+    """What a recipe's rows are held against.
+
+    Attributes:
+        stage: Name of the stage.
+        script_args: Where the rows are.
+        sources: The data sets, the one for evaluation last.
+        collator: Makes the batches of the run; knows processor and limit.
+        overlong: What the run does with rows over the limit.
+        wants_captions: Whether each row needs captions; None if the reward model is not there to ask.
+        one_image_for: Who reads a row's images one by one, so that a run refuses rows with several; None if no one.
+        test_split_size: How much is held out.
+        num_proc: Processes to work with.
+        samples: How many prompts of each data set are shown.
+        failures: Why a run would fail.
+    """
+
+    stage: str
+    script_args: LlavaScriptArguments
+    sources: list[DatasetConfig]
+    collator: Any
+    overlong: str
+    wants_captions: bool | None
+    one_image_for: str | None
+    test_split_size: float | None
+    num_proc: int
+    samples: int
+    failures: list[str] = field(default_factory=list)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Checks the rows of one recipe, and prints what was found.
+
+    Args:
+        argv: Options, recipe and overrides.
+
+    Returns:
+        Exit status: 0, or 1 if a run would fail.
+
+    Raises:
+        RecipeError: If the command line or the recipe cannot be used.
+    """
+    options, words = _make_parser().parse_known_args(list(argv))
+    console = Console(soft_wrap=True)
+    try:
+        check = _prepare(options, words)
+    except RecipeError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        console.print(f"a run would fail: {error}", style="bold red", markup=False)
+        return 1
+    reports = [_check_source(check, source) for source in check.sources]
+    _check_whole(check, reports)
+    print_report(console, reports, check.failures, check.collator)
+    return 1 if check.failures else 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-llava check-data",
+        usage="%(prog)s --config recipe.yaml [--field value ...]",
+        description="Walks all rows of a recipe as its run would read them, without a model.",
+        epilog="Fields of the recipe's stage can be overridden, dataset_num_proc (processes) among them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--stage", choices=sorted(ROWS_OF), help="the recipe's stage, if its file name does not say")
+    parser.add_argument("--processor", help="instead of the recipe's, before stage 1 has run: Hub ID or folder")
+    parser.add_argument(
+        "--samples", type=int, default=2, help="rendered prompts to show of each data set (default: 2)"
+    )
+    return parser
+
+
+def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
+    stage = options.stage or find_stage(words)
+    # Nothing is trained, so a recipe for GPUs can be checked anywhere.
+    here = ["--use_cpu", "--bf16", "false", "--fp16", "false"]
+    script_args, args, *others, mixture, _ = recipe_parser(stage).parse([*words, *here])
+    model_args = next(other for other in others if isinstance(other, LlavaModelConfig))
+    online_args = next((other for other in others if isinstance(other, OnlineArguments)), args)
+    model_args.trust_remote_code = args.trust_remote_code
+    sources, eval_source = named_sources(script_args, mixture, args)
+    set_limits(script_args.max_image_pixels, script_args.follow_image_links)
+    processor = _load_processor(options.processor, stage, online_args, model_args)
+    return Check(
+        stage=stage,
+        script_args=script_args,
+        sources=[*sources, *([eval_source] if eval_source else [])],
+        collator=_make_collator(stage, online_args, processor),
+        overlong=online_args.overlong,
+        wants_captions=_wants_captions(stage, online_args),
+        one_image_for=_one_image_for(stage, online_args, processor),
+        test_split_size=mixture.test_split_size,
+        num_proc=online_args.dataset_num_proc or len(os.sched_getaffinity(0)),
+        samples=options.samples,
+    )
+
+
+def _load_processor(given: str | None, stage: str, args: Any, model_args: LlavaModelConfig) -> ProcessorMixin:
+    if given is None and stage == "ppo":
+        return load_policy_processor(args, model_args)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if given is not None:
+        name, revision = split_revision("--processor", given)
+    return load_processor(
+        name,
+        revision=revision,
+        trust_remote_code=model_args.trust_remote_code,
+        pad_to_square=model_args.pad_to_square,
+        chat_template_path=args.chat_template_path,
+    )
+
+
+def _make_collator(stage: str, args: Any, processor: ProcessorMixin) -> Any:
+    if stage == "sft":
+        return SFTCollator(processor, max_length=args.max_length, labels_on=args.labels_on)
+    if stage == "dpo":
+        return DPOCollator(processor, max_length=args.max_length)
+    if stage == "reward":
+        return PreferenceCollator(processor, args.max_length, judging_prompt=make_judging_prompt(args))
+    return PromptCollator(processor, max_prompt_length=args.max_prompt_length)
+
+
+def _wants_captions(stage: str, args: Any) -> bool | None:
+    if ROWS_OF[stage] != "prompt":
+        return bool(getattr(args, "with_captions", False))
+    return shows_captions(args.reward_model_path, args.reward_model_revision)
+
+
+def _one_image_for(stage: str, args: Any, processor: ProcessorMixin) -> str | None:
+    if not counts_images(processor):
+        return None  # to it, several images are so many times one
+    if stage in ("grpo", "rloo"):
+        return "TRL's trainer"
+    return "vLLM" if stage == "ppo" and args.use_vllm else None
+
+
+def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
+    """Walk one data set."""
+    report = SourceReport(source.path if source.split == "train" else f"{source.path} ({source.split})")
+    arguments = check.script_args
+    try:
+        raw = read_source(source)
+        folder = arguments.image_folder or raw.image_folder
+        captions, rows_of = bool(check.wants_captions), ROWS_OF[check.stage]
+        make_rows = row_maker(raw, rows_of, folder, arguments.captions_file, captions, decode=True)
+    except (ValueError, OSError) as error:
+        check.failures.append(str(error))
+        return report
+    found = raw.dataset.with_format("arrow").map(
+        RowCheck(make_rows, LengthMeter(check.collator)),
+        batched=True,
+        batch_size=64,
+        with_indices=True,
+        remove_columns=raw.dataset.column_names,
+        features=FOUND,
+        num_proc=min(check.num_proc, len(raw.dataset)),
+        load_from_cache_file=False,
+        desc=f"Checking {raw.name}",
+    )
+    _count(check, report, found.with_format(None)[:])
+    usable = [i for i, tokens in enumerate(report.tokens) if tokens]
+    drawn = random.Random(0).sample(usable, min(check.samples, len(usable)))
+    report.samples = [_sample(check, raw, make_rows, i) for i in sorted(drawn)]
+    return report
+
+
+def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> None:
+    limit = getattr(check.collator, check.collator.limit)
+    bad = [i for i, reason in enumerate(found["reason"]) if reason]
+    good = [i for i, reason in enumerate(found["reason"]) if not reason]
+    report.rows, report.usable = len(found["reason"]), len(good)
+    report.reasons = Counter(found["reason"][i] for i in bad)
+    for i in reversed(bad):
+        report.examples[found["reason"][i]] = found["problem"][i]
+    report.answer_types = Counter(found["answer_type"][i] for i in good if found["answer_type"][i])
+    report.text_only = sum(not found["images"][i] for i in good)
+    bare = sum(not found["captions"][i] for i in good)
+    report.without_captions = report.reasons["no captions"] + (bare if ROWS_OF[check.stage] != "sft" else 0)
+    report.tokens, report.text_tokens = found["tokens"], found["text_tokens"]
+    report.over_limit = 0 if limit is None else sum(found["tokens"][i] > limit for i in good)
+
+    if bad and check.script_args.on_bad_row == "error":
+        first = found["problem"][bad[0]]
+        check.failures.append(f"{len(bad)} of {report.rows} rows of {report.name} cannot be used, first {first}")
+    elif len(bad) == report.rows:
+        check.failures.append(f"none of the {report.rows} rows of {report.name} can be used")
+    elif unencoded := [i for i in bad if not found["encoded"][i]]:
+        first = found["problem"][unencoded[0]]
+        check.failures.append(f"{len(unencoded)} rows of {report.name} cannot be encoded, first {first}")
+    several = [i for i in good if found["images"][i] > 1]
+    if several and check.one_image_for is not None:
+        check.failures.append(
+            f"{len(several)} of {report.rows} rows of {report.name} have several images, first row {several[0]}, and "
+            f"{check.one_image_for} would read each as if it were alone: leave such rows out"
+        )
+    if report.over_limit and (check.overlong == "error" or report.over_limit == len(good)):
+        check.failures.append(
+            f"{report.over_limit} of {report.rows} rows of {report.name} have more tokens than "
+            f"{check.collator.limit}={limit}, and overlong is `{check.overlong}`"
+        )
+
+
+def _check_whole(check: Check, reports: list[SourceReport]) -> None:
+    left = sum(report.usable - report.over_limit for report in reports)
+    if check.test_split_size is not None and left:
+        try:
+            check_held_out(check.test_split_size, left)
+        except RecipeError as error:
+            check.failures.append(str(error))
+
+
+def _sample(check: Check, raw: RawRows, make_rows: RowMaker, index: int) -> tuple[str, str]:
+    """A row's name, and the text that the model reads of it, image tokens counted; of a pair the chosen answer's."""
+    (record,) = raw.dataset.with_format("arrow")[index : index + 1].to_pylist()
+    row = make_rows.row(record, index)
+    processor = check.collator.processor
+    flags = {name: flag for name, flag in check.collator.rendering().items() if name != "answers"}
+    text = render(processor, check.collator.conversations(row)[0], **flags)
+    for expansion in LengthMeter(check.collator).expansions(row):
+        token = processor.image_token
+        text = re.sub(f"{re.escape(token)}(?![*])", f"{token}*{expansion.count(token)}", text, count=1)
+    return row["row_name"], text

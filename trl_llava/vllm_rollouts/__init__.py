@@ -1,1 +1,0 @@
-"""Answers from vLLM instead of the policy's own generation."""
