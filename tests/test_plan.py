@@ -123,9 +123,7 @@ def test_8_bit_sft_needs_what_is_planned(tiny_llava_dir, tmp_path):
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_the_reward_model_needs_what_is_planned(tiny_llava_dir, tmp_path, share_prefix, monkeypatch):
-    # A plan is for a GPU, which runs packs under a mask; row by row, on a CPU, they take less.
-    monkeypatch.setattr("trl_llava.models.shared_prefix._on_cpu", lambda model, segments: False)
+def test_the_reward_model_needs_what_is_planned(tiny_llava_dir, tmp_path, share_prefix):
     model_args, rows = fields_for(tiny_llava_dir), 2
     args = LlavaRewardConfig(
         output_dir=str(tmp_path),

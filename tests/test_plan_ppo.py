@@ -49,12 +49,6 @@ def step(base: Path, folder: Path, **changes: Any) -> tuple[Any, Path]:
     return tiny_trainers.ppo_trainer(base, adapter, folder / "run", train_dataset=rows, **settings), adapter
 
 
-@pytest.fixture(autouse=True)
-def packs_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan is for a GPU, which runs packs under a mask; row by row, on a CPU, they take less."""
-    monkeypatch.setattr("trl_llava.models.shared_prefix._on_cpu", lambda model, segments: False)
-
-
 @pytest.mark.parametrize(
     "changes",
     [

@@ -16,7 +16,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, MistralConf
 
 from trl_llava.data.collators import PreferenceCollator, PromptCollator
 from trl_llava.data.load import rows_from
-from trl_llava.models import row_by_row
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.sequence_classification import (
@@ -105,38 +104,9 @@ def test_a_rest_sees_its_prefix_and_itself() -> None:
     segments = torch.tensor([[0, 1, 1, 2, -1]])
     seen = attention_mask_for(model_with("sdpa"), segments)
     assert seen[0, 0].int().tolist() == SEEN
-    assert seen.lengths == [[1, 2, 1]] and type(seen[0, 0]) is torch.Tensor
     blocks = attention_mask_for(model_with("flex_attention"), segments)
     assert create_mask(blocks.mask_mod, 1, 1, 5, 5, device="cpu")[0, 0].int().tolist() == SEEN
     assert blocks.shape == (1, 1, 5, 5)
-
-
-def test_attention_row_by_row_is_attention_under_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    segments = torch.tensor([[0] * 6 + [1] * 5 + [2] * 4 + [3] * 2, [0] * 3 + [1] * 7 + [-1] * 7, [0, 1] + [-1] * 15])
-    mask = attention_mask_for(model_with("sdpa"), segments)
-    plain = torch.Tensor(mask.float()).bool()
-    assert type(plain) is torch.Tensor
-    parts = torch.randn(3, 3, 2, 17, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    real, scores = segments[:, None, :, None] >= 0, []
-    results = []
-    for given in (plain, mask):
-        out = nn.functional.scaled_dot_product_attention(*parts, attn_mask=given, scale=0.3, is_causal=False)
-        assert type(out) is torch.Tensor
-        (grad,) = torch.autograd.grad((out.masked_fill(~real, 0) * torch.linspace(-1, 1, 8)).sum(), parts)
-        results.append((out.masked_fill(~real, 0), grad))
-        assert given is plain or not out.masked_fill(real, 0).any()
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    # And no score is computed ahead of a query, or from one rest to another.
-    inner = row_by_row.scaled_dot_product_attention
-
-    def count(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        scores.append((query.shape[2], key.shape[2]))
-        return inner(query, key, value, **kwargs)
-
-    monkeypatch.setattr(row_by_row, "scaled_dot_product_attention", count)
-    row_by_row.row_by_row(*parts, lengths=mask.lengths)
-    assert scores == [(11, 11), (4, 10), (2, 8), (10, 10), (2, 2)]
 
 
 def processor_of(family: str, folder: Path) -> ProcessorMixin:
