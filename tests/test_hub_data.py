@@ -52,8 +52,23 @@ def test_from_the_cache(rows: hub_server.Hub, monkeypatch: pytest.MonkeyPatch, h
         rows.fail("GET", "/api/datasets/", times=10)
         rows.fail("HEAD", "", times=10)
     assert (answer("org/rows@v1"), answer("org/rows@main"), answer("org/rows@v1")) == ("one", "two", "one")
-    with pytest.raises(NotFoundError, match="the cache has no revision 'v2', only another one"):
+    with pytest.raises(NotFoundError, match="and its revision 'v2' is not in the cache"):
         answer("org/rows@v2")
     with pytest.raises(NotFoundError, match=r"The data set org/gone cannot be loaded .*in the cache"):
         answer("org/gone")
     assert len(rows.requests) - asked == {"offline": 0, "unreachable": 5}[how] and not rows.waits
+
+
+@pytest.mark.parametrize(
+    "where", ["data_dir: b", "data_files: b/train*", "data_files: [{split: train, path: b/train*}]"]
+)
+def test_one_configuration_of_two_from_the_cache(rows: hub_server.Hub, where: str) -> None:
+    """What of the data set was not downloaded is not missed, and another split is not taken for this one."""
+    card = f"---\nconfigs:\n- config_name: a\n  data_files: a/*\n- config_name: b\n  {where}\n  default: true\n---\n"
+    files = {f"{part}.parquet": parquet(part) for part in ("a/train", "b/train", "b/test")}
+    rows.add("org/two", {"README.md": card.encode(), **files}, kind="datasets")
+    for _ in range(2):
+        for name in (None, "b"):
+            assert read_source("org/two", name=name).dataset["completion"] == ["b/train"] * 2
+        rows.fail("GET", "/api/datasets/", times=10)
+        rows.fail("HEAD", "", times=10)

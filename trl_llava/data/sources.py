@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, ReadInstruction, Value, load_dataset, load_from_disk
 
 from trl_llava.errors import InputError, NotFoundError
-from trl_llava.hub.lookup import asked_once
+from trl_llava.hub.lookup import place_of_data
 from trl_llava.hub.names import split_revision
 
 JSON_COLUMN = "json"
@@ -83,9 +83,9 @@ def read_source(
         raise NotFoundError(f"The data set {source} does not exist. Expected a Hub ID, a file or a folder.")
     else:
         try:
-            with asked_once(source, options["revision"]) as check_revision:
-                raw = RawRows(load_dataset(source, name, split=split, **options), source)
-                check_revision(raw.dataset)
+            files = {key: value for key, value in options.items() if key != "revision" and value is not None}
+            place = place_of_data(source, name, options["revision"], files)
+            raw = RawRows(load_dataset(**place, split=split), source)
         except (OSError, ValueError) as error:  # not there or no network; no such configuration or split
             what = f"configuration {name}, split {split}"
             what += f", revision {options['revision']}" if options["revision"] else ""

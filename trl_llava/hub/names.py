@@ -10,18 +10,9 @@ _WITH_REVISION = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)*)@(?P<revision>[^@\s]
 
 
 def split_revision(field: str, name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Take `@revision` off a Hub ID.
+    """Take `@revision` off a Hub ID; a path that exists, or begins like one, keeps its `@`.
 
-    Args:
-        field: The recipe's field or the option that names it, for the message.
-        name: Hub ID with or without `@revision`, or a path. What is there, or begins like a path, keeps its `@`.
-        revision: Branch, tag or commit that a field of its own names.
-
-    Returns:
-        The name, and the revision or None.
-
-    Raises:
-        InputError: If two revisions are named and they differ.
+    `revision` is the one that a field of its own names: two that differ are an `InputError`.
 
     Example:
         >>> split_revision("model_name_or_path", "org/name@v1")
@@ -40,19 +31,12 @@ def split_revision(field: str, name: str, revision: str | None = None) -> tuple[
 
 
 def split_fields(config: Any, **revisions: str) -> None:
-    """Take `@revision` off the Hub IDs in a config's fields, into the fields that hold revisions.
-
-    Args:
-        config: A config object.
-        **revisions: Field with a Hub ID -> field with its revision. "main", TRL's default, gives way.
-
-    Raises:
-        InputError: If a field names two revisions and they differ.
-    """
+    """Move `@revision` from the fields of a config that hold Hub IDs to those that hold revisions (field=field)."""
     for field, other in revisions.items():
         name, revision = getattr(config, field), getattr(config, other)
         if name is None:
             continue
+        # "main" is TRL's default and gives way.
         name, found = split_revision(f"`{field}`", name, None if revision == "main" else revision)
         setattr(config, field, name)
         if found is not None:
