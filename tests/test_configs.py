@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from trl import ModelConfig, RewardConfig, SFTConfig
-from trl.experimental.ppo import PPOConfig
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import (
@@ -14,6 +13,43 @@ from trl_llava.configs.stages import (
     LlavaScriptArguments,
     LlavaSFTConfig,
 )
+
+TRL_1_12 = {
+    "learning_rate": 3e-06,
+    "dataset_num_proc": None,
+    "num_mini_batches": 1,
+    "total_episodes": None,
+    "local_rollout_forward_batch_size": 64,
+    "num_sample_generations": 10,
+    "response_length": 53,
+    "stop_token": None,
+    "stop_token_id": None,
+    "temperature": 0.7,
+    "missing_eos_penalty": None,
+    "sft_model_path": "EleutherAI/pythia-160m",
+    "world_size": None,
+    "num_total_batches": None,
+    "micro_batch_size": None,
+    "local_batch_size": None,
+    "batch_size": None,
+    "local_mini_batch_size": None,
+    "mini_batch_size": None,
+    "push_to_hub": False,
+    "reward_model_path": "EleutherAI/pythia-160m",
+    "model_adapter_name": None,
+    "ref_adapter_name": None,
+    "num_ppo_epochs": 4,
+    "whiten_rewards": False,
+    "kl_coef": 0.05,
+    "kl_estimator": "k1",
+    "cliprange": 0.2,
+    "vf_coef": 0.1,
+    "cliprange_value": 0.2,
+    "gamma": 1.0,
+    "lam": 0.95,
+    "ds3_gather_for_generation": True,
+}
+"""The fields that TRL 1.12's PPOConfig adds to TrainingArguments or changes there, with their defaults."""
 
 
 def make(kind: type, **fields: Any) -> Any:
@@ -31,13 +67,24 @@ def defaults(kind: type) -> dict[str, Any]:
     [
         (LlavaSFTConfig, SFTConfig, {"assistant_only_loss"}),
         (LlavaRewardConfig, RewardConfig, set()),
-        (LlavaPPOConfig, PPOConfig, {"sft_model_path", "reward_model_path"}),
         (LlavaModelConfig, ModelConfig, set()),
     ],
 )
 def test_trls_fields_keep_their_defaults(ours: type, trls: type, changed: set[str]) -> None:
     mine, theirs = defaults(ours), defaults(trls)
     assert {name for name in theirs if mine[name] != theirs[name]} == changed
+
+
+def test_ppo_has_the_fields_and_defaults_of_trl_1_12() -> None:
+    mine = defaults(LlavaPPOConfig)
+    changed = {name for name in TRL_1_12 if mine[name] != TRL_1_12[name]}
+    assert changed == {"sft_model_path", "reward_model_path"}  # ours load nothing by default
+
+
+def test_those_are_trls_where_it_still_has_them() -> None:
+    ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL has no PPO since 1.13: `make test-oldest` runs this")
+    theirs = defaults(ppo.PPOConfig)
+    assert {name: theirs[name] for name in ppo.PPOConfig.__annotations__} == TRL_1_12
 
 
 def test_our_ppo_fields_are_neutral() -> None:

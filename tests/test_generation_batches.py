@@ -34,7 +34,7 @@ def answers_of(base, tmp_path, monkeypatch, rows=None, **changes):
     """The ids that a trainer samples for its first batch, and how many rows it answered at once."""
     adapter = tiny_trainers.make_adapter(base, tmp_path / "adapter")
     trainer = tiny_trainers.ppo_trainer(base, adapter, tmp_path / "run", **changes)
-    batch = next(iter(trainer.dataloader))
+    batch = next(iter(trainer.get_train_dataloader()))
     inputs = ModelInputs.from_batch(batch, trainer.accelerator.device)
     if rows is not None:  # so many have room
         length = max(inputs.lengths) + trainer.args.response_length

@@ -444,7 +444,7 @@ def test_each_distinct_picture_is_encoded_once_a_step_for_each_model(tiny_llava_
             seen[role] += args[0].shape[0]
 
         tower.register_forward_pre_hook(count)
-    batch = next(iter(trainer.dataloader))
+    batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()
     pictures = [picture.tobytes() for images in batch["columns"]["images"] for picture in images]
     assert len(pictures) == 3 and seen == {"policy": len(set(pictures)), "value_model": len(set(pictures))}

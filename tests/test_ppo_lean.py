@@ -34,7 +34,7 @@ def test_passes_of_the_rollout_keep_no_graph_and_hand_on_ordinary_tensors(
         decoder.register_forward_hook(
             lambda *_: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         )
-    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
     # Policy, where its log-probabilities are not those of the draw, reference and value; generation came before.
     assert modes.count((False, True)) == (3 if recompute else 2) and modes[-2:] == [(False, True)] * 2
     features = rollout.inputs.image_kwargs()["mm_encoder_outputs"]["image"].pooler_output

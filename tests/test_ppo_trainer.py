@@ -140,7 +140,7 @@ def test_accumulation_changes_nothing_though_responses_differ_in_length(tiny_lla
 
 def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir, adapter_dir, tmp_path):
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
-    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
     for size in (1, 3):
         trainer.args.local_rollout_forward_batch_size = size
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -241,14 +241,14 @@ def test_the_value_model_may_see_larger_pictures(tiny_llava_dir, adapter_dir, tm
     value.requires_grad_(False)
     value.score.requires_grad_(True)
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, value_model=value, value_processing_class=processor)
-    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
     assert rollout.value_inputs.query_length == rollout.inputs.query_length + (8 * 8 - 4 * 4)
     trainer.train()
 
 
 def test_values_come_from_the_token_before_each_response_token(tiny_llava_dir, adapter_dir, tmp_path):
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
-    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
     value = trainer.accelerator.unwrap_model(trainer.model).value_model
     row = next(i for i, images in enumerate(rollout.columns["images"]) if images)
     alone = rollout.select([row])
@@ -265,7 +265,7 @@ def test_padding_carries_nothing(tiny_llava_dir, adapter_dir, tmp_path):
     def trained(spoil: bool) -> dict[str, torch.Tensor]:
         trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
         favour_the_stop_token(trainer.policy_model)
-        rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+        rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
         assert not rollout.mask.all()
         if spoil:
             rollout.responses[~rollout.mask] = 7
@@ -288,7 +288,7 @@ def test_the_image_token_is_never_sampled_nor_counted_in_the_distribution(tiny_l
     # Give the image token by far the largest logit.
     head = model.policy.get_base_model().lm_head
     head.weight.data[image_token] = head.weight.data.mean(0) * 1e3
-    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
     assert not (rollout.responses == image_token).any()
     assert torch.isfinite(rollout.logprobs).all() and (rollout.logprobs[rollout.mask] > -30).all()
 
@@ -332,7 +332,7 @@ def test_fewer_rows_than_a_batch_is_an_error_and_not_an_endless_loop(tiny_llava_
 
 def test_what_a_checkpoint_says_of_generation_does_not_shape_the_answers(tiny_llava_dir, adapter_dir, tmp_path):
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
-    batch = next(iter(trainer.dataloader))
+    batch = next(iter(trainer.get_train_dataloader()))
     expected = trainer.rollout(batch, step=1).responses
     config = trainer.policy_model.get_base_model().generation_config
     config.repetition_penalty, config.no_repeat_ngram_size, config.top_k = 50.0, 2, 3
@@ -405,7 +405,7 @@ def test_reward_functions_join_with_weights(tiny_llava_dir, adapter_dir, tmp_pat
         tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=[one, half_opinion], reward_weights=[3.0, 10.0],
         reward_bias=0.5,
     )  # fmt: skip
-    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
     trainer.score(rollout, 1)
     assert rollout.scores.tolist() == [23.5, 3.5, 23.5, 3.5]
     with pytest.raises(ValueError, match="`reward_weights` has 1 entries for 2 reward functions"):

@@ -350,7 +350,7 @@ def test_ppo_with_several_answers_to_a_prompt(tiny_llava_dir: Path, tmp_path: Pa
 def test_answers_to_one_prompt_differ(tiny_llava_dir: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
     trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path, num_generations_per_prompt=4)
-    rollout = trainer.rollout(next(iter(trainer.dataloader)), step=1)
+    rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)
     assert len({tuple(row) for row in rollout.responses.tolist()}) == 4
     assert rollout.inputs.groups == [0, 0, 0, 0]
     with pytest.raises(

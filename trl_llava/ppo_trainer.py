@@ -1,17 +1,18 @@
 """Stage 3: PPO whose policy, value and reward see the image."""
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import patch_environment
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -20,11 +21,11 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
     set_seed,
 )
-from trl.experimental.ppo import PPOTrainer
-from trl.experimental.ppo import ppo_trainer as upstream
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
+from trl.trainer.base_trainer import _BaseTrainer
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.vllm import require_vllm
@@ -47,9 +48,7 @@ from trl_llava.ppo.resume import PPOCheckpoints
 from trl_llava.ppo.rollout import Rollout
 from trl_llava.ppo.scoring import Scorer
 from trl_llava.ppo.setup import (
-    check_precision,
-    compile_layers,
-    honour_max_steps,
+    compute_batch_sizes,
     prepare_roles,
     refuse_launches,
     rounds_alike,
@@ -63,26 +62,25 @@ if TYPE_CHECKING:
     from trl_llava.ppo.vllm_source import VLLMGenerator
 
 
-@contextmanager
-def _no_reward_model_to_shard() -> Iterator[None]:
-    """Keep TRL from sharding, under DeepSpeed, the reward model that there is none of: our rewards are functions."""
+@dataclass
+class PPOState(TrainerState):
+    """transformers' trainer state, and how many completions the run has trained on.
 
-    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-        return model if isinstance(model, nn.Identity) else prepare_deepspeed(model, accelerator)
+    Args:
+        episode: completions so far, over all processes.
+    """
 
-    upstream.prepare_deepspeed = shard
-    try:
-        yield
-    finally:
-        upstream.prepare_deepspeed = prepare_deepspeed
+    episode: int = 0
 
 
-class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
-    """TRL's `PPOTrainer` with images: `train()` is rollout -> score -> advantages -> update -> log, masked everywhere.
+class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
+    """PPO with images: `train()` is rollout -> score -> advantages -> update -> log, masked everywhere.
 
-    Differs from TRL's in this: prompts are rows with images; the reward is a sum of callables with TRL's
-    reward-function signature instead of a model; the score lands on the last real token; a mini-batch is one optimizer
-    step, its loss the mean over its real tokens whatever the accumulation; gradients are clipped at `max_grad_norm`.
+    TRL removed its `PPOTrainer` in 1.13. This one keeps its config's names, its metrics and, on text-only rows, the
+    numbers of TRL 1.12 (Apache-2.0), and differs in this: prompts are rows with images; the reward is a sum of
+    callables with TRL's reward-function signature instead of a model; the score lands on the last real token; a
+    mini-batch is one optimizer step, its loss the mean over its real tokens whatever the accumulation; gradients are
+    clipped at `max_grad_norm`.
 
     Args:
         args: the config.
@@ -108,6 +106,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
     """
 
     stage = "ppo"
+    args: LlavaPPOConfig
+    state: PPOState
     control: TrainerControl
 
     def __init__(
@@ -129,9 +129,11 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
     ) -> None:
         refuse_launches(args)
         require_vllm(args)
-        honour_max_steps(args)
-        set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
+        if ref_model is model:
+            raise ValueError("`ref_model` is `model` itself: pass a copy of it, or None with a PEFT policy.")
+        set_seed(args.seed)  # before a fresh adapter draws its weights
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.stop_token_id = self.tokenizer.eos_token_id if args.stop_token == "eos" else args.stop_token_id
         self.scorer = Scorer(args, [reward_funcs] if callable(reward_funcs) else reward_funcs)
         rewards = [getattr(function, "model", None) for function in self.scorer.reward_funcs]
         apply_liger([model, ref_model, value_model, *rewards], args)
@@ -140,43 +142,88 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, require_captions=captions)
         if eval_dataset is not None:
             eval_dataset = prompt_rows(eval_dataset, "eval_dataset", collator, args, require_captions=captions)
-        self.answers_per_epoch = len(train_dataset) * args.num_generations_per_prompt
-        if args.total_episodes is None:  # an epoch asks every prompt once, whatever the number of answers
-            args.total_episodes = int(args.num_train_epochs * self.answers_per_epoch)
-        # TRL's PPO makes its accelerator without the precision that `args` asks for; it reads this instead.
-        precision = {"ACCELERATE_MIXED_PRECISION": args.mixed_precision}
-        # `torch_compile` is `compile_layers` here.
-        with patch_environment(**precision, ACCELERATE_DYNAMO_BACKEND="no"), _no_reward_model_to_shard():
-            super().__init__(
-                args=args,
-                processing_class=self.tokenizer,
-                model=model,
-                ref_model=ref_model,
-                # TRL moves its reward model to the device; our reward functions place their models themselves.
-                reward_model=nn.Identity(),
-                train_dataset=train_dataset,
-                value_model=value_model,
-                data_collator=collator_of_both(collator, processing_class, value_processing_class),
-                eval_dataset=eval_dataset,
-                optimizers=optimizers,
-                callbacks=callbacks,
-                peft_config=peft_config,
-            )
-        check_precision(args, self.accelerator)
-        self.processing_class = self.callback_handler.processing_class = processing_class
-        self.clock = PhaseClock(self.callback_handler)
-        self.dataloader = self._batches_from(0)
-        if eval_dataset is not None:  # TRL's loader drops a last batch that is not full, which may be the only one
-            eval_loader = DataLoader(eval_dataset, args.per_device_eval_batch_size, collate_fn=collator)
-            self.eval_dataloader = self.accelerator.prepare(eval_loader)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if ref_model is None and not isinstance(model, PeftModel):
+            ref_model = copy.deepcopy(model)
+        self.policy_model, self.ref_model, self.value_model = model, ref_model, value_model
+        prepare_roles(model, value_model, ref_model, args)
+        super().__init__(
+            model=PolicyAndValue(model, value_model),
+            args=args,
+            data_collator=collator_of_both(collator, processing_class, value_processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            optimizers=optimizers,
+            callbacks=callbacks,
+        )
+        self.state = PPOState(**vars(self.state))
+        self.completions_per_epoch = len(train_dataset) * args.num_generations_per_prompt
+        compute_batch_sizes(args, self.completions_per_epoch, self.accelerator.num_processes)
+        if args.num_sample_generations > 0:
+            self.sample_generations_freq = max(1, args.num_total_batches // args.num_sample_generations)
         self.image_features = ImageFeatures(args.image_cache_gib * GIB) if image_features is None else image_features
+        self.clock = PhaseClock(self.callback_handler)
+        self._batches_from(0)  # raises now where an epoch has less than a batch
+        self._prepare()
         self._make_phases()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Upstream's, with what it would decide for a single model that is compiled whole."""
+        given = super()._build_accelerator_args(**kwargs)
+        given["dynamo_plugin"] = TorchDynamoPlugin(backend="no")  # `torch_compile` compiles layers, see ppo/setup.py
+        if self.args.ddp_find_unused_parameters is None:
+            # A pass of the update uses every trained weight of both roles.
+            given["kwargs_handlers"][0].find_unused_parameters = False
+        return given
+
+    def _prepare(self) -> None:
+        """Put models, optimizer and schedule where this process computes with them."""
+        args, accelerator = self.args, self.accelerator
+        for role, collator in (("policy", self.data_collator), ("value", self.data_collator)):
+            processor = getattr(collator, role, collator).processor
+            model = self.policy_model if role == "policy" else self.value_model
+            look_on_every_process(model, processor, accelerator, encoded_before=True)
+        if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
+            # DeepSpeed clips by itself; left at "auto" it would clip at 1.
+            plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
+        own_schedule = self.lr_scheduler is not None
+        self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
+        if not own_schedule:
+            warm_up_above_zero(self.lr_scheduler, args.get_warmup_steps(args.num_total_batches))
+        self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped = self.model
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        if self.ref_model is not None and self.is_deepspeed_enabled:
+            self.ref_model = prepare_deepspeed(self.ref_model, accelerator)
+        elif self.ref_model is not None:
+            self.ref_model = self.ref_model.to(accelerator.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of the whole run, one a step.
+
+        Returns:
+            A loader of this process's rows.
+        """
+        return self._batches_from(0)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The batches of evaluation prompts, the last one perhaps not full.
+
+        Args:
+            eval_dataset: rows, in place of the trainer's.
+
+        Returns:
+            A loader of this process's rows.
+        """
+        collator = getattr(self.data_collator, "policy", self.data_collator)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.accelerator.prepare(DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collator))
 
     def _make_phases(self) -> None:
         """What generates, asks and updates, once the models are prepared."""
         args = self.args
-        if self.ref_model is not None:
-            compile_layers(self.ref_model, args)
         if shares_weights(self.accelerator):  # only ahead of the passes may processes run a tower unequally often
             self.image_features.max_bytes = math.inf
         self.sampling = Sampling(args.temperature, suppressed_tokens(self.policy_model), args.logits_chunk_size)
@@ -191,23 +238,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         passes = (self.sampling, self.share_prefix)
         self.ask = RoleQuestions(args, self.accelerator, self.model, self.ref_model, *passes)
         self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, *passes)
-
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Put both models under our own roof first: TRL calls this between building its wrapper and preparing it.
-
-        Args:
-            num_training_steps: number of PPO steps.
-        """
-        self.model = PolicyAndValue(self.policy_model, self.value_model)
-        prepare_roles([self.policy_model, self.value_model], self.args, self.accelerator)
-        collators: Any = self.data_collator
-        policy, value = getattr(collators, "policy", collators), getattr(collators, "value", collators)
-        for model, collator in ((self.policy_model, policy), (self.value_model, value)):
-            look_on_every_process(model, collator.processor, self.accelerator, encoded_before=True)
-        own_schedule = self.lr_scheduler is not None
-        super().create_optimizer_and_scheduler(num_training_steps)
-        if not own_schedule:
-            warm_up_above_zero(self.lr_scheduler, self.args.get_warmup_steps(num_training_steps))
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -416,7 +446,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         if checkpoint is not None:
             self.restore(checkpoint)
         self.state.max_steps = args.num_total_batches
-        self.state.num_train_epochs = args.total_episodes / self.answers_per_epoch
+        self.state.num_train_epochs = args.total_episodes / self.completions_per_epoch
         self.state.compute_steps(args, self.state.max_steps)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped = self.model
@@ -445,7 +475,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         metrics["eps"] = episodes / (time.perf_counter() - self.train_start)
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode
-        self.state.epoch = self.state.episode / self.answers_per_epoch
+        self.state.epoch = self.state.episode / self.completions_per_epoch
         self.state.global_step += 1
         self.log(metrics)
 
@@ -471,7 +501,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, PPOTrainer):
         """
         if self.eval_dataset is None:
             return
-        table = answered_table(self.eval_dataloader, self.answer, self.tokenizer, first_only=sampling)
+        table = answered_table(self.get_eval_dataloader(), self.answer, self.tokenizer, first_only=sampling)
         if table is not None and self.accelerator.is_main_process:
             report_samples(table, self.args, self.state.global_step)
 

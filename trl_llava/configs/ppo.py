@@ -1,8 +1,9 @@
 """The dataclass behind every recipe key of PPO, with all its checks."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
+
+from trl.trainer.base_config import _BaseConfig
 
 from trl_llava.configs.stages import (
     BATCH_FIELDS,
@@ -18,22 +19,76 @@ from trl_llava.configs.stages import (
 from trl_llava.configs.vllm import VLLMOptions, check_vllm
 from trl_llava.hub.names import split_fields
 
-with warnings.catch_warnings():
-    # The only release line that has PPO keeps it under `experimental`; pyproject.toml bounds it: the notice is noise.
-    warnings.filterwarnings("ignore", message=".*trl.experimental.*")
-    from trl.experimental.ppo import PPOConfig
+# Names, defaults and meanings of fields are those of TRL 1.12's PPOConfig (trl/experimental/ppo/ppo_config.py, Apache-2.0):
+# that was the last release with PPO, and recipes and habits shall carry over. The words are ours.
+_COMPUTED = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
+_COMPUTED += ("local_mini_batch_size", "mini_batch_size")
 
 
 @dataclass
-class LlavaPPOConfig(VLLMOptions, PPOConfig):
-    """TRL's PPO config, plus prompts with images, the factual reward's terms and the first-step health check.
+class LlavaPPOConfig(VLLMOptions, _BaseConfig):
+    """PPO for models that see: TRL 1.12's `PPOConfig`, plus images, the factual reward's terms and health checks.
 
-    With our fields at their defaults and text-only rows, training is TRL's.
+    With our own fields at their defaults and text-only rows, training is that of TRL 1.12's `PPOTrainer`.
 
     Raises:
         ValueError: If a field is set that cannot work, or two fields contradict each other.
     """
 
+    # TRL's fields
+    learning_rate: float = option(3e-6, "Peak learning rate of AdamW, for policy and value model.")
+    dataset_num_proc: int | None = option(None, "Number of processes that check and prepare the rows.")
+    num_mini_batches: int = option(1, "Number of mini-batches, each one optimizer step, that a batch is split into.")
+    total_episodes: int | None = option(
+        None, "Number of completions to train on. None: `num_train_epochs` over the prompts."
+    )
+    local_rollout_forward_batch_size: int = option(
+        64, "Most rows of a process that generate, or pass without gradients, at once."
+    )
+    num_sample_generations: int = option(
+        10, "How many times in a run a batch of evaluation prompts is completed and shown. 0: never."
+    )
+    response_length: int = option(53, "Most tokens of a completion.")
+    stop_token: Literal["eos"] | None = option(
+        None, "'eos' ends a completion at the tokenizer's end-of-text token. Excludes `stop_token_id`."
+    )
+    stop_token_id: int | None = option(
+        None, "Token ID that ends a completion; None, with `stop_token` None too: completions have full length."
+    )
+    temperature: float = option(0.7, "Temperature that completions are sampled at.")
+    missing_eos_penalty: float | None = option(
+        None, "Subtracted from the score of a completion without a stop token; must be positive. None: off."
+    )
+    world_size: int | None = option(None, "Computed: number of processes.")
+    num_total_batches: int | None = option(None, "Computed: number of steps.")
+    micro_batch_size: int | None = option(None, "Computed: `per_device_train_batch_size` over all processes.")
+    local_batch_size: int | None = option(None, "Computed: completions per process and step.")
+    batch_size: int | None = option(None, "Computed: completions per step.")
+    local_mini_batch_size: int | None = option(None, "Computed: completions per process and optimizer step.")
+    mini_batch_size: int | None = option(None, "Computed: completions per optimizer step.")
+    push_to_hub: bool = option(False, "Push the run to the Hub.")
+    model_adapter_name: str | None = option(None, "Adapter that is trained. None: 'default'.")
+    ref_adapter_name: str | None = option(
+        None, "Adapter of a PEFT policy that is the reference. None: the base without adapters."
+    )
+    num_ppo_epochs: int = option(4, "Number of times that each step trains on its rollout.")
+    whiten_rewards: bool = option(False, "Scale the per-token rewards to unit variance.")
+    kl_coef: float = option(0.05, "Weight of the KL penalty against the reference.")
+    kl_estimator: Literal["k1", "k3"] = option(
+        "k1",
+        "Estimator of the KL (http://joschu.net/blog/kl-approx.html): 'k1' is unbiased, 'k3' unbiased and of less "
+        "variance. 'k2' is for the log only.",
+    )
+    cliprange: float = option(0.2, "How far from 1 the policy's probability ratio may gain.")
+    vf_coef: float = option(0.1, "Weight of the value loss.")
+    cliprange_value: float = option(0.2, "How far a value may gain from its value in the rollout.")
+    gamma: float = option(1.0, "Discount factor.")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation.")
+    ds3_gather_for_generation: bool = option(
+        True,
+        "Under DeepSpeed ZeRO-3: gather the weights for generation. False is slower, and lets models train that no "
+        "single GPU holds.",
+    )
     trust_remote_code: bool = option(False, "Allow models and processors that ship their own Python code.")
     # What is loaded
     sft_model_path: str | None = option(
@@ -156,8 +211,7 @@ class LlavaPPOConfig(VLLMOptions, PPOConfig):
             value_model_path="value_model_revision",
         )
         computed = "the trainer computes it from the batch size per device, accumulation and the number of processes"
-        sizes = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
-        refuse(self, dict.fromkeys((*sizes, "local_mini_batch_size", "mini_batch_size"), (None, computed)))
+        refuse(self, dict.fromkeys(_COMPUTED, (None, computed)))
         refuse(
             self,
             {

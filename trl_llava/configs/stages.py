@@ -70,7 +70,7 @@ def require_positive(config: Any, *names: str) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and value != "auto" and value <= 0:  # TRL 1.16 pads to a multiple that fits the device
             raise ValueError(f"`{name}` must be above 0, found {value!r}.")
 
 

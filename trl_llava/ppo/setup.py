@@ -1,14 +1,16 @@
 """What a PPO run needs before its first step, beyond what TRL's trainer prepares."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from trl.trainer.utils import disable_dropout_in_model
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
@@ -42,65 +44,63 @@ def refuse_launches(args: LlavaPPOConfig) -> None:
         )
 
 
-def honour_max_steps(args: LlavaPPOConfig) -> None:
-    """Let `max_steps` decide the length of the run where it is set, as it does in every other trainer.
+def compute_batch_sizes(args: LlavaPPOConfig, completions_per_epoch: int, num_processes: int) -> None:
+    """Fill in the fields that follow from others, as TRL 1.12's `PPOTrainer` does.
 
     Args:
-        args: the config; its `total_episodes` is set.
-    """
-    if args.max_steps > 0:
-        rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        args.total_episodes = args.max_steps * rollouts * PartialState().num_processes
-
-
-def check_precision(args: LlavaPPOConfig, accelerator: Accelerator) -> None:
-    """Stop if an earlier trainer of this process has settled another precision.
-
-    Args:
-        args: the config.
-        accelerator: the one that was made for it.
+        args: the config; its sizes and, where it is open, `total_episodes` are set.
+        completions_per_epoch: prompts times `num_generations_per_prompt`.
+        num_processes: how many train.
 
     Raises:
-        InputError: if the two differ.
+        ValueError: if an epoch holds less than one batch.
     """
-    if accelerator.mixed_precision != args.mixed_precision:
-        raise InputError(
-            f"this process already runs with mixed precision {accelerator.mixed_precision!r}, but the config "
-            f"asks for {args.mixed_precision!r}: set `bf16` and `fp16` accordingly, or start a new process"
-        )
+    args.world_size = num_processes
+    args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.micro_batch_size = args.per_device_train_batch_size * num_processes
+    args.batch_size = args.local_batch_size * num_processes
+    args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
+    args.mini_batch_size = args.local_mini_batch_size * num_processes
+    if args.max_steps > 0:  # as in every other trainer, it decides the length of the run
+        args.total_episodes = args.max_steps * args.batch_size
+    elif args.total_episodes is None:
+        args.total_episodes = int(args.num_train_epochs * completions_per_epoch)
+    args.num_total_batches = math.ceil(args.total_episodes / args.batch_size)
 
 
-def prepare_roles(models: list[nn.Module], args: LlavaPPOConfig, accelerator: Accelerator) -> None:
+def prepare_roles(
+    policy: nn.Module, value_model: nn.Module, ref_model: nn.Module | None, args: LlavaPPOConfig
+) -> None:
     """Switch off what would make update and rollout differ, and on what the config asks for.
 
     Args:
-        models: policy and value model, before `accelerator.prepare`.
-        args: gradient checkpointing and clipping.
-        accelerator: the one that will prepare them.
+        policy: the policy.
+        value_model: the value model.
+        ref_model: the reference, if it is a model of its own.
+        args: gradient checkpointing and `torch_compile`.
 
     Raises:
         InputError: if the value model is an adapter on another model, or checkpointing would mix the roles up.
     """
-    policy = models[0]
-    for model in models:
-        if isinstance(model, AdapterRole):
-            if model.host is not policy:
-                raise InputError(
-                    "the value model is an adapter on another model than the policy, so its weights would not be "
-                    "trained. Put it on the policy, or pass a PEFT model of its own"
-                )
+    if isinstance(value_model, AdapterRole) and value_model.host is not policy:
+        raise InputError(
+            "the value model is an adapter on another model than the policy, so its weights would not be "
+            "trained. Put it on the policy, or pass a PEFT model of its own"
+        )
+    trained = [policy] if isinstance(value_model, AdapterRole) else [policy, value_model]
+    for model in (*trained, ref_model):
+        if model is None:
             continue
-        # TRL's `disable_dropout_in_model` only finds modules; attention keeps its rate in an attribute.
-        for module in model.modules():
+        disable_dropout_in_model(model)
+        for module in model.modules():  # TRL's function only finds modules; attention keeps its rate in an attribute
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
         compile_layers(model, args)
-        if args.gradient_checkpointing:
-            shared = any(isinstance(other, AdapterRole) for other in models)
+        if model is ref_model:
+            model.requires_grad_(False).eval()
+        elif args.gradient_checkpointing:
+            shared = isinstance(value_model, AdapterRole)
             model.activation_checkpointing_enable(**_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
-    if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
-        # DeepSpeed clips by itself; left at "auto" it would clip at 1.
-        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
 
 
 def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool) -> dict[str, Any]:
