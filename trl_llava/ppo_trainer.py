@@ -106,9 +106,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     """
 
     stage = "ppo"
-    args: LlavaPPOConfig
-    state: PPOState
     control: TrainerControl
+    model: Any
+    optimizer: Any
+    state: Any
 
     def __init__(
         self,
@@ -162,7 +163,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         self.completions_per_epoch = len(train_dataset) * args.num_generations_per_prompt
         compute_batch_sizes(args, self.completions_per_epoch, self.accelerator.num_processes)
         if args.num_sample_generations > 0:
-            self.sample_generations_freq = max(1, args.num_total_batches // args.num_sample_generations)
+            steps = self.args.num_total_batches
+            self.sample_generations_freq = max(1, steps // args.num_sample_generations)
         self.image_features = ImageFeatures(args.image_cache_gib * GIB) if image_features is None else image_features
         self.clock = PhaseClock(self.callback_handler)
         self._batches_from(0)  # raises now where an epoch has less than a batch
@@ -181,9 +183,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     def _prepare(self) -> None:
         """Put models, optimizer and schedule where this process computes with them."""
         args, accelerator = self.args, self.accelerator
-        for role, collator in (("policy", self.data_collator), ("value", self.data_collator)):
-            processor = getattr(collator, role, collator).processor
-            model = self.policy_model if role == "policy" else self.value_model
+        collators: Any = self.data_collator
+        for role, model in (("policy", self.policy_model), ("value", self.value_model)):
+            processor = getattr(collators, role, collators).processor
             look_on_every_process(model, processor, accelerator, encoded_before=True)
         if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
             # DeepSpeed clips by itself; left at "auto" it would clip at 1.

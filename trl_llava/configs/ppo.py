@@ -19,10 +19,12 @@ from trl_llava.configs.stages import (
 from trl_llava.configs.vllm import VLLMOptions, check_vllm
 from trl_llava.hub.names import split_fields
 
-# Names, defaults and meanings of fields are those of TRL 1.12's PPOConfig (trl/experimental/ppo/ppo_config.py, Apache-2.0):
-# that was the last release with PPO, and recipes and habits shall carry over. The words are ours.
-_COMPUTED = ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size")
-_COMPUTED += ("local_mini_batch_size", "mini_batch_size")
+# Names, defaults and meanings of fields are those of PPOConfig in TRL 1.12 (trl/experimental/ppo, Apache-2.0), the
+# last release with PPO, so that recipes and habits carry over. The words are ours.
+_COMPUTED = (
+    *("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size"),
+    *("local_mini_batch_size", "mini_batch_size"),
+)
 
 
 @dataclass

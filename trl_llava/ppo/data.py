@@ -140,6 +140,7 @@ def rollout_loader(
     Raises:
         ValueError: if there are fewer rows than a batch takes.
     """
+    assert args.batch_size is not None and args.num_total_batches is not None  # `compute_batch_sizes` has set them
     batches = RolloutBatches(
         len(dataset),
         args.batch_size // args.num_generations_per_prompt,

@@ -88,9 +88,7 @@ def prepare_roles(
             "trained. Put it on the policy, or pass a PEFT model of its own"
         )
     trained = [policy] if isinstance(value_model, AdapterRole) else [policy, value_model]
-    for model in (*trained, ref_model):
-        if model is None:
-            continue
+    for model in [*trained, *([] if ref_model is None else [ref_model])]:
         disable_dropout_in_model(model)
         for module in model.modules():  # TRL's function only finds modules; attention keeps its rate in an attribute
             if isinstance(getattr(module, "attention_dropout", None), float):
