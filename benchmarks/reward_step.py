@@ -22,7 +22,7 @@ from benchmarks.rows import NOTHING_ELSE, make_rows, run_stage
 from benchmarks.tables import Ratio, arguments, median_of, report
 from benchmarks.workload import FULL, Size, make_base
 from trl_llava import train_reward
-from trl_llava.data.collators import PreferenceCollator
+from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.reward_trainer import LlavaRewardTrainer
 
 OURS, WHOLE = "ours", "both whole"

@@ -75,7 +75,7 @@ BAD: list[tuple[str, tuple[str, ...], str, Callable[[Record, Path], Any]]] = [
     ("no object", ALL, "it is a JSON list, expected an object", lambda record, folder: "[]"),
     (TOO_LONG, ALL, TOO_LONG, _long),
     ("no answer", ("sft",), "no question", lambda record, folder: record["conversations"].pop()),
-    ("empty answer", ("sft",), "empty answer", lambda record, folder: record["conversations"][1].update(value=" ")),
+    ("no text", ("sft",), "empty completion", lambda record, folder: record["conversations"][1].update(value=" ")),
     ("third", PAIRS, "preference outside {1, 2}", _fields(preference=3)),
     ("same", PAIRS, "chosen equal to rejected", _same),
     ("no captions", PAIRS, "no captions", _fields(captions=[])),

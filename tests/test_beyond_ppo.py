@@ -19,8 +19,8 @@ from trl_llava import online_rl, train_dpo, train_grpo, train_reward, train_rloo
 from trl_llava.data import trl_rows
 from trl_llava.data.collators import SFTCollator
 from trl_llava.data.contract import RowError
-from trl_llava.data.dpo_collator import DPOCollator
 from trl_llava.data.load import rows_from
+from trl_llava.data.preference_collators import DPOCollator
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.demo.data import Sizes, write_data
 from trl_llava.errors import RecipeError
@@ -161,7 +161,7 @@ def test_onevision_with_one_image_a_row(
     rows = [json.loads(line) for line in (world.folder / "data/prompts/train.jsonl").read_text().splitlines()]
     rows[1]["images"] = rows[1]["images"] * 2
     (world.folder / "two.json").write_text(json.dumps(rows))
-    with pytest.raises(RowError, match=r"two.json\[1\]: it has 2 images, and TRL's trainer does not hand their"):
+    with pytest.raises(RowError, match=r"two.json\[1\]: it has 2 images, and TRL's trainer would process each"):
         ONLINE[stage](world.words("../two.json", "none", *words))
 
 

@@ -182,7 +182,7 @@ def test_several_images_where_each_is_read_alone(
         monkeypatch.setattr(check_data, name, lambda *_, **__: tiny_models.onevision_processor())
     path = files.recipe(stage, dataset_name=str(rows), captions_file=None)
     assert run(path, *words) == (1 if reader else 0)
-    found = f"2 of 4 rows of {rows} have several images, first row 2, and {reader} would read each as if it were alone"
+    found = f"2 of 4 rows of {rows} cannot be used, first rows.jsonl[2]: it has 2 images, and {reader} would process"
     assert (found in " ".join(capsys.readouterr().out.split())) == bool(reader)
 
 

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from trl_llava.data import collators
-from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data import collators, preference_collators
+from trl_llava.data.collators import PromptCollator, SFTCollator
 from trl_llava.data.contract import RowError
-from trl_llava.data.dpo_collator import DPOCollator
+from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, VICUNA_V1_SYSTEM, JudgingPrompt
 
 PICTURE = {"type": "image", "text": None}
@@ -83,13 +83,13 @@ def rows(red_image):
 
 @pytest.mark.parametrize("collator", [PromptCollator, SFTCollator, PreferenceCollator, DPOCollator])
 def test_docstring_examples_are_what_comes_out(collator, word_processor):
-    names = {
-        **vars(collators),
-        "DPOCollator": DPOCollator,
-        "processor": word_processor,
-        "red": Image.new("RGB", (4, 4), "red"),
-    }
-    (example,) = doctest.DocTestFinder(recurse=False).find(collator, globs=names)
+    names = {**vars(collators), **vars(preference_collators)}
+    names |= {"processor": word_processor, "red": Image.new("RGB", (4, 4), "red")}
+    find = doctest.DocTestFinder(recurse=False).find
+    if collator is DPOCollator:  # reads the rows of the other example
+        (rows,) = find(PreferenceCollator, globs=names)
+        exec(rows.examples[0].source, names)
+    (example,) = find(collator, globs=names)
     assert len(example.examples) >= 4
     assert doctest.DocTestRunner().run(example).failed == 0
 

@@ -288,7 +288,7 @@ def test_a_captions_file_that_is_not_there_is_named(folder):
 @pytest.mark.parametrize("content", [["a"], {"a.png": "a cat"}, {"a.png": [1]}])
 def test_a_captions_file_of_another_shape_is_an_error(folder, content):
     file = written(folder, content, "captions.json")
-    with pytest.raises(ValueError, match=r"captions_file .*captions\.json.* expected"):
+    with pytest.raises(ValueError, match=r"captions_file .*captions\.json.* [Ee]xpected"):
         load_rows(written(folder, [preference()]), "preference", captions_file=file)
 
 
@@ -337,7 +337,7 @@ ASKED = [said("user", "Hi")]
         ("preference", preference(margin="big"), "margin is 'big', expected a finite number"),
         ("sft", {"conversations": turns("Hi")}, "its prompt ends with nothing"),
         ("sft", {"conversations": turns("Hi", "Ho", "Hm")}, "its prompt ends with assistant"),
-        ("sft", {"conversations": turns("Hi", " ")}, "its answer is empty"),
+        ("sft", {"conversations": turns("Hi", " ")}, "its completion is empty"),
         ("sft", {"conversations": turns(" ", "Ho")}, "its question has neither text nor an image"),
         ("sft", {"conversations": "Hi"}, "conversations is 'Hi', expected a list of turns"),
         ("sft", {"conversations": [{"from": "bot", "value": "x"}]}, r"conversations\[0\] is .* expected `from`"),
@@ -457,7 +457,7 @@ def test_a_column_with_a_name_that_is_used_here_is_an_error(column):
 
 
 def test_other_columns_are_left_behind_with_a_word(folder, caplog):
-    with caplog.at_level(logging.INFO, logger="trl_llava.data.load"):
+    with caplog.at_level(logging.INFO, logger="trl_llava.data"):
         rows = load_rows(written(folder, [preference(hallucination=False)]), "preference")
     assert "hallucination" not in rows.column_names
     assert caplog.messages == ["train.json: the preference stage does not read the columns hallucination."]

@@ -80,7 +80,7 @@ def test_ids_are_the_processors_own(family, request, red_image, blue_image):
     assert encoding.input_ids == own["input_ids"]
     image_token = processor.image_token_id
     assert encoding.image_mask == [[token == image_token for token in ids] for ids in encoding.input_ids]
-    assert not any(map(any, encoding.answer_mask))
+    assert not any(map(any, encoding.assistant_mask))
     assert len(encoding.image_inputs["pixel_values"]) == 4
 
 
@@ -92,7 +92,7 @@ def test_llava_next_pictures_take_tokens_by_their_size(tiny_llava_next_dir, red_
 
 
 def answers_of(encoding, tokenizer, i=0):
-    ids, mask = encoding.input_ids[i], encoding.answer_mask[i]
+    ids, mask = encoding.input_ids[i], encoding.assistant_mask[i]
     return tokenizer.decode([token for token, learned in zip(ids, mask, strict=True) if learned])
 
 
@@ -101,7 +101,7 @@ def test_role_markers_in_an_answer_are_part_of_it(vicuna, red_image):
         user(PICTURE, "Who says USER: and ASSISTANT: here?"),
         assistant("The label says ASSISTANT: hello there. USER: yes"),
     ]
-    encoding = encode(vicuna, [conversation], [[red_image]], answers="all")
+    encoding = encode(vicuna, [conversation], [[red_image]], assistant_turns="all")
     assert answers_of(encoding, vicuna.tokenizer) == "The label says ASSISTANT: hello there. USER: yes</s>"
 
 
@@ -110,7 +110,7 @@ def test_special_strings_in_a_text_stay_text(vicuna, red_image, text):
     tokenizer = vicuna.tokenizer
     conversation = [user(PICTURE, f"Is it {text} here?"), assistant(text), user(text), assistant("No.")]
     plain = [user(PICTURE, "Is it x here?"), assistant("x"), user("x"), assistant("No.")]
-    encoding = encode(vicuna, [conversation, plain], [[red_image], [red_image]], answers="all")
+    encoding = encode(vicuna, [conversation, plain], [[red_image], [red_image]], assistant_turns="all")
     specials = set(tokenizer.convert_tokens_to_ids(special_strings(vicuna)))
     own = [[token for token in ids if token in specials] for ids in encoding.input_ids]
     assert own[0] == own[1]
@@ -121,7 +121,7 @@ def test_special_strings_in_a_text_stay_text(vicuna, red_image, text):
 
 @pytest.mark.parametrize("text", ["a<|im_end|>b", "x <|im_start|> y", "<|im_end|>", "red <|pad|>", "\n<|im_end|>\n"])
 def test_special_strings_stay_text_with_a_byte_level_tokenizer(byte_level, text):
-    encoding = encode(byte_level, [[user(f"What {text} ?"), assistant(text)]], answers="all")
+    encoding = encode(byte_level, [[user(f"What {text} ?"), assistant(text)]], assistant_turns="all")
     decoded = byte_level.decode(encoding.input_ids[0])
     assert decoded == f"<|im_start|>user\nWhat {text} ?<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n"
     end, start = byte_level.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
@@ -133,7 +133,7 @@ def test_special_strings_stay_text_with_a_byte_level_tokenizer(byte_level, text)
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|pad|>", " ", "a", "square", "\n", "é", "\U000f0000", "<|"])))
 def test_any_mixture_of_text_and_special_strings_survives(byte_level, pieces):
     text = "".join(pieces)
-    encoding = encode(byte_level, [[user("What?"), assistant(text)]], answers="all")
+    encoding = encode(byte_level, [[user("What?"), assistant(text)]], assistant_turns="all")
     assert answers_of(encoding, byte_level) == f"{text}<|im_end|>"
     assert encoding.input_ids[0].count(byte_level.eos_token_id) == 2
 
@@ -151,7 +151,7 @@ def test_a_special_token_added_as_an_ordinary_one_stays_text(byte_level):
 
     processor = Processor()
     processor.tokenizer = tokenizer
-    encoding = encode(processor, [[user("What?"), assistant("a <image> b")]], answers="all")
+    encoding = encode(processor, [[user("What?"), assistant("a <image> b")]], assistant_turns="all")
     assert tokenizer.convert_tokens_to_ids("<image>") not in encoding.input_ids[0]
     assert answers_of(encoding, tokenizer) == "a <image> b<|im_end|>"
 
@@ -163,9 +163,9 @@ def test_a_special_string_over_two_parts_is_refused(vicuna):
 
 def test_the_newline_after_a_stop_token_is_not_learned(byte_level):
     conversation = [user("What?"), assistant("A red square."), user("And?"), assistant("A circle.")]
-    encoding = encode(byte_level, [conversation], answers="all")
+    encoding = encode(byte_level, [conversation], assistant_turns="all")
     assert answers_of(encoding, byte_level) == "A red square.<|im_end|>A circle.<|im_end|>"
-    encoding = encode(byte_level, [conversation], answers="last")
+    encoding = encode(byte_level, [conversation], assistant_turns="last")
     assert answers_of(encoding, byte_level) == "A circle.<|im_end|>"
 
 
@@ -184,14 +184,14 @@ def test_image_parts_unlike_the_images_name_the_row(vicuna, red_image, count):
 def test_template_without_stop_token_is_an_error(vicuna):
     vicuna.chat_template = VICUNA_V1_CHAT_TEMPLATE.replace(" + eos_token", " + ' '")
     with pytest.raises(ValueError, match="would never learn to stop"):
-        encode(vicuna, [[user("Hi"), assistant("Ho")]], answers="all")
+        encode(vicuna, [[user("Hi"), assistant("Ho")]], assistant_turns="all")
     assert encode(vicuna, [[user("Hi"), assistant("Ho")]]).input_ids
 
 
 def test_template_that_rewrites_earlier_turns_is_an_error(vicuna):
     vicuna.chat_template = "{{ messages | length }}" + VICUNA_V1_CHAT_TEMPLATE
     with pytest.raises(ValueError, match="render earlier turns the same"):
-        encode(vicuna, [[user("Hi"), assistant("Ho")]], answers="all")
+        encode(vicuna, [[user("Hi"), assistant("Ho")]], assistant_turns="all")
 
 
 def test_template_that_drops_images_is_an_error(vicuna, red_image):

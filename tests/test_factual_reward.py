@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from trl_llava.configs.stages import LlavaModelConfig
-from trl_llava.data.asked import same_prompts
-from trl_llava.data.collators import PreferenceCollator
 from trl_llava.data.contract import RowError
+from trl_llava.data.preference_collators import PreferenceCollator
+from trl_llava.data.prompt_groups import same_prompts
 from trl_llava.models.adapters import lora_config
 from trl_llava.models.base_model import base_of
 from trl_llava.models.load import load_sequence_classifier

@@ -102,8 +102,8 @@ def test_exif_orientation_is_applied():
     ("ref", "problem", "reason"),
     [
         ("/nowhere/a.png", "the image file /nowhere/a.png does not exist", "image missing"),
-        ({"bytes": None, "path": None}, "expected a picture, a path, or a dict", "image missing"),
-        (None, "the image is None, expected a picture", "image missing"),
+        ({"bytes": None, "path": None}, "expected an image, a path, or a dict", "image missing"),
+        (None, "the image is None, expected an image", "image missing"),
         ({"bytes": b"", "path": None}, "the image has no bytes", "empty image"),
         ({"bytes": b"not a picture", "path": "x.png"}, "the image x.png cannot be read", "damaged image"),
         (Image.new("RGB", (0, 5)), r"the image has no pixels \(0x5\)", "empty image"),

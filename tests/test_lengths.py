@@ -7,10 +7,11 @@ from datasets import Dataset
 from tiny_models import onevision_processor
 from transformers import AutoProcessor
 
-from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data.collators import PromptCollator, SFTCollator
 from trl_llava.data.contract import RowError
-from trl_llava.data.lengths import drop_overlong, token_lengths
+from trl_llava.data.lengths import LengthMeter, drop_overlong
 from trl_llava.data.load import rows_from
+from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, JudgingPrompt
 
 
@@ -32,6 +33,10 @@ def dataset(red_image, blue_image):
         record("It?", []),
     ]
     return rows_from(Dataset.from_list(records), "preference", name="a")
+
+
+def token_lengths(rows, collator):
+    return [length for length, _ in LengthMeter(collator).measure(rows)]
 
 
 @pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_next_dir", "onevision"])

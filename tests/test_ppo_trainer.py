@@ -481,7 +481,7 @@ def test_captions_that_a_reward_needs_are_looked_for_before_the_first_step(
     assert ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **{name: rows}, reward_funcs=needy).scorer.names == [
         "needy"
     ]
-    message = rf"{name}\[1\]: it has no captions, but a reward function needs them \(4 of 8 rows have none\)"
+    message = rf"{name}\[1\]: it has no captions, but the reward needs them \(4 of 8 rows cannot be used"
     with pytest.raises(RowError, match=message):
         ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, **{name: bare}, reward_funcs=needy)
     needy.needs_captions = False

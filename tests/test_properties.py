@@ -23,14 +23,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
-from trl_llava.data.contract import ANSWER_TYPES, ANSWERS, stage_features
-from trl_llava.data.dpo_collator import DPOCollator
+from trl_llava.data.batching import pad
+from trl_llava.data.collators import PromptCollator, SFTCollator
+from trl_llava.data.contract import ANSWER_TYPES, COMPLETIONS, stage_features
 from trl_llava.data.formats import KNOWN_COLUMNS
 from trl_llava.data.load import load_rows
-from trl_llava.data.maker import RowMaker
-from trl_llava.data.padding import pad
-from trl_llava.data.sources import RawRows
+from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
+from trl_llava.data.row_maker import RowMaker
 from trl_llava.errors import ExplainedError
 from trl_llava.prompts import JUDGING_ANSWER_PREFIX, JudgingPrompt, judging_messages, message_text
 from trl_llava.rewards.reward_terms import correctness, length_term, missing_eos
@@ -131,7 +130,7 @@ def rows(draw: st.DrawFn, stage: str = "sft") -> dict[str, Any]:
         images += [picture(draw(st.integers(0, 255))) for _ in range(shown)]
         prompt.append({"role": "user", "content": [{"type": "image", "text": None}] * shown + [part(draw(said))]})
     row = {"row_name": f"row[{draw(st.integers(0, 999))}]", "images": images, "prompt": prompt}
-    for name in ANSWERS[stage]:
+    for name in COMPLETIONS[stage]:
         row[name] = [{"role": "assistant", "content": [part(draw(said))]}]
     if stage != "sft":
         row["captions"] = draw(st.lists(said, min_size=1, max_size=4))
@@ -188,7 +187,7 @@ def same(text: str) -> str:
     return text.replace("▁", " ").strip(" ")
 
 
-@pytest.mark.parametrize("stage", ANSWERS)
+@pytest.mark.parametrize("stage", COMPLETIONS)
 @examples(20)
 @given(kinds, st.data())
 def test_special_tokens_are_the_templates_own(stage: str, kind: str, data: st.DataObject) -> None:
@@ -222,7 +221,7 @@ def expected_specials(
     return {token: count for token, count in expected.items() if count}
 
 
-@pytest.mark.parametrize("stage", ANSWERS)
+@pytest.mark.parametrize("stage", COMPLETIONS)
 @examples(8)
 @given(kinds, st.data())
 def test_a_row_does_not_depend_on_its_batch(stage: str, kind: str, data: st.DataObject) -> None:
@@ -365,22 +364,14 @@ def folder(tmp: str) -> Path:
     return Path(tmp)
 
 
-@pytest.mark.parametrize("stage", ANSWERS)
+@pytest.mark.parametrize("stage", COMPLETIONS)
 @examples(70)
 @given(record=records(), kind=kinds)
 def test_a_record_becomes_a_row_or_an_error_that_names_it(
     stage: str, record: dict[str, Any], kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     place = folder(str(tmp_path_factory.getbasetemp()))
-    make = RowMaker(
-        RawRows(None, "x.json", is_json=True),  # type: ignore[arg-type]  # the data set is read by its caller
-        stage,
-        place,
-        None,
-        require_captions=False,
-        decode=True,
-        features=stage_features(stage),
-    )
+    make = RowMaker("x.json", stage, stage_features(stage), is_json=True, image_folder=place, decode=True)
     row = make.row({"index": 3, "json": json.dumps(record)}, 0)
     if row.get("_reason"):
         assert row["_problem"] and row["_fix"] and row["row_name"]
@@ -394,7 +385,7 @@ def test_a_record_becomes_a_row_or_an_error_that_names_it(
     assert batch["input_ids"].shape[0] in (1, 2)
 
 
-@pytest.mark.parametrize("stage", ANSWERS)
+@pytest.mark.parametrize("stage", COMPLETIONS)
 @examples(6)
 @given(drawn=st.lists(records() | anything, min_size=1, max_size=4))
 def test_a_file_becomes_rows_in_its_order_or_an_error(

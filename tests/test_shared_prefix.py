@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AutoModelForImageTextToText, AutoProcessor, MistralConfig, MistralForCausalLM, ProcessorMixin
 
-from trl_llava.data.collators import PreferenceCollator, PromptCollator
+from trl_llava.data.collators import PromptCollator
 from trl_llava.data.load import rows_from
+from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.sequence_classification import (

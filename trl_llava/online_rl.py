@@ -13,7 +13,6 @@ from trl_llava.configs.recipe import RecipeParser
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.lengths import drop_overlong
-from trl_llava.data.single_images import SingleImageGRPOTrainer, SingleImageRLOOTrainer, check_single_images
 from trl_llava.data.splits import load_splits
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.errors import RecipeError
@@ -24,6 +23,17 @@ from trl_llava.rewards.reward_loading import load_reward_functions
 from trl_llava.rewards.reward_terms import length_term
 from trl_llava.run.generation_buffer import ResumableGenerations
 from trl_llava.stage_run import begin
+
+
+class DropsImageCounts:
+    """Lets TRL's trainers read LLaVA-OneVision, whose processor counts the images of each row (`batch_num_images`).
+
+    They do not hand the count on to the model, which then takes each image for the only one of its row. Nothing is
+    lost as long as it is: of two, it would tile images that the processor did not tile.
+    """
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, batch_num_images: Any = None, **kwargs: Any) -> Any:
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]  # TRL's trainer
 
 
 def online_parser(config: type[TrainingArguments], prog: str | None) -> RecipeParser:
@@ -66,7 +76,7 @@ def run_online(
         raise RecipeError(str(error)) from error
     run = begin(stage, script_args, args, model_args, recipe)
     processor = load_recipe_processor(model_args, online_args.chat_template_path)
-    single_images = _check_image_inputs(processor, trainer_class)
+    one_image = _check_image_inputs(processor, trainer_class)
     rewards = _load_rewards(online_args, model_args, args)
     splits = load_splits(
         script_args,
@@ -76,20 +86,19 @@ def run_online(
         require_captions=needs_captions(rewards),
         dataset_num_proc=online_args.dataset_num_proc,
     )
-    if single_images:
-        trainer_class = {GRPOTrainer: SingleImageGRPOTrainer, RLOOTrainer: SingleImageRLOOTrainer}[trainer_class]
-        for rows in splits:
-            if rows is not None:
-                check_single_images(rows)
     collator = PromptCollator(processor, online_args.max_prompt_length)
     train_rows, eval_rows = (
-        None if rows is None else as_trl_reads(drop_overlong(rows, collator, online_args.overlong)) for rows in splits
+        None
+        if rows is None
+        else as_trl_reads(drop_overlong(rows, collator, online_args.overlong), one_image=one_image)
+        for rows in splits
     )
     # An image token in an answer has no picture: the next forward pass would stop at it.
     args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": [processor.image_token_id]}
     set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
     model, peft_config = load_policy_start(model_args)
-    trainer = type(trainer_class.__name__, (ResumableGenerations, trainer_class), {})(
+    additions = (ResumableGenerations, DropsImageCounts) if one_image else (ResumableGenerations,)
+    trainer = type(trainer_class.__name__, (*additions, trainer_class), {})(
         model=model,
         reward_funcs=rewards,
         args=args,

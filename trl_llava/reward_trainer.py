@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import RewardTrainer
 
 from trl_llava.configs.stages import LlavaRewardConfig
-from trl_llava.data.collators import PreferenceCollator
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
+from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.health import FiniteSteps
 from trl_llava.models.base_model import base_of
 from trl_llava.models.blank_picture import look_on_every_process

@@ -15,8 +15,8 @@ from trl import DatasetMixtureConfig, DPOTrainer
 from trl_llava.configs.online import LlavaDPOConfig
 from trl_llava.configs.recipe import RecipeParser
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
-from trl_llava.data.dpo_collator import DPOCollator
 from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.preference_collators import DPOCollator
 from trl_llava.data.splits import load_splits
 from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.publish.trainer import PushesSafely

@@ -12,10 +12,11 @@ from PIL import Image
 from test_paper_prompts import MODES, judged
 from transformers import ProcessorMixin
 
-from trl_llava.data.collators import IGNORED, PreferenceCollator, PromptCollator, SFTCollator
+from trl_llava.data.collators import IGNORED, PromptCollator, SFTCollator
 from trl_llava.data.encoding import encode
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
+from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.models.vision_tower import image_token_count, set_square_padding
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.tools.convert.paper_tokenizer import load_sentencepiece, original_ids, reads_later_turns_as_unknown

@@ -23,8 +23,11 @@ Stage = Literal["sft", "preference", "prompt"]
 ANSWER_TYPES = ("general", "A", "B", "C", "D", "no", "yes")
 """Kinds of question: open, multiple choice with this letter as the right answer, yes/no with this right answer."""
 
-ANSWERS: dict[str, tuple[str, ...]] = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
+COMPLETIONS: dict[str, tuple[str, ...]] = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 """Message columns of each stage, beside `prompt`."""
+
+NO_CAPTIONS = "no captions"
+"""The reason by which rows without captions are counted."""
 
 _IMAGE = {"type": "image", "text": None}
 
@@ -62,24 +65,41 @@ class RowError(InputError):
         return f"{self.row_name}: {self.problem}. {self.fix}."
 
 
+def names_or_numbers(names: Sequence[str] | None, rows: int) -> list[str]:
+    """What errors call each row: its `row_name`, or its number where the caller knows no names."""
+    return list(names) if names is not None else [f"row {i}" for i in range(rows)]
+
+
+def check_captions(captions: Sequence[str] | None, row_name: str) -> None:
+    """Refuse a row without captions, where the judging prompt shows them or a reward function reads them."""
+    if not captions:
+        raise RowError(
+            row_name,
+            "it has no captions, but the reward needs them",
+            "Give a `captions` column or captions_file, leave the row out, or set with_captions to false for the "
+            "reward model",
+            NO_CAPTIONS,
+        )
+
+
+def check_one_image(images: Sequence[Any], row_name: str, reader: str) -> None:
+    """Refuse a row with several images, where `reader` would process each as if it were the only one of its row."""
+    if len(images) > 1:
+        raise RowError(
+            row_name,
+            f"it has {len(images)} images, and {reader} would process each as if it were alone",
+            "Leave such rows out, or use `trl-llava ppo` without use_vllm, or `dpo`, which take them",
+            "several images",
+        )
+
+
 def stage_features(stage: Stage, *, margin: bool = False) -> Features:
-    """Return the columns of a normalised data set.
-
-    Args:
-        stage: Which stage reads it.
-        margin: Whether preference rows have a `margin`.
-
-    Returns:
-        The features, without the further columns that prompt rows may carry.
-
-    Raises:
-        ValueError: If there is no such stage.
-    """
-    if stage not in ANSWERS:
-        raise ValueError(f"stage is {stage!r}, expected one of {', '.join(ANSWERS)}.")
+    """The columns of a normalised data set, without the further ones that prompt rows may carry."""
+    if stage not in COMPLETIONS:
+        raise ValueError(f"stage is {stage!r}, expected one of {', '.join(COMPLETIONS)}.")
     messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
     features = {"row_name": Value("string"), "images": List(Image(decode=False)), "prompt": messages}
-    features.update(dict.fromkeys(ANSWERS[stage], messages))
+    features.update(dict.fromkeys(COMPLETIONS[stage], messages))
     if stage != "sft":
         features["captions"] = List(Value("string"))
     if stage == "prompt":
@@ -90,52 +110,28 @@ def stage_features(stage: Stage, *, margin: bool = False) -> Features:
 
 
 def is_normalised(features: Features, stage: Stage) -> bool:
-    """Tell whether a data set with these columns follows the row contract of a stage already."""
+    """Whether a data set with these columns follows the row contract of a stage already."""
     return all(features.get(name) == feature for name, feature in stage_features(stage).items())
 
 
 def normalise_messages(messages: Any, row_name: str, column: str = "prompt") -> list[Message]:
-    """Bring messages to the form of the row contract: known roles, every content a list of parts.
+    """Bring the messages of a column to the form of the row contract; `images` are not placed yet.
 
-    Args:
-        messages: Messages with string content or a list of text and image parts.
-        row_name: The row, for errors.
-        column: Their column, for errors.
-
-    Returns:
-        New messages; `images` are not placed yet.
-
-    Raises:
-        RowError: If they are no messages, or hold something that is neither text nor an image.
-
-    Example:
-        >>> normalise_messages([{"role": "user", "content": "Hi"}], "row")
-        [{'role': 'user', 'content': [{'type': 'text', 'text': 'Hi'}]}]
+    >>> normalise_messages([{"role": "user", "content": "Hi"}], "row")
+    [{'role': 'user', 'content': [{'type': 'text', 'text': 'Hi'}]}]
     """
     if not isinstance(messages, (list, tuple)):
         raise RowError(
             row_name,
             f"{column} is {abridged(messages)}, expected a list of messages",
-            'Write it as [{"role": "user", "content": "..."}], or as an assistant message where it is an answer',
+            'Write it as [{"role": "user", "content": "..."}], or with the role "assistant" for a completion',
             f"{column} is no list of messages",
         )
     return [_message(message, row_name, f"{column}[{i}]") for i, message in enumerate(messages)]
 
 
 def place_images(messages: Sequence[Message], images: int, row_name: str) -> list[Message]:
-    """Show a row's images at the front of its first user turn, unless image parts show them already.
-
-    Args:
-        messages: Normalised messages.
-        images: Number of images of the row.
-        row_name: The row, for errors.
-
-    Returns:
-        Messages with one image part for each image.
-
-    Raises:
-        RowError: If image parts and images differ in number, or there is no user turn to show an image in.
-    """
+    """Show a row's images at the front of its first user turn, unless image parts place them already."""
     shown = count_images(messages)
     if shown == images:
         return list(messages)
@@ -154,8 +150,9 @@ def place_images(messages: Sequence[Message], images: int, row_name: str) -> lis
 
 
 def count_images(messages: Sequence[Message]) -> int:
-    """Count the image parts of normalised messages."""
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
+    """Count the image parts of messages."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return sum(part["type"] == "image" for content in contents for part in content)
 
 
 def _message(message: Any, row_name: str, where: str) -> Message:
@@ -193,12 +190,12 @@ def _part(part: Any, row_name: str, where: str) -> dict[str, Any]:
     raise RowError(
         row_name,
         f"{where} holds the part {abridged(part)}, expected a text or an empty image part",
-        "Put pictures into the `images` column, in the order of the image parts",
+        "Put images into the `images` column, in the order of the image parts",
         "unknown message part",
     )
 
 
 def abridged(value: Any) -> str:
-    """Return a value as an error shows it: on one line, cut at 80 characters."""
+    """A value as an error shows it: on one line, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,8 +1,8 @@
-"""Conversations to token ids, with each answer's place known.
+"""Conversations to token ids, with the place of each assistant turn known.
 
 The ids are those of `processor(text=rendered, images=images)`. What the processor's own call cannot give is added
-here: which tokens are answers (from positions in the rendered text, so that no marker inside a text can confuse it),
-and special tokens inside a user's text that stay text.
+here: which tokens are the assistant's (from positions in the rendered text, so that no marker inside a text can
+confuse it), and special tokens inside a user's text that stay text.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,30 +15,25 @@ from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_llava.data.contract import RowError
+from trl_llava.data.contract import RowError, count_images, names_or_numbers
 from trl_llava.data.plain_text import guard, special_strings, splice
 from trl_llava.errors import InputError
 from trl_llava.prompts import Message, render
 
-Answers = Literal["none", "last", "all"]
+AssistantTurns = Literal["none", "last", "all"]
+"""Which assistant turns an encoding marks: the last one is the completion."""
+
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Conversations as ids, not yet padded.
-
-    Args:
-        input_ids: One list of ids per conversation.
-        answer_mask: `True` on the tokens of answers and of the tokens that end their turns.
-        image_mask: `True` on image tokens.
-        image_inputs: Tensors of the processor's image part by name (`pixel_values`, ...); empty without images.
-    """
+    """Conversations as ids, not yet padded: one list for each conversation."""
 
     input_ids: list[list[int]]
-    answer_mask: list[list[bool]]
-    image_mask: list[list[bool]]
-    image_inputs: dict[str, torch.Tensor]
+    assistant_mask: list[list[bool]]  # True on the tokens of assistant turns and of the tokens that end them
+    image_mask: list[list[bool]]  # True on image tokens
+    image_inputs: dict[str, torch.Tensor]  # of the processor's image part (`pixel_values`, ...); empty without images
 
 
 def encode(
@@ -50,7 +45,7 @@ def encode(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
     judging_turn: bool = False,
-    answers: Answers = "none",
+    assistant_turns: AssistantTurns = "none",
     image_copies: int = 1,
 ) -> Encoding:
     """Render and tokenise conversations, and prepare their images.
@@ -63,7 +58,7 @@ def encode(
         add_generation_prompt: End each conversation with what opens an assistant turn.
         continue_final_message: Leave each last message open.
         judging_turn: Tell the chat template that the last user turn is a judging turn.
-        answers: Which assistant turns `answer_mask` marks.
+        assistant_turns: Which assistant turns `assistant_mask` marks.
         image_copies: How many conversations share the images of one row; the image tensors hold them once.
 
     Returns:
@@ -71,39 +66,30 @@ def encode(
 
     Raises:
         RowError: If a conversation does not show as many images as its row has, or the chat template refuses it.
-        ValueError: If the processor has a layout that cannot be expanded, or a chat template whose answers cannot be
-            located; the message says which part is missing.
+        ValueError: If the processor has a layout that cannot be expanded, or a chat template whose assistant turns
+            cannot be located; the message says which part is missing.
     """
     rows = len(conversations) // image_copies
-    names = list(row_names) if row_names is not None else [f"row {i}" for i in range(rows)]
     replacements, image_inputs = expand_images(processor, images if images is not None else [[]] * rows)
-    input_ids, answer_mask, image_mask = encode_text(
+    ids_and_masks = encode_text(
         processor,
         conversations,
-        list(replacements) * image_copies,
-        names * image_copies,
+        replacements * image_copies,
+        names_or_numbers(row_names, rows) * image_copies,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         judging_turn=judging_turn,
-        answers=answers,
+        assistant_turns=assistant_turns,
     )
-    return Encoding(input_ids, answer_mask, image_mask, image_inputs)
+    return Encoding(*ids_and_masks, image_inputs)
 
 
 def expand_images(
     processor: ProcessorMixin | PreTrainedTokenizerBase, images: Sequence[Sequence[Image.Image]]
 ) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
-    """Prepare the images of a batch and ask the processor what each image token stands for in the text.
+    """Prepare the images of a batch, and find what each image token stands for in the text.
 
-    Args:
-        processor: A processor; without images anything goes.
-        images: The images of each row.
-
-    Returns:
-        For each row and image the text that replaces its image token, and the image tensors by name.
-
-    Raises:
-        ValueError: If the processor cannot take images, or hands them over in a way that is not known here.
+    Returned are, for each row and image, the text that replaces its image token, and the image tensors by name.
     """
     with_images = [list(row) for row in images if row]
     if not with_images:
@@ -145,43 +131,30 @@ def encode_text(
     replacements: Sequence[Sequence[str]],
     row_names: Sequence[str],
     *,
-    answers: Answers = "none",
+    assistant_turns: AssistantTurns = "none",
     **rendering: bool,
 ) -> tuple[list[list[int]], list[list[bool]], list[list[bool]]]:
-    """Render and tokenise conversations whose images are expanded already.
+    """Render and tokenise conversations of which each has its images' `replacements`, the texts for its image tokens.
 
-    Args:
-        processor: A processor or a tokenizer.
-        conversations: One conversation per row.
-        replacements: For each conversation, the texts that replace its image tokens.
-        row_names: One name per conversation.
-        answers: Which assistant turns are marked.
-        **rendering: The flags of `prompts.render`.
-
-    Returns:
-        Ids, answer masks and image masks, as in `Encoding`.
-
-    Raises:
-        RowError: As `encode`.
-        ValueError: As `encode`.
+    `rendering` are the flags of `prompts.render`; returned are ids, assistant masks and image masks as in `Encoding`.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
-            f"{type(tokenizer).__name__} gives no character offsets, which locate answers and images. Use the fast "
-            "tokenizer of this model (a folder with tokenizer.json)."
+            f"{type(tokenizer).__name__} gives no character offsets, which locate assistant turns and images. Use the "
+            "fast tokenizer of this model (a folder with tokenizer.json)."
         )
     specials = special_strings(processor)
-    texts, guards, answer_spans, image_spans = [], [], [], []
+    texts, guards, assistant_spans, image_spans = [], [], [], []
     for messages, row_replacements, name in zip(conversations, replacements, row_names, strict=True):
         _check_image_count(messages, len(row_replacements), name)
         guarded, stand_ins = guard(messages, specials, name)
-        text, spans = _render(partial(render, processor), guarded, answers, specials, name, rendering)
-        text, spans, pictures = _expand(text, spans, getattr(processor, "image_token", None), row_replacements, name)
+        text, spans = _render(partial(render, processor), guarded, assistant_turns, specials, name, rendering)
+        text, spans, images = _expand(text, spans, getattr(processor, "image_token", None), row_replacements, name)
         texts.append(text)
         guards.append(stand_ins)
-        answer_spans.append(spans)
-        image_spans.append(pictures)
+        assistant_spans.append(spans)
+        image_spans.append(images)
 
     # A template that writes BOS itself must not get a second one from the tokenizer.
     writes_bos = bool(tokenizer.bos_token) and all(text.startswith(tokenizer.bos_token) for text in texts)
@@ -192,24 +165,19 @@ def encode_text(
         return_attention_mask=False,
         verbose=False,
     )
-    ids, answer_mask, image_mask = [], [], []
+    ids, assistant_mask, image_mask = [], [], []
     for i, text in enumerate(texts):
         row_ids, offsets = outputs["input_ids"][i], outputs["offset_mapping"][i]
         if guards[i]:
             row_ids, offsets = splice(tokenizer, text, row_ids, offsets, guards[i], specials)
         ids.append(row_ids)
-        answer_mask.append(_overlapping(offsets, answer_spans[i]))
+        assistant_mask.append(_overlapping(offsets, assistant_spans[i]))
         image_mask.append(_overlapping(offsets, image_spans[i]))
-    return ids, answer_mask, image_mask
+    return ids, assistant_mask, image_mask
 
 
 def _check_image_count(messages: Sequence[Message], images: int, row_name: str) -> None:
-    shown = sum(
-        part["type"] == "image"
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    )
+    shown = count_images(messages)
     if shown != images:
         raise RowError(
             row_name,
@@ -221,21 +189,22 @@ def _check_image_count(messages: Sequence[Message], images: int, row_name: str) 
 def _render(
     render_text: Callable[..., str],
     messages: Sequence[Message],
-    answers: Answers,
+    assistant_turns: AssistantTurns,
     specials: list[str],
     row_name: str,
     rendering: dict[str, bool],
 ) -> tuple[str, list[Span]]:
-    """Render a conversation and locate its answers, each with the special token that ends it."""
+    """Render a conversation and locate its assistant turns, each with the special token that ends it."""
     try:
         text = render_text(messages, **rendering)
         spans = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or answers == "none" or (answers == "last" and i < len(messages) - 1):
+            wanted = assistant_turns == "all" or (assistant_turns == "last" and i == len(messages) - 1)
+            if message["role"] != "assistant" or not wanted:
                 continue
             before = render_text(messages[:i], add_generation_prompt=True) if i else None
             through = render_text(messages[: i + 1])
-            spans.append(_answer_span(text, before, through, specials, row_name))
+            spans.append(_assistant_span(text, before, through, specials, row_name))
     except TemplateError as error:
         raise RowError(
             row_name, f"the chat template refuses its messages ({error})", "Correct the messages or the template"
@@ -243,20 +212,20 @@ def _render(
     return text, spans
 
 
-def _answer_span(text: str, before: str | None, through: str, specials: list[str], row_name: str) -> Span:
+def _assistant_span(text: str, before: str | None, through: str, specials: list[str], row_name: str) -> Span:
     if before is None or not (text.startswith(through) and through.startswith(before)):
         part = "start with a user turn" if before is None else "render earlier turns the same when later ones follow"
         raise InputError(
-            f"{row_name}: the answers cannot be located, because the chat template does not {part}. Expected the "
-            "conversation up to an answer, with the generation prompt, to be the beginning of the whole conversation. "
+            f"{row_name}: the assistant turns cannot be located, because the chat template does not {part}. Expected "
+            "the messages before one, with the generation prompt, to be the beginning of the whole conversation. "
             "Set another chat template: `chat_template_path` in a recipe (a .jinja file, or vicuna_v1)."
         )
     # What follows the stop token (a newline in some templates) is not generated, so it is not learned either.
     body = through.rstrip()
     if len(body) <= len(before) or not body.endswith(tuple(specials)):
         raise InputError(
-            f"{row_name}: the chat template ends an answer with {through[len(before) :][-20:]!r}, not with a special "
-            "token, so a model trained with it would never learn to stop. Set a chat template that writes one: "
+            f"{row_name}: the chat template ends an assistant turn with {through[len(before) :][-20:]!r}, not with a "
+            "special token: a model trained with it would never learn to stop. Set a chat template that writes one: "
             "`chat_template_path: vicuna_v1` in a recipe, trl_llava.prompts.VICUNA_V1_CHAT_TEMPLATE in Python."
         )
     return len(before), len(body)
@@ -265,25 +234,25 @@ def _answer_span(text: str, before: str | None, through: str, specials: list[str
 def _expand(
     text: str, spans: list[Span], image_token: str | None, replacements: Sequence[str], row_name: str
 ) -> tuple[str, list[Span], list[Span]]:
-    """Replace each image token by its expansion, and move the answers' spans along."""
+    """Replace each image token by its expansion, and move the other spans along."""
     chunks = text.split(image_token) if image_token else [text]
     if len(chunks) - 1 != len(replacements):
         raise InputError(
             f"{row_name}: the chat template writes {len(chunks) - 1} image tokens {image_token!r} for "
             f"{len(replacements)} images. Use the chat template that belongs to this processor."
         )
-    expanded, at, pictures, shifts = chunks[0], len(chunks[0]), [], [(0, 0)]
+    expanded, at, images, shifts = chunks[0], len(chunks[0]), [], [(0, 0)]
     for chunk, replacement in zip(chunks[1:], replacements, strict=True):
         at += len(image_token or "")
-        pictures.append((len(expanded), len(expanded) + len(replacement)))
+        images.append((len(expanded), len(expanded) + len(replacement)))
         expanded += replacement + chunk
-        shifts.append((at, pictures[-1][1] - at))
+        shifts.append((at, images[-1][1] - at))
         at += len(chunk)
 
     def move(position: int) -> int:
         return position + next(shift for start, shift in reversed(shifts) if position >= start)
 
-    return expanded, [(move(start), move(end)) for start, end in spans], pictures
+    return expanded, [(move(start), move(end)) for start, end in spans], images
 
 
 def _overlapping(offsets: Sequence[Span], spans: list[Span]) -> list[bool]:

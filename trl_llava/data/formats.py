@@ -31,20 +31,10 @@ def to_row(record: dict[str, Any], stage: Stage, row_name: str) -> dict[str, Any
       with the same prompt. Images go to the front of the first user turn unless image parts place them.
     - LLaVA JSON: `conversations` with `from` (human, gpt) and `value`; `<image>` is moved to the front of its turn and
       the rest stripped; turns of the assistant before the first question are left out. Preferences have `output_1`,
-      `output_2` and `preference`; their last, placeholder answer goes. Of a PPO record the first question is the
-      prompt, as in the paper.
+      `output_2` and `preference`; the placeholder that ends their conversation goes. Of a PPO record the first
+      question is the prompt, as in the paper.
 
-    Args:
-        record: A record of a data set, columns by name.
-        stage: Which stage will read it.
-        row_name: The row, for errors.
-
-    Returns:
-        `row_name`, `images` (a list), the stage's messages, `captions`, `answer_type`, `length_multiplier`, `margin`,
-        the last four where the stage has them.
-
-    Raises:
-        RowError: If something is missing, contradictory or of the wrong kind.
+    `margin` is there only where the record has one.
     """
     images = _images(record, row_name)
     messages = _llava_messages if record.get("conversations") is not None else _trl_messages
@@ -101,18 +91,14 @@ def _split_pair(found: dict[str, list[Message]], row_name: str) -> tuple[list[Me
             raise RowError(
                 row_name,
                 "it has no prompt, and chosen and rejected differ before their last message",
-                "Add a `prompt` column, or give both the same messages before the answer",
+                "Add a `prompt` column, or give both the same messages before the last",
                 "no common prompt",
             )
         return chosen[:-1], chosen[-1:], rejected[-1:]
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if len(answer) != 1:
-            raise RowError(
-                row_name,
-                f"{name} has {len(answer)} messages, expected the answer alone",
-                "Move what comes before the answer to `prompt`",
-                f"{name} is not one message",
-            )
+    for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        if len(completion) != 1:
+            problem, fix = f"{name} has {len(completion)} messages, expected one", "Move those before it to `prompt`"
+            raise RowError(row_name, problem, fix, f"{name} is not one message")
     return found["prompt"], chosen, rejected
 
 
@@ -166,7 +152,7 @@ def _llava_turn(turn: Any, row_name: str, where: str) -> Message:
 
 
 def _check_turns(row: dict[str, Any], stage: Stage, row_name: str) -> None:
-    """Refuse rows without a question, without an answer, or with nothing to choose between."""
+    """Refuse rows without a prompt, without a completion, or with nothing to choose between."""
     if not row["prompt"] or row["prompt"][-1]["role"] != "user":
         last = row["prompt"][-1]["role"] if row["prompt"] else "nothing"
         raise RowError(
@@ -177,16 +163,12 @@ def _check_turns(row: dict[str, Any], stage: Stage, row_name: str) -> None:
         raise RowError(row_name, "its question has neither text nor an image", "Leave the row out", "no question")
     for name in ("completion", "chosen", "rejected"):
         if name in row and row[name][0]["role"] != "assistant":
-            raise RowError(
-                row_name,
-                f"{name} is a {row[name][0]['role']} turn, expected an assistant turn",
-                "Correct the turns",
-                f"{name} is no assistant turn",
-            )
+            problem = f"{name} is a {row[name][0]['role']} turn, expected an assistant turn"
+            raise RowError(row_name, problem, "Correct the turns", f"{name} is no assistant turn")
         if name in row and count_images(row[name]):
-            raise RowError(row_name, f"{name} shows an image", "Show images in user turns", "image in an answer")
+            raise RowError(row_name, f"{name} shows an image", "Show images in user turns", "image in a completion")
     if stage == "sft" and not message_text(row["completion"][0]).strip():
-        raise RowError(row_name, "its answer is empty", "Leave the row out", "empty answer")
+        raise RowError(row_name, "its completion is empty", "Leave the row out", "empty completion")
     if stage == "preference" and message_text(row["chosen"][0]) == message_text(row["rejected"][0]):
         raise RowError(
             row_name,
@@ -201,12 +183,8 @@ def _captions(record: dict[str, Any], row_name: str) -> list[str]:
     if captions is None:
         return []
     if not isinstance(captions, (list, tuple)) or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise RowError(
-            row_name,
-            f"captions is {abridged(captions)}, expected a list of texts",
-            "Correct the row",
-            "captions are no list of texts",
-        )
+        problem = f"captions is {abridged(captions)}, expected a list of texts"
+        raise RowError(row_name, problem, "Correct the row", "captions are no list of texts")
     return list(captions)
 
 
@@ -214,29 +192,22 @@ def _answer_type(record: dict[str, Any], row_name: str) -> str:
     named, numbered = record.get("answer_type"), record.get("caption_type")
     if named is None and numbered is None:
         return "general"
-    if named is None:
-        kind = LLAVA_CAPTION_TYPES.get(numbered) if type(numbered) is int else None
-    else:
+    if named is not None:
         kind = named if named in ANSWER_TYPES else None
+        problem = f"answer_type is {named!r}, expected one of {', '.join(ANSWER_TYPES)}"
+    else:
+        kind = LLAVA_CAPTION_TYPES.get(numbered) if type(numbered) is int else None
+        problem = f"caption_type is {numbered!r}, expected one of {LLAVA_CAPTION_TYPES}"
     if kind is None:
-        found, expected = (
-            (f"caption_type is {numbered!r}", f"one of {LLAVA_CAPTION_TYPES}")
-            if named is None
-            else (f"answer_type is {named!r}", f"one of {', '.join(ANSWER_TYPES)}")
-        )
-        raise RowError(row_name, f"{found}, expected {expected}", "Correct the row", "unknown answer type")
+        raise RowError(row_name, problem, "Correct the row", "unknown answer type")
     return kind
 
 
 def _number(value: Any, column: str, row_name: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not abs(value) <= sys.float_info.max:  # an integer may have any number of digits
-        raise RowError(
-            row_name,
-            f"{column} is {abridged(value)}, expected a finite number",
-            "Correct the row",
-            f"{column} is no number",
-        )
+        problem = f"{column} is {abridged(value)}, expected a finite number"
+        raise RowError(row_name, problem, "Correct the row", f"{column} is no number")
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a row: found, checked and decoded to RGB."""
+"""Images of a row: found, checked and decoded to RGB."""
 
 import functools
 import io
@@ -13,38 +13,26 @@ from PIL import Image, ImageOps
 from trl_llava.data.contract import RowError
 
 MAX_PIXELS = 89_478_485
-"""A picture of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
+"""An image of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
 
 FOLLOW_LINKS = False
 """Whether a symbolic link may lead out of the image folder."""
 
 ImageRef = Image.Image | str | dict[str, Any]
-"""A decoded picture, a path, or `{"bytes": bytes | None, "path": str | None}`."""
+"""A decoded image, a path, or `{"bytes": bytes | None, "path": str | None}`."""
 
 # What Pillow's readers raise on damaged files, by reading their sources: there is no common class.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def load_image(ref: ImageRef, row_name: str) -> Image.Image:
-    """Decode one picture to 8-bit RGB.
+    """Decode one image to 8-bit RGB, so that it no longer needs its file.
 
-    CMYK, palette and grey pictures are converted, 16-bit grey is scaled (not clipped) to 8 bits, transparency is
+    CMYK, palette and grey images are converted, 16-bit grey is scaled (not clipped) to 8 bits, transparency is
     dropped, the EXIF orientation is applied, and of an animation the first frame is taken.
 
-    Args:
-        ref: What the row holds.
-        row_name: The row, for errors.
-
-    Returns:
-        An RGB picture that no longer needs its file.
-
-    Raises:
-        RowError: If the picture is missing, empty, damaged, larger than `MAX_PIXELS`, or of a depth without a known
-            range.
-
-    Example:
-        >>> load_image(Image.new("L", (4, 2), 255), "row").getpixel((0, 0))
-        (255, 255, 255)
+    >>> load_image(Image.new("L", (4, 2), 255), "row").getpixel((0, 0))
+    (255, 255, 255)
     """
     image = open_image(ref, row_name)
     try:
@@ -56,33 +44,12 @@ def load_image(ref: ImageRef, row_name: str) -> Image.Image:
 
 
 def load_images(rows: Sequence[dict[str, Any]]) -> list[list[Image.Image]]:
-    """Decode the images of a batch.
-
-    Args:
-        rows: Rows of the contract; a row without `images` has none.
-
-    Returns:
-        The pictures of each row.
-
-    Raises:
-        RowError: As `load_image`.
-    """
+    """Decode the images of each row of a batch; a row without `images` has none."""
     return [[load_image(ref, row["row_name"]) for ref in row.get("images") or []] for row in rows]
 
 
 def open_image(ref: ImageRef, row_name: str) -> Image.Image:
-    """Open a picture and check what its header says, without decoding it.
-
-    Args:
-        ref: What the row holds.
-        row_name: The row, for errors.
-
-    Returns:
-        A picture whose `size` is known; as stored, before the EXIF orientation is applied.
-
-    Raises:
-        RowError: If the picture is missing, empty, no picture, or larger than `MAX_PIXELS`.
-    """
+    """Open an image and check its header without decoding it; `size` is as stored, before the EXIF orientation."""
     if isinstance(ref, Image.Image):
         image = ref
     else:
@@ -104,18 +71,7 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
 
 
 def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
-    """Read a picture's size from its header, as it is after the EXIF orientation is applied.
-
-    Args:
-        ref: What the row holds.
-        row_name: The row, for errors.
-
-    Returns:
-        Width and height in pixels.
-
-    Raises:
-        RowError: As `open_image`, or if the picture is damaged where its orientation is looked for.
-    """
+    """Width and height in pixels, read from the header, as they are after the EXIF orientation is applied."""
     image = open_image(ref, row_name)
     width, height = image.size
     try:
@@ -126,31 +82,14 @@ def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
 
 
 def set_limits(max_pixels: int, follow_links: bool) -> None:
-    """Set what a recipe allows, for this process and those that it starts.
-
-    Args:
-        max_pixels: Pixels that a picture may have.
-        follow_links: Whether a symbolic link may lead out of the image folder.
-    """
+    """Set what a recipe allows, for this process and those that it starts."""
     global MAX_PIXELS, FOLLOW_LINKS
     MAX_PIXELS, FOLLOW_LINKS = max_pixels, follow_links
     Image.MAX_IMAGE_PIXELS = max_pixels
 
 
 def path_inside(folder: str | Path, name: str, row_name: str) -> str:
-    """Join a file name of a data set to a folder it must not leave.
-
-    Args:
-        folder: The image folder.
-        name: A relative name, possibly with subfolders.
-        row_name: The row, for errors.
-
-    Returns:
-        The path.
-
-    Raises:
-        RowError: If the name is empty, absolute, has a `..` in it, or is a link that leads out of the folder.
-    """
+    """Join a file name of a data set to a folder that neither `..` nor a link may leave."""
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor != ""
     if not name or absolute or ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
         raise RowError(
@@ -174,12 +113,7 @@ def path_inside(folder: str | Path, name: str, row_name: str) -> str:
 def is_inside(path: str | Path, folder: str | Path) -> bool:
     """Whether a file is in a folder once all links are followed.
 
-    Args:
-        path: The file.
-        folder: The folder. One in the Hub's cache counts with the files that its links lead to.
-
-    Returns:
-        True if so.
+    A folder in the Hub's cache counts with the files that its links lead to.
     """
     try:
         real = os.path.realpath(path)
@@ -209,7 +143,7 @@ def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
     if not isinstance(path, str) or not path:
         raise RowError(
             row_name,
-            f"the image is {ref!r}, expected a picture, a path, or a dict with `bytes` or `path`",
+            f"the image is {ref!r}, expected an image, a path, or a dict with `bytes` or `path`",
             "Correct the row",
             "image missing",
         )
@@ -230,21 +164,17 @@ def _to_rgb(image: Image.Image, row_name: str) -> Image.Image:
         image = image.convert("I")
         low, high = map(int, image.getextrema())  # type: ignore[arg-type]  # one band
         if low < 0 or high > 65535:
-            raise RowError(
-                row_name,
-                f"the image has values from {low} to {high}, expected 8 or 16 bits a channel",
-                "Convert it to 8-bit RGB",
-                "unknown pixel range",
+            raise _unknown_range(
+                row_name, f"the image has values from {low} to {high}, expected 8 or 16 bits a channel"
             )
         image = image.point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode == "F":
-        raise RowError(
-            row_name,
-            "the image has floating-point pixels, of no known range",
-            "Convert it to 8-bit RGB",
-            "unknown pixel range",
-        )
+        raise _unknown_range(row_name, "the image has floating-point pixels, of no known range")
     return image.convert("RGB")
+
+
+def _unknown_range(row_name: str, problem: str) -> RowError:
+    return RowError(row_name, problem, "Convert it to 8-bit RGB", "unknown pixel range")
 
 
 def _too_large(row_name: str, problem: str) -> RowError:

@@ -1,6 +1,6 @@
 """Special tokens written by a user stay text.
 
-`</s>` in an answer or `<image>` in a caption must not become the token of that name. Before a conversation is
+`</s>` in a completion or `<image>` in a caption must not become the token of that name. Before a conversation is
 rendered, each such string is replaced by a private character (`guard`), so that every special string of the rendered
 text is the template's own; after tokenisation the private characters' tokens are replaced by the string's ids as text
 (`splice`). Rows without such strings go through unchanged.
@@ -28,18 +28,10 @@ def special_strings(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list
 
 
 def guard(messages: Sequence[Message], specials: list[str], row_name: str) -> tuple[list[Message], dict[str, str]]:
-    """Put a private character in the place of every special string in the messages.
+    """Put a private character in the place of every special string (`specials`, longest first) in the messages.
 
-    Args:
-        messages: The conversation.
-        specials: The strings, longest first.
-        row_name: The row, for errors.
-
-    Returns:
-        The messages, and the special string that each private character stands for.
-
-    Raises:
-        RowError: If a special string runs over two parts of one message, where no character can stand for it.
+    Returns also the special string that each private character stands for. A special string that runs over two parts
+    of one message, where no character can stand for it, is a `RowError`.
     """
     texts = [[part["text"] for part in _parts(message) if part["type"] == "text"] for message in messages]
     present = [special for special in specials if any(special in text for parts in texts for text in parts)]
@@ -73,18 +65,10 @@ def splice(
     stand_ins: dict[str, str],
     specials: list[str],
 ) -> tuple[list[int], list[Span]]:
-    """Replace the tokens of private characters by the ids of the special strings as text.
+    """Replace the tokens of private characters in the rendered `text` by the ids of the special strings as text.
 
-    Args:
-        tokenizer: A fast tokenizer.
-        text: The rendered text with private characters.
-        ids: Its ids.
-        offsets: The characters of each id.
-        stand_ins: What each private character stands for.
-        specials: The special strings of the tokenizer.
-
-    Returns:
-        The new ids and their characters in `text`.
+    `offsets` are the characters of each id, `stand_ins` what each private character stands for; returned are the
+    new ids and their characters in `text`.
     """
     forbidden = set(tokenizer.convert_tokens_to_ids(specials))
     private = re.compile("[" + "".join(stand_ins) + "]+")

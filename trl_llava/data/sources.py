@@ -1,4 +1,4 @@
-"""Where a data set is: found by Hub ID or path, and read without decoding a picture."""
+"""Where a data set is: found by Hub ID or path, and read without decoding an image."""
 
 import json
 from collections.abc import Container, Iterator
@@ -30,42 +30,22 @@ class DatasetSource(Protocol):
 
 @dataclass
 class RawRows:
-    """A data set as found.
-
-    Args:
-        dataset: Its records; with `is_json` the columns `index` and `json`.
-        name: What errors call it.
-        is_json: Whether each record is a JSON text.
-        columns: The columns to read of JSON records, `None` for all.
-        image_folder: Where its image file names are looked up, if it knows.
-        trusted_paths: Whether image paths come from the caller or from `datasets` itself, not from the data.
-    """
+    """A data set as found; `name` is what errors call it."""
 
     dataset: Dataset
     name: str
-    is_json: bool = False
-    columns: list[str] | None = None
-    image_folder: str | None = None
-    trusted_paths: bool = False
+    is_json: bool = False  # then each record is a JSON text, and the columns are `index` and `json`
+    columns: list[str] | None = None  # to read of JSON records, None for all
+    image_folder: str | None = None  # where its image file names are looked up, if it knows
+    trusted_paths: bool = False  # image paths come from the caller or from `datasets` itself, not from the data
 
 
 def read_source(
     source: str | Path | DatasetSource, *, name: str | None = None, split: str = "train", revision: str | None = None
 ) -> RawRows:
-    """Find and read a data set; the arguments are those of `data.load_rows`.
+    """Find and read a data set, nothing checked yet; the arguments are those of `load_rows`.
 
-    Args:
-        source: A Hub ID, a path, or an entry of a mixture, whose own `name` and `split` count.
-        name: Configuration of a Hub data set.
-        split: Which split.
-        revision: Commit or branch of a Hub data set.
-
-    Returns:
-        The records, nothing checked yet.
-
-    Raises:
-        FileNotFoundError: If a path does not exist.
-        ValueError: If a file is no data set, or has no such split.
+    Of an entry of a mixture its own `name` and `split` count.
     """
     columns = None
     options: dict[str, Any] = {"revision": revision}
@@ -101,17 +81,10 @@ def read_source(
 
 
 def json_record(text: str) -> Any:
-    """Read one record.
+    """Read one JSON text.
 
-    Args:
-        text: A JSON text.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        ValueError: If it is no JSON, has lists in lists beyond measure, or holds what JSON can write as an escape and
-            no data set can hold: half of a surrogate pair, or NUL in a key.
+    A `ValueError` also for lists in lists beyond measure, and for what JSON can write as an escape and no data set can
+    hold: half of a surrogate pair, or NUL in a key.
     """
     try:
         record = json.loads(text, object_pairs_hook=_without_nul if "\\u0000" in text else None)
@@ -129,14 +102,9 @@ def _without_nul(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def json_columns(raw: RawRows, untyped: Container[str] = ()) -> Features:
-    """Find the columns of JSON records, with types for those that every record could carry along.
+    """Every key of JSON records with its type; a column whose values have no common type becomes text.
 
-    Args:
-        raw: JSON records.
-        untyped: Columns whose type nobody asks for; their values, most of the data set, are not kept to find it.
-
-    Returns:
-        Every key by name. A column whose values have no common type becomes text.
+    Of the `untyped` columns, most of the data set, no value is kept to find a type that nobody asks for.
     """
     values: dict[str, list[Any]] = {}
     for text in raw.dataset[JSON_COLUMN]:
@@ -174,7 +142,7 @@ def _read_folder(folder: Path, name: str | None, split: str) -> RawRows:
             return _read_json(metadata, split, base)
     files = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
     of_split = [file for file in files if file.stem == base]
-    if of_split or files:
+    if files:
         if len(of_split) != 1 and not (len(files) == 1 and base == "train"):
             raise InputError(
                 f"{folder} has the files {[file.name for file in files]}, expected one {base}.json or {base}.jsonl. "
@@ -188,8 +156,7 @@ def _read_file(path: Path, split: str) -> RawRows:
     if path.suffix in (".json", ".jsonl"):
         return _read_json(path, split, "train")
     if path.suffix == ".parquet":
-        dataset = load_dataset("parquet", data_files={"train": str(path)}, split=split)
-        return RawRows(dataset, path.name)
+        return RawRows(load_dataset("parquet", data_files={"train": str(path)}, split=split), path.name)
     raise InputError(f"{path} is no data set that can be read: expected .json, .jsonl or .parquet.")
 
 
@@ -204,8 +171,7 @@ def _read_json(path: Path, split: str, splitname: str) -> RawRows:
         {"index": list(range(len(texts))), JSON_COLUMN: texts},
         features=Features({"index": Value("int64"), JSON_COLUMN: Value("large_string")}),
     )
-    dataset = _slice(dataset, split, splitname, path)
-    return RawRows(dataset, path.name, is_json=True, image_folder=str(path.parent))
+    return RawRows(_slice(dataset, split, splitname, path), path.name, is_json=True, image_folder=str(path.parent))
 
 
 def _json_texts(path: Path) -> Iterator[str]:
@@ -221,9 +187,8 @@ def _json_texts(path: Path) -> Iterator[str]:
         try:
             records = json.load(file)
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path} is not JSON ({error}). Expected a list of records, or one on each line."
-            ) from error
+            expected = "Expected a list of records, or one on each line."
+            raise InputError(f"{path} is not JSON ({error}). {expected}") from error
     yield from (json.dumps(record) for record in records)
 
 

@@ -24,25 +24,11 @@ def load_splits(
     require_captions: bool = False,
     dataset_num_proc: int | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Loads and checks the rows; each process reads what the first one has prepared.
+    """Load and check a recipe's rows; each process reads what the first one has prepared.
 
     The evaluation rows are `test_split_size` rows taken out of the training rows (a share, or a number from 1 on),
-    else `dataset_test_split`. They are loaded when `test_split_size` or `eval_strategy` asks for them.
-
-    Args:
-        script_args: Where the rows are.
-        mixture: `datasets`, instead of `dataset_name`.
-        training_args: For `eval_strategy`, `seed` and `data_seed`.
-        stage: What the rows are for.
-        require_captions: Whether a row without captions cannot be used.
-        dataset_num_proc: Processes to work with.
-
-    Returns:
-        Training rows, and evaluation rows or None.
-
-    Raises:
-        RecipeError: If the recipe names no data set, two, or no evaluation rows although it evaluates.
-        RowError: If a row cannot be used and `on_bad_row` is "error".
+    else `dataset_test_split`. They are loaded when `test_split_size` or `eval_strategy` asks for them, else None. Of
+    `training_args`, `eval_strategy` and the seeds are read.
     """
     train_sources, eval_source = named_sources(script_args, mixture, training_args)
     set_limits(script_args.max_image_pixels, script_args.follow_image_links)
@@ -69,19 +55,7 @@ def load_splits(
 def named_sources(
     script_args: LlavaScriptArguments, mixture: DatasetMixtureConfig, training_args: TrainingArguments
 ) -> tuple[list[DatasetConfig], DatasetConfig | None]:
-    """The data sets that a recipe names.
-
-    Args:
-        script_args: `dataset_name`, its configuration and splits.
-        mixture: `datasets`, instead of `dataset_name`.
-        training_args: For `eval_strategy`.
-
-    Returns:
-        The data sets of the training rows, and that of the evaluation rows if it is one of its own.
-
-    Raises:
-        RecipeError: As `load_splits`.
-    """
+    """The data sets that a recipe names: those of the training rows, and that of the evaluation rows if it has one."""
     if bool(mixture.datasets) == bool(script_args.dataset_name):
         found = "both are given" if mixture.datasets else "neither is given"
         raise RecipeError(f"name the rows with either `dataset_name` or `datasets`: {found}.")
@@ -102,15 +76,7 @@ def named_sources(
 
 
 def check_held_out(size: float, rows: int) -> None:
-    """Refuse a `test_split_size` that cannot be.
-
-    Args:
-        size: A share, or a number of rows from 1 on.
-        rows: How many rows there are.
-
-    Raises:
-        RecipeError: If it is neither, or leaves nothing.
-    """
+    """Refuse a `test_split_size` that is neither a share nor a number of rows, or leaves no row."""
     if size <= 0 or (size >= 1 and (size != int(size) or size >= rows)):
         raise RecipeError(
             f"`test_split_size` must be a share between 0 and 1 or a whole number below the {rows} rows, found {size}."

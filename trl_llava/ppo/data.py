@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.data.collators import PromptCollator
-from trl_llava.data.contract import RowError
+from trl_llava.data.contract import check_one_image
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
 from trl_llava.models.model_inputs import counts_images
@@ -82,37 +82,12 @@ def prompt_rows(
         RowError: if a row cannot be used, has no captions where they are needed, or has pictures that vLLM, if it
             is to answer, would process otherwise than the policy does.
     """
-    rows = rows_from(dataset, "prompt", name=name)
-    bare = [i for i, captions in enumerate(rows["captions"]) if not captions] if require_captions else []
-    if bare:
-        raise RowError(
-            rows[bare[0]]["row_name"],
-            f"it has no captions, but a reward function needs them ({len(bare)} of {len(rows)} rows have none)",
-            "Give a `captions` column or captions_file, or use a reward model trained with with_captions: false",
-            "no captions",
-        )
-    if args.use_vllm:
-        _check_what_vllm_sees(rows, collator)
+    rows = rows_from(dataset, "prompt", name=name, require_captions=require_captions)
+    if args.use_vllm and counts_images(collator.processor):
+        # LLaVA-OneVision's processor cuts an image into tiles where it is the only one of its row; vLLM cuts up each.
+        for row in rows.select_columns(["row_name", "images"]):
+            check_one_image(row["images"], row["row_name"], "vLLM")
     return drop_overlong(rows, collator, args.overlong)
-
-
-def _check_what_vllm_sees(rows: Dataset, collator: PromptCollator) -> None:
-    """Stop at rows whose pictures vLLM would process otherwise than the policy does.
-
-    LLaVA-OneVision's processor cuts a picture into tiles where it is the only one of its row; vLLM cuts up each.
-    """
-    if not counts_images(collator.processor):
-        return
-    name = type(collator.processor.image_processor).__name__
-    for row in rows.select_columns(["row_name", "images"]):
-        if len(row["images"]) > 1:
-            raise RowError(
-                row["row_name"],
-                f"it has {len(row['images'])} images, which {name} processes otherwise than one alone, and vLLM "
-                "each as if it were alone",
-                "Leave such rows out, or set `use_vllm: false`",
-                "several images, with use_vllm",
-            )
 
 
 def rollout_loader(

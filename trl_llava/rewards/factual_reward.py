@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.configs.stages import LlavaModelConfig
-from trl_llava.data.asked import Conversation, same_prompts, without_pictures
-from trl_llava.data.contract import RowError, normalise_messages, place_images
+from trl_llava.data.contract import check_captions, names_or_numbers, normalise_messages, place_images
 from trl_llava.data.encoding import encode
 from trl_llava.data.images import ImageRef, load_image
+from trl_llava.data.prompt_groups import Conversation, same_prompts, split_images
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import check_there, find_file, not_found
 from trl_llava.hub.names import split_revision
@@ -119,7 +119,7 @@ class FactualReward:
         Returns:
             B scores.
         """
-        names = columns.get("row_name") or [f"row {index}" for index in range(len(prompts))]
+        names = names_or_numbers(columns.get("row_name"), len(prompts))
         pictures = columns.get("image") if images is None else images
         rows = list(
             zip(
@@ -142,24 +142,15 @@ class FactualReward:
         self, prompt: Conversation, completion: Conversation, pictures: Any, captions: Sequence[str] | None, name: str
     ) -> tuple[list[Message], list[Image.Image], str]:
         """The conversation that the model reads for one row, with the row's decoded pictures."""
-        asked, inside = without_pictures(prompt, "user")
-        answer, _ = without_pictures(completion, "assistant")
-        if pictures is None:
-            pictures = inside
-        elif not isinstance(pictures, list | tuple):
-            pictures = [pictures]
-        decoded = [load_image(picture, name) for picture in pictures]
-        conversation = place_images(normalise_messages(asked, name), len(decoded), name)
+        question, images = split_images(prompt, pictures, "user")
+        answer, _ = split_images(completion, None, "assistant")
+        decoded = [load_image(image, name) for image in images]
+        conversation = place_images(normalise_messages(question, name), len(decoded), name)
         conversation += normalise_messages(answer, name, "completion")
         if self.judging_prompt is None:
             return conversation, decoded, name
-        if self.needs_captions and not captions:
-            raise RowError(
-                name,
-                "it has no captions, but the reward model's judging prompt shows them",
-                "Give a `captions` column with at least one caption per row, or use a reward model trained with "
-                "with_captions: false",
-            )
+        if self.needs_captions:
+            check_captions(captions, name)
         return judging_messages(conversation, captions, self.judging_prompt), decoded, name
 
     def _score(self, rows: Sequence[tuple[list[Message], list[Image.Image], str]], groups: list[int]) -> list[float]:

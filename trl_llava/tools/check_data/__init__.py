@@ -1,1 +1,1 @@
-"""TODO."""
+"""`trl-llava check-data`: all rows of a recipe, checked before its run."""

@@ -20,13 +20,12 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_llava.configs.online import OnlineArguments
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
-from trl_llava.data.collators import PreferenceCollator, PromptCollator, SFTCollator
-from trl_llava.data.contract import Stage
-from trl_llava.data.dpo_collator import DPOCollator
+from trl_llava.data.collators import PromptCollator, SFTCollator
+from trl_llava.data.contract import NO_CAPTIONS, Stage
 from trl_llava.data.images import set_limits
 from trl_llava.data.lengths import LengthMeter
-from trl_llava.data.load import row_maker
-from trl_llava.data.maker import RowMaker
+from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
+from trl_llava.data.row_maker import RowMaker
 from trl_llava.data.sources import RawRows, read_source
 from trl_llava.data.splits import check_held_out, named_sources
 from trl_llava.errors import RecipeError
@@ -36,8 +35,8 @@ from trl_llava.models.model_inputs import counts_images
 from trl_llava.ppo.roles import load_policy_processor
 from trl_llava.prompts import render
 from trl_llava.rewards.reward_settings import shows_captions
-from trl_llava.tools.check_data.check import FOUND, RowCheck
 from trl_llava.tools.check_data.check_report import SourceReport, print_report
+from trl_llava.tools.check_data.row_check import FOUND, RowCheck
 from trl_llava.tools.recipe_stage import find_stage, recipe_parser
 from trl_llava.train_reward import make_judging_prompt
 
@@ -50,37 +49,23 @@ ROWS_OF: dict[str, Stage] = {
 
 @dataclass
 class Check:
-    """What a recipe's rows are held against.
-
-    Attributes:
-        stage: Name of the stage.
-        script_args: Where the rows are.
-        sources: The data sets, the one for evaluation last.
-        collator: Makes the batches of the run; knows processor and limit.
-        overlong: What the run does with rows over the limit.
-        wants_captions: Whether each row needs captions; None if the reward model is not there to ask.
-        one_image_for: Who reads a row's images one by one, so that a run refuses rows with several; None if no one.
-        test_split_size: How much is held out.
-        num_proc: Processes to work with.
-        samples: How many prompts of each data set are shown.
-        failures: Why a run would fail.
-    """
+    """What a recipe's rows are held against."""
 
     stage: str
     script_args: LlavaScriptArguments
-    sources: list[DatasetConfig]
-    collator: Any
+    sources: list[DatasetConfig]  # the one for evaluation last
+    collator: Any  # makes the batches of the run; knows processor and limit
     overlong: str
-    wants_captions: bool | None
-    one_image_for: str | None
+    wants_captions: bool | None  # None if the reward model is not there to ask
+    one_image_for: str | None  # who reads a row's images one by one, so that a run refuses rows with several
     test_split_size: float | None
     num_proc: int
-    samples: int
+    samples: int  # how many prompts of each data set are shown
     failures: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Checks the rows of one recipe, and prints what was found.
+    """Check the rows of one recipe, and print what was found.
 
     Args:
         argv: Options, recipe and overrides.
@@ -192,14 +177,13 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
     arguments = check.script_args
     try:
         raw = read_source(source)
-        folder = arguments.image_folder or raw.image_folder
-        captions, rows_of = bool(check.wants_captions), ROWS_OF[check.stage]
-        make_rows = row_maker(raw, rows_of, folder, arguments.captions_file, captions, decode=True)
+        folder, captions = arguments.image_folder or raw.image_folder, bool(check.wants_captions)
+        maker = RowMaker.of(raw, ROWS_OF[check.stage], folder, arguments.captions_file, captions, decode=True)
     except (ValueError, OSError) as error:
         check.failures.append(str(error))
         return report
     found = raw.dataset.with_format("arrow").map(
-        RowCheck(make_rows, LengthMeter(check.collator)),
+        RowCheck(maker, LengthMeter(check.collator), check.one_image_for).batch,
         batched=True,
         batch_size=64,
         with_indices=True,
@@ -212,7 +196,7 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
     _count(check, report, found.with_format(None)[:])
     usable = [i for i, tokens in enumerate(report.tokens) if tokens]
     drawn = random.Random(0).sample(usable, min(check.samples, len(usable)))
-    report.samples = [_sample(check, raw, make_rows, i) for i in sorted(drawn)]
+    report.samples = [_sample(check, raw, maker, i) for i in sorted(drawn)]
     return report
 
 
@@ -227,7 +211,7 @@ def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> N
     report.answer_types = Counter(found["answer_type"][i] for i in good if found["answer_type"][i])
     report.text_only = sum(not found["images"][i] for i in good)
     bare = sum(not found["captions"][i] for i in good)
-    report.without_captions = report.reasons["no captions"] + (bare if ROWS_OF[check.stage] != "sft" else 0)
+    report.without_captions = report.reasons[NO_CAPTIONS] + (bare if ROWS_OF[check.stage] != "sft" else 0)
     report.tokens, report.text_tokens = found["tokens"], found["text_tokens"]
     report.over_limit = 0 if limit is None else sum(found["tokens"][i] > limit for i in good)
 
@@ -236,15 +220,9 @@ def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> N
         check.failures.append(f"{len(bad)} of {report.rows} rows of {report.name} cannot be used, first {first}")
     elif len(bad) == report.rows:
         check.failures.append(f"none of the {report.rows} rows of {report.name} can be used")
-    elif unencoded := [i for i in bad if not found["encoded"][i]]:
-        first = found["problem"][unencoded[0]]
-        check.failures.append(f"{len(unencoded)} rows of {report.name} cannot be encoded, first {first}")
-    several = [i for i in good if found["images"][i] > 1]
-    if several and check.one_image_for is not None:
-        check.failures.append(
-            f"{len(several)} of {report.rows} rows of {report.name} have several images, first row {several[0]}, and "
-            f"{check.one_image_for} would read each as if it were alone: leave such rows out"
-        )
+    elif unskipped := [i for i in bad if found["loaded"][i]]:
+        first = found["problem"][unskipped[0]]
+        check.failures.append(f"{len(unskipped)} rows of {report.name} cannot be encoded, first {first}")
     if report.over_limit and (check.overlong == "error" or report.over_limit == len(good)):
         check.failures.append(
             f"{report.over_limit} of {report.rows} rows of {report.name} have more tokens than "
@@ -261,12 +239,12 @@ def _check_whole(check: Check, reports: list[SourceReport]) -> None:
             check.failures.append(str(error))
 
 
-def _sample(check: Check, raw: RawRows, make_rows: RowMaker, index: int) -> tuple[str, str]:
-    """A row's name, and the text that the model reads of it, image tokens counted; of a pair the chosen answer's."""
+def _sample(check: Check, raw: RawRows, maker: RowMaker, index: int) -> tuple[str, str]:
+    """A row's name, and the text that the model reads of it, image tokens counted; of a pair the chosen one's."""
     (record,) = raw.dataset.with_format("arrow")[index : index + 1].to_pylist()
-    row = make_rows.row(record, index)
+    row = maker.row(record, index)
     processor = check.collator.processor
-    flags = {name: flag for name, flag in check.collator.rendering().items() if name != "answers"}
+    flags = {name: flag for name, flag in check.collator.rendering().items() if name != "assistant_turns"}
     text = render(processor, check.collator.conversations(row)[0], **flags)
     for expansion in LengthMeter(check.collator).expansions(row):
         token = processor.image_token

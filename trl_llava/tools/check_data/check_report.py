@@ -14,70 +14,39 @@ BARS = 12
 
 @dataclass
 class SourceReport:
-    """What was found in one data set.
-
-    Attributes:
-        name: The data set.
-        rows: How many rows it has.
-        usable: How many can be used.
-        reasons: How many cannot be used for which reason.
-        examples: The first row of each reason, with fix.
-        answer_types: Usable rows by answer type.
-        text_only: Usable rows without images.
-        without_captions: Rows without captions.
-        over_limit: Usable rows with more tokens than the limit.
-        tokens: Tokens of each row, image tokens included; 0 for a row that cannot be used.
-        text_tokens: Tokens of each row without image tokens.
-        samples: Names of rows with what the model reads of them.
-    """
+    """What was found in one data set."""
 
     name: str
     rows: int = 0
     usable: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-    answer_types: Counter[str] = field(default_factory=Counter)
-    text_only: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)  # of the rows that cannot be used
+    examples: dict[str, str] = field(default_factory=dict)  # the first row of each reason, with fix
+    answer_types: Counter[str] = field(default_factory=Counter)  # of usable rows
+    text_only: int = 0  # usable rows without images
     without_captions: int = 0
-    over_limit: int = 0
-    tokens: list[int] = field(default_factory=list)
-    text_tokens: list[int] = field(default_factory=list)
-    samples: list[tuple[str, str]] = field(default_factory=list)
+    over_limit: int = 0  # usable rows with more tokens than the limit
+    tokens: list[int] = field(default_factory=list)  # of each row, image tokens too; 0 for one that cannot be used
+    text_tokens: list[int] = field(default_factory=list)  # of each row without image tokens
+    samples: list[tuple[str, str]] = field(default_factory=list)  # names of rows, with what the model reads of them
 
     def count(self, reasons: tuple[str, ...]) -> int:
-        """How many rows cannot be used for these reasons.
-
-        Args:
-            reasons: Reasons of `RowError`.
-
-        Returns:
-            The number of rows.
-        """
+        """How many rows cannot be used for these reasons."""
         return sum(self.reasons[reason] for reason in reasons)
 
 
 def print_report(console: Console, reports: list[SourceReport], failures: list[str], collator: Any) -> None:
-    """Prints all tables, samples, and whether a run would fail.
-
-    Args:
-        console: Where to.
-        reports: What was found in each data set.
-        failures: Why a run would fail; empty if it would not.
-        collator: The run's collator, for its limit.
-    """
+    """Print all tables, samples, and whether a run would fail."""
     console.print(_row_table(reports))
     if any(report.answer_types for report in reports):
         console.print(_type_table(reports))
     if any(report.reasons for report in reports):
         console.print(_problem_table(reports))
     limit = getattr(collator, collator.limit)
-    limited = f"; {collator.limit} is {limit}" if limit is not None else f"; no {collator.limit}"
+    limited = f"{collator.limit} is {limit}" if limit is not None else f"no {collator.limit}"
     tokens = [count for report in reports for count in report.tokens if count]
-    text_tokens = [
-        count for report in reports for count, all_ in zip(report.text_tokens, report.tokens, strict=True) if all_
-    ]
+    text_tokens = [count for report in reports for count in report.text_tokens if count]
     if tokens:
-        console.print(histogram(f"Tokens a row, image tokens included{limited}", tokens))
+        console.print(histogram(f"Tokens a row, image tokens included; {limited}", tokens))
         console.print(histogram("Tokens a row without image tokens", text_tokens))
     for report in reports:
         for name, text in report.samples:
@@ -91,27 +60,17 @@ def print_report(console: Console, reports: list[SourceReport], failures: list[s
 
 
 def histogram(title: str, values: list[int]) -> Table:
-    """Count values in ranges of one width.
+    """A table of how many values are in which range of one width, with quantiles in its caption.
 
-    Args:
-        title: Title of the table.
-        values: Whole numbers above 0.
-
-    Returns:
-        A table of ranges, counts and bars, with quantiles in its caption.
-
-    Example:
-        >>> [list(column.cells) for column in histogram("", [1, 2, 30]).columns][:2]
-        [['1-10', '11-20', '21-30'], ['2', '0', '1']]
+    >>> [list(column.cells) for column in histogram("", [1, 2, 30]).columns][:2]
+    [['1-10', '11-20', '21-30'], ['2', '0', '1']]
     """
     width = _round_up(max(values) / BARS)
     counts = Counter((value - 1) // width for value in values)
     ordered = sorted(values)
-    quantiles = {"median": 0.5, "95 %": 0.95, "99 %": 0.99}
-    stated = [
-        f"{name} {ordered[min(len(ordered) - 1, int(share * len(ordered)))]}" for name, share in quantiles.items()
-    ]
-    caption = ", ".join([f"shortest {ordered[0]}", *stated, f"longest {ordered[-1]}"])
+    quantiles = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "99 %": 0.99, "longest": 1.0}
+    last = len(ordered) - 1
+    caption = ", ".join(f"{name} {ordered[min(last, int(share * len(ordered)))]}" for name, share in quantiles.items())
     table = Table("tokens", "rows", "", title=title, caption=caption)
     table.columns[1].justify = "right"
     most = max(counts.values())
@@ -132,18 +91,10 @@ def _round_up(width: float) -> int:
 
 
 def _row_table(reports: list[SourceReport]) -> Table:
-    columns = (
-        "rows",
-        "usable",
-        "text\nonly",
-        "image\nmissing",
-        "image\nunreadable",
-        "no\ncaptions",
-        "over the\nlimit",
-    )
+    columns = ("rows", "usable", "text only", "image missing", "image unreadable", "no captions", "over_the limit")
     table = Table("data set", title="Rows")
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column.replace(" ", "\n").replace("_", " "), justify="right", no_wrap=True)
     table.columns[0].overflow = "fold"
     for report in reports:
         numbers = (report.rows, report.usable, report.text_only, report.count(MISSING), report.count(UNREADABLE))

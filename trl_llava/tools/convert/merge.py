@@ -18,8 +18,8 @@ from PIL import Image
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.data.batching import text_tensors
 from trl_llava.data.encoding import encode
-from trl_llava.data.padding import text_tensors
 from trl_llava.errors import InputError
 from trl_llava.hub.lookup import check_there, find_file
 from trl_llava.hub.names import split_revision
