@@ -120,7 +120,6 @@ def test_our_ppo_fields_are_neutral() -> None:
         (LlavaPPOConfig, {"batch_size": 8}, "`batch_size` must stay None .* the trainer computes it"),
         (LlavaPPOConfig, {"eval_strategy": "steps"}, "`eval_strategy` .* no evaluation loss"),
         (LlavaPPOConfig, {"temperature": 0.0}, "`temperature` must be above 0"),
-        (LlavaPPOConfig, {"image_cache_gib": -1.0}, "`image_cache_gib` must be 0 or above, found -1.0"),
         (LlavaPPOConfig, {"missing_eos_penalty": -8.0, "stop_token": "eos"}, "`missing_eos_penalty` must be above 0"),
         (LlavaPPOConfig, {"missing_eos_penalty": 8.0}, "needs a stop token.*`stop_token: eos`"),
         (LlavaPPOConfig, {"stop_token": "eos", "stop_token_id": 2}, "`stop_token` and `stop_token_id` exclude"),

@@ -59,7 +59,6 @@ def step(base: Path, folder: Path, **changes: Any) -> tuple[Any, Path]:
         {"max_tokens_per_micro_batch": 640},
         {"max_tokens_per_micro_batch": 420, "num_generations_per_prompt": 2},
         {"generation_cache_gib": 3 * 384 * 380 / 2**30},
-        {"image_cache_gib": 0.0},
     ],
     ids=lambda changes: ",".join(changes) or "defaults",
 )
@@ -67,10 +66,19 @@ def test_ppo_needs_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, change
     # In inference mode the trace would not see what attention allocates.
     monkeypatch.setattr(ppo_ask, "is_deepspeed_zero3_enabled", lambda: True)
     trainer, adapter = step(tiny_llava_dir, tmp_path, **changes)
+    rollout, made = trainer.rollout, []
+
+    def count_features(*given: Any) -> Any:
+        found = rollout(*given)
+        features = [*found.inputs.features, *found.value_inputs.features]
+        made.append(sum(one.nbytes for one in {id(one): one for one in features}.values()))
+        return found
+
+    trainer.rollout = count_features
     measured = phases_of(trainer)
     need = plan_of(trainer, tiny_llava_dir, adapter)
     plan = on_a_cpu(need)
-    assert trainer.image_features.bytes == min(need.host["image features of a step"], need.host["image cache"])
+    assert made == [need.host["image features of a step"]]
     for name, own in (("generation", "generation"), ("forward", "passes"), ("update", "update")):
         assert plan[own] == pytest.approx(measured[name], rel=0.15), name
     assert max(plan.values()) == pytest.approx(max(measured.values()), rel=0.15)

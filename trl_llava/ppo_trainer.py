@@ -1,7 +1,6 @@
 """Stage 3: PPO whose policy, value and reward see the image."""
 
 import copy
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,12 +30,11 @@ from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.vllm import require_vllm
 from trl_llava.data.collators import PromptCollator
 from trl_llava.health import check_finite, check_first_step_kl
-from trl_llava.models.blank_picture import look_on_every_process
+from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.gpu_kernels import apply_liger
-from trl_llava.models.image_features import GIB, ImageFeatures
+from trl_llava.models.image_features import encode_images, same_vision
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.models.shared_weights import shares_weights
 from trl_llava.ppo import ppo_math
 from trl_llava.ppo.answers import Answers
 from trl_llava.ppo.ask import RoleQuestions, can_share_prefix
@@ -97,8 +95,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         optimizers: optimizer and scheduler, instead of those that `args` describes.
         callbacks: further callbacks.
         peft_config: wraps the policy in a fresh adapter.
-        image_features: where pictures are encoded; by default one of its own, of `args.image_cache_gib`. A reward
-            model that shares the policy's base may have the same one.
 
     Raises:
         ValueError: if the data set holds less than one batch of rows, the process has another mixed precision, or it
@@ -126,7 +122,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
-        image_features: ImageFeatures | None = None,
     ) -> None:
         refuse_launches(args)
         require_vllm(args)
@@ -165,7 +160,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         if args.num_sample_generations > 0:
             steps = self.args.num_total_batches
             self.sample_generations_freq = max(1, steps // args.num_sample_generations)
-        self.image_features = ImageFeatures(args.image_cache_gib * GIB) if image_features is None else image_features
         self.clock = PhaseClock(self.callback_handler)
         self._batches_from(0)  # raises now where an epoch has less than a batch
         self._prepare()
@@ -186,7 +180,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         collators: Any = self.data_collator
         for role, model in (("policy", self.policy_model), ("value", self.value_model)):
             processor = getattr(collators, role, collators).processor
-            look_on_every_process(model, processor, accelerator, encoded_before=True)
+            encode_on_every_process(model, processor, accelerator, encoded_before=True)
         if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
             # DeepSpeed clips by itself; left at "auto" it would clip at 1.
             plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm or 0.0
@@ -226,8 +220,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     def _make_phases(self) -> None:
         """What generates, asks and updates, once the models are prepared."""
         args = self.args
-        if shares_weights(self.accelerator):  # only ahead of the passes may processes run a tower unequally often
-            self.image_features.max_bytes = math.inf
         self.sampling = Sampling(args.temperature, suppressed_tokens(self.policy_model), args.logits_chunk_size)
         recompute = args.recompute_logprobs
         if recompute is None:
@@ -294,14 +286,17 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         columns = {
             name: [entry for entry in column for _ in range(times)] for name, column in batch["columns"].items()
         }
-        self.image_features.begin_step()
-        if self.ref_model is not None:  # else the reference sees with the policy's tower
+        if self.ref_model is not None:  # else the reference has the policy's tower
             with torch.no_grad(), self.gathered(self.ref_model) as reference, self.clock.phase("images"):
-                ref_inputs = self.image_features.encode(reference, ref_inputs, at_once).repeated(times)
+                ref_inputs = encode_images(reference, ref_inputs, at_once).repeated(times)
         with torch.no_grad(), self.gathered() as model:
             with self.clock.phase("images"):
-                value_inputs = self.image_features.encode(model.value_model, value_inputs, at_once).repeated(times)
-                inputs = self.image_features.encode(model.policy, inputs, at_once).repeated(times)
+                together = value_inputs is inputs and same_vision(model.policy, model.value_model)
+                inputs = encode_images(model.policy, inputs, at_once).repeated(times)
+                if together:
+                    value_inputs = inputs
+                else:
+                    value_inputs = encode_images(model.value_model, value_inputs, at_once).repeated(times)
             with self.clock.phase("generation"):
                 answers = self.generate(model.policy, inputs, columns, step)
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)

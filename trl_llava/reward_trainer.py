@@ -14,7 +14,7 @@ from trl_llava.data.load import rows_from
 from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.health import FiniteSteps
 from trl_llava.models.base_model import base_of
-from trl_llava.models.blank_picture import look_on_every_process
+from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.fsdp_layers import shard_by_layers
 from trl_llava.models.gpu_kernels import check_liger_knows
 from trl_llava.models.sequence_classification import ImageTextForSequenceClassification
@@ -85,7 +85,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
         if args.chat_template_path is not None:
             processing_class.chat_template = tokenizer.chat_template
         self.processing_class = self.callback_handler.processing_class = processing_class
-        look_on_every_process(self.model, processing_class, self.accelerator)
+        encode_on_every_process(self.model, processing_class, self.accelerator)
         shard_by_layers(self.model, self.accelerator)
 
     def _why_pairs_run_apart(self) -> str | None:

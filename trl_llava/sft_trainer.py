@@ -12,7 +12,7 @@ from trl_llava.data.collators import SFTCollator
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
 from trl_llava.health import FiniteSteps
-from trl_llava.models.blank_picture import look_on_every_process
+from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.fsdp_layers import shard_by_layers
 from trl_llava.models.gpu_kernels import check_liger_knows
 from trl_llava.publish.trainer import PushesSafely
@@ -76,7 +76,7 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
             **kwargs,
         )
         check_liger_knows(self.model, args)
-        look_on_every_process(self.model, processing_class, self.accelerator)
+        encode_on_every_process(self.model, processing_class, self.accelerator)
         shard_by_layers(self.model, self.accelerator)
 
     def _set_signature_columns_if_needed(self) -> None:

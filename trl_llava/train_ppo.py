@@ -21,7 +21,6 @@ from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs.vllm import require_vllm
 from trl_llava.data.splits import load_splits
 from trl_llava.models.adapter_role import cast_adapters
-from trl_llava.models.image_features import GIB, ImageFeatures
 from trl_llava.models.loaded_models import describe_models
 from trl_llava.ppo.roles import Policy, Value, load_policy_roles, load_value_model
 from trl_llava.ppo_trainer import LlavaPPOTrainer
@@ -73,9 +72,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
         dataset_num_proc=training_args.dataset_num_proc,
     )
     policy, value, rewards = load_all(training_args, model_args)
-    image_features = ImageFeatures(training_args.image_cache_gib * GIB)
     if rewards and isinstance(rewards[0], FactualReward):
-        rewards[0].image_features = image_features
         rewards[0].share_prefix &= training_args.share_prefix
         rewards[0].max_tokens = training_args.max_tokens_per_micro_batch
     trainer = LlavaPPOTrainer(
@@ -88,7 +85,6 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
         eval_dataset=eval_rows,
         value_model=value.model,
         value_processing_class=value.processor,
-        image_features=image_features,
     )
     return run.train(trainer, policy.base)
 

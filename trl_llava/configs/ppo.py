@@ -121,9 +121,7 @@ class LlavaPPOConfig(VLLMOptions, _BaseConfig):
         None, "What LoRA weights and score heads are kept in. None: LoRA in float32, heads as the base model."
     )
     image_cache_gib: float = option(
-        4.0,
-        "CPU memory in GiB, of each process, for what tower and projector make of pictures, which all roles, passes "
-        "and epochs then share. What does not fit is encoded again in every pass; 0 keeps nothing.",
+        4.0, "Kept for older recipes, does nothing: image features are made once a step for all roles and passes."
     )
     # Prompts
     chat_template_path: str | None = option(None, f"{TEMPLATE_HELP} The reward model keeps its own.")
@@ -236,8 +234,6 @@ class LlavaPPOConfig(VLLMOptions, _BaseConfig):
         require_positive(self, "max_tokens_per_micro_batch", "logits_chunk_size", "generation_cache_gib")
         require_positive(self, "num_generations_per_prompt", *BATCH_FIELDS)
         require_positive(self, "missing_eos_penalty", "reward_scale")
-        if self.image_cache_gib < 0:
-            raise ValueError(f"`image_cache_gib` must be 0 or above, found {self.image_cache_gib!r}.")
         if self.value_head == "reward" and self.value_init != "reward" and self.value_model_path is None:
             raise ValueError(
                 f"`value_head: reward` needs a value model that starts with a head, but `value_init` is "

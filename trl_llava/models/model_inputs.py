@@ -1,9 +1,9 @@
-"""Prompts as a model sees them, and what goes with their images.
+"""Prompts as a model reads them, and the images that go with them.
 
-Letters: `B` batch, `Q` query length (image tokens included), `I` images.
+Letters: `B` batch, `Q` query length (image tokens included), `I` images, `N` image tokens, `H` hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,56 +15,32 @@ COUNTS = "batch_num_images"
 
 
 def counts_images(processor: Any) -> bool:
-    """Whether a processor tells one image of a row from several, as LLaVA-OneVision's does: only one alone is tiled.
-
-    Args:
-        processor: a processor, or a tokenizer, which takes no images.
-
-    Returns:
-        Whether it does.
-    """
+    """Whether a processor (or a tokenizer: no) tiles an image only where it is its row's only one, as OneVision's."""
     return COUNTS in getattr(getattr(processor, "image_processor", None), "model_input_names", ())
 
 
 @dataclass
 class ModelInputs:
-    """A batch of prompts as one model's processor encodes them.
+    """A batch of prompts as one model's processor encodes them; a row's images never part from it."""
 
-    Attributes:
-        input_ids: (B, Q) long, left-padded.
-        attention_mask: (B, Q) long, 1 at real tokens.
-        images_per_row: number of images of each of the B rows.
-        extras: whatever else the model takes: `pixel_values` and `image_sizes` with one entry per image, which stay
-            where the batch was made until a pass needs them, (B, Q) token kinds, or entries per row.
-        groups: for each row the number of its prompt: rows with the same number have the same prompt.
-        digests: a hash of each image's content, once it is known.
-        encoder: gives the features of all images, (N, H) each, in place of the extras that are `encoded`.
-        encoded: names of extras that the features are made from; they may be gone.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    images_per_row: list[int]
+    input_ids: torch.Tensor  # (B, Q) long, left-padded
+    attention_mask: torch.Tensor  # (B, Q) long, 1 at real tokens
+    images_per_row: list[int]  # B numbers, I in all
+    # What else the model takes: `pixel_values` and `image_sizes` with one entry per image, which stay where the batch
+    # was made until a pass needs them, (B, Q) kinds of tokens, or entries per row.
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
-    groups: list[int] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-    encoder: Callable[["ModelInputs"], list[torch.Tensor]] | None = None
-    encoded: frozenset[str] = frozenset()
+    groups: list[int] = field(
+        default_factory=list
+    )  # B numbers of prompts: rows with the same one have the same prompt
+    # (N, H) of each image, made once for all passes of a step; they stand in the place of the pixels, which are gone.
+    features: list[torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.groups = self.groups or list(range(len(self.input_ids)))
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any], device: torch.device) -> "ModelInputs":
-        """Take the tensors out of a prompt collator's batch.
-
-        Args:
-            batch: what `PromptCollator` returns.
-            device: where the tokens go.
-
-        Returns:
-            The inputs of the B rows.
-        """
+        """Take the tensors out of what `PromptCollator` returns; those of tokens go to `device`."""
         tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
         shape = tensors["input_ids"].shape
         tensors = {key: value.to(device) if value.shape == shape else value for key, value in tensors.items()}
@@ -90,36 +66,15 @@ class ModelInputs:
         return len(set(self.groups)) < len(self) and not self.with_tokens()
 
     def with_tokens(self) -> dict[str, torch.Tensor]:
-        """The extras that have one entry for each token.
-
-        Returns:
-            Name -> (B, Q).
-        """
+        """The extras with one entry for each token, (B, Q) each."""
         return {key: value for key, value in self.extras.items() if value.shape == self.input_ids.shape}
 
     def repeated(self, times: int) -> "ModelInputs":
-        """Every prompt several times, its copies beside each other.
-
-        Args:
-            times: how often.
-
-        Returns:
-            The inputs of B * `times` rows; features of images are not copied.
-        """
+        """Every prompt `times` times, its copies beside each other; image features are not copied."""
         return self if times == 1 else self.select([row for row in range(len(self)) for _ in range(times)])
 
     def select(self, rows: Sequence[int]) -> "ModelInputs":
-        """Pick rows, each with its own images, padded to the longest of them.
-
-        Args:
-            rows: indices into the batch.
-
-        Returns:
-            The inputs of these rows, in this order.
-
-        Raises:
-            ValueError: if a tensor has neither one entry per image nor one per row, so that it cannot be split.
-        """
+        """Pick rows in this order, each with its own images, padded to the longest of them."""
         rows = list(rows)
         padding = self.query_length - int(self.attention_mask[rows].sum(1).max())
         extras = self.images_of(rows)
@@ -130,9 +85,7 @@ class ModelInputs:
             [self.images_per_row[row] for row in rows],
             extras,
             [self.groups[row] for row in rows],
-            [self.digests[image] for image in self._images(rows)] if self.digests else [],
-            self.encoder,
-            self.encoded,
+            None if self.features is None else [self.features[image] for image in self._images(rows)],
         )
 
     def _images(self, rows: Sequence[int]) -> list[int]:
@@ -141,17 +94,7 @@ class ModelInputs:
         return [starts[row] + offset for row in rows for offset in range(self.images_per_row[row])]
 
     def images_of(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The extras that go with images, of some rows.
-
-        Args:
-            rows: indices into the batch.
-
-        Returns:
-            The extras, none if the rows have no image.
-
-        Raises:
-            ValueError: if a tensor has neither one entry per image nor one per row, so that it cannot be split.
-        """
+        """The extras that go with the images of some rows; none if the rows have no image."""
         images, extras = self._images(rows), {}
         for key, value in self.extras.items():
             if key == COUNTS:
@@ -170,15 +113,10 @@ class ModelInputs:
         return extras
 
     def image_kwargs(self) -> dict[str, Any]:
-        """The images as keyword arguments of a forward pass or of `generate`: encoded already, or as pixels.
-
-        Returns:
-            The extras on the tokens' device; with an encoder, `mm_encoder_outputs` in place of what it encodes.
-        """
-        device, encoded = self.input_ids.device, self.encoded if self.encoder is not None else frozenset()
-        extras: dict[str, Any] = {
-            key: value.to(device, non_blocking=True) for key, value in self.extras.items() if key not in encoded
-        }
-        if self.encoder is not None and self.digests:
-            extras["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self.encoder(self))}
-        return extras
+        """The images as keyword arguments of a forward pass or of `generate`, on the tokens' device."""
+        device = self.input_ids.device
+        kwargs: dict[str, Any] = {key: value.to(device, non_blocking=True) for key, value in self.extras.items()}
+        if self.features:
+            features = [feature.to(device, non_blocking=True) for feature in self.features]
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return kwargs

@@ -1,5 +1,6 @@
 """The eyes of a LLaVA: put one together from tower and language model, freeze it, pad pictures, count image tokens."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,21 @@ from trl_llava.errors import InputError, OccupiedError
 
 TOWER_NAMES = ("vision_tower", "vision_model", "visual")
 PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector", "connector", "image_newline")
+
+
+def is_vision(name: str) -> bool:
+    """Whether a dotted name of a module or parameter lies in the vision tower or the projector."""
+    return bool({*TOWER_NAMES, *PROJECTOR_NAMES} & set(name.split(".")))
+
+
+def trains_vision(model: nn.Module) -> bool:
+    """Whether gradients reach the vision tower or the projector of an image-text model."""
+    return any(parameter.requires_grad and is_vision(name) for name, parameter in model.named_parameters())
+
+
+def takes_image_features(backbone: nn.Module) -> bool:
+    """Whether the forward pass of a headless image-text model takes image features in place of pixels."""
+    return "mm_encoder_outputs" in inspect.signature(backbone.forward).parameters
 
 
 def freeze_vision(model: nn.Module, *, tower: bool = True, projector: bool = True) -> int:

@@ -25,7 +25,6 @@ from trl_llava.hub.names import split_revision
 from trl_llava.models.adapter_role import AdapterRole, in_eval_mode
 from trl_llava.models.adapters import load_adapter
 from trl_llava.models.base_model import base_of
-from trl_llava.models.image_features import ImageFeatures
 from trl_llava.models.load import HEAD, load_processor, load_sequence_classifier
 from trl_llava.models.micro_batches import Lengths, micro_batches
 from trl_llava.models.model_inputs import ModelInputs
@@ -87,7 +86,6 @@ class FactualReward:
         self.judging_prompt = judging_prompt
         self.batch_size = batch_size
         self.max_tokens: int | None = None
-        self.image_features = ImageFeatures(0)  # keeps nothing; a run may put one here that other models use too
         self.share_prefix = isinstance(base_of(model), ImageTextForSequenceClassification) and why_not(model) is None
         self.__name__ = name
 
@@ -178,7 +176,6 @@ class FactualReward:
         lengths = _lengths(encoding.input_ids, packs)
         scores = torch.zeros(len(rows))
         with torch.inference_mode():
-            inputs = self.image_features.attach(self.model, inputs)
             for part in micro_batches(range(len(rows)), lengths, self.batch_size, self.max_tokens, None):
                 own = [encoding.input_ids[row] for row in part]
                 together = None if packs is None else pack_groups(own, [packs[row] for row in part])

@@ -93,14 +93,11 @@ class _Phases:
         self.host: Counter[str] = Counter()
         self.notes: list[str] = []
         self._features: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._all_kept = True
 
     def images(self) -> Counter[str]:
-        """Tower and projector of each model that sees, `local_rollout_forward_batch_size` pictures at a time."""
+        """Tower and projector of each model but the reward, `local_rollout_forward_batch_size` rows at a time."""
         pictures = self.rows // self.answers * self.job.images
-        seeing = {"policy": self.roles.policy, "value": self.roles.value, "reward": self.roles.reward}
-        if self.roles.reference is not None:
-            seeing["reference"] = self.roles.reference
+        seeing = {"policy": self.roles.policy, "value": self.roles.value, "reference": self.roles.reference}
         worst: Counter[str] = Counter()
         for role, model in seeing.items():
             if model is None or not self.job.images or _trains_eyes(model):
@@ -108,30 +105,15 @@ class _Phases:
             config = self.roles.config(role)
 
             def run(trace: MemoryTrace, model: nn.Module = model, role: str = role, config: Any = config) -> None:
-                found = encode(model, config, min(self.at_once, pictures))
+                found = encode(model, config, min(self.at_once * self.job.images, pictures))
                 self._features[role] = (tuple(found[0].shape), found[0].dtype)
 
             peak = self._dry(model, run)
             shape, dtype = self._features[role]
             if role not in self.roles.sharing:
                 self.host["image features of a step"] += pictures * shape[0] * shape[1] * dtype.itemsize
-            # The reward model looks when it scores, all others ahead of the passes.
-            worst = max(worst, Counter() if role == "reward" else peak, key=lambda parts: parts.total())
-        self._bound_cache()
+            worst = max(worst, peak, key=lambda parts: parts.total())
         return worst
-
-    def _bound_cache(self) -> None:
-        """What is kept over steps, and whether a step's pictures are."""
-        gib = self.job.values["image_cache_gib"]
-        if self.job.processes.zero_stage == 3:
-            self.notes.append("under ZeRO-3 image_cache_gib is no bound: every picture that was seen is kept")
-        elif self.host["image features of a step"] > gib * GIB:
-            self._all_kept = False
-            self.notes.append(
-                f"a step's pictures do not fit in image_cache_gib {gib:g}: some are encoded again in every pass"
-            )
-        if self.host["image features of a step"]:
-            self.host["image cache"] = int(gib * GIB)
 
     def generation(self) -> Counter[str]:
         """The pass over the prompts, or all keys and values of finished answers: whichever is more."""
@@ -205,7 +187,7 @@ class _Phases:
         assert model is not None
 
         def run(trace: MemoryTrace) -> None:
-            seen = self._seen("reward", rows, trace, new="reward" not in self.roles.sharing)
+            seen = self._seen("reward", rows, trace)
             with torch.no_grad():
                 model(**text_inputs(rows, length), **seen, use_cache=False)
 
@@ -257,19 +239,15 @@ class _Phases:
         del peak["gradients"]
         return peak
 
-    def _seen(self, role: str, rows: int, trace: MemoryTrace, *, new: bool = False) -> dict[str, Any]:
-        """The pictures of some rows as a pass takes them: from the CPU, or encoded `new`."""
+    def _seen(self, role: str, rows: int, trace: MemoryTrace) -> dict[str, Any]:
+        """The pictures of some rows as a pass takes them: features from the CPU, or pixels."""
         images, config, features = rows * self.job.images, self.roles.config(role), None
         if not images:
             return {}
         if role in self._features:
-            if new or not self._all_kept:
-                model = getattr(self.roles, role)
-                features = encode(model, config, images)
-            else:
-                shape, dtype = self._features[role]
-                with trace.counting_as("image features"):
-                    features = [torch.empty(shape, dtype=dtype) for _ in range(images)]
+            shape, dtype = self._features[role]
+            with trace.counting_as("image features"):
+                features = [torch.empty(shape, dtype=dtype) for _ in range(images)]
         return images_as(features, config, images)
 
     def _seen_bytes(self, role: str, rows: int) -> int:

@@ -68,12 +68,8 @@ def print_need(console: Console, job: Job, settings: Settings, need: Need, gpu_m
     room = f"{gpu_memory:g} GiB, of which {reserve:g} for CUDA itself and fragments"
     console.print(f"It {verdict}: {_gib(need.worst.total)} GiB ({need.worst.phase}) in {room}.", markup=False)
     if need.host:
-        kept, new = need.host["image cache"], need.host["image features of a step"]
-        console.print(
-            f"Besides, on the CPU, each process: up to {_gib(kept)} GiB of image features (image_cache_gib); those of "
-            f"a step's pictures take {_gib(new)}",
-            markup=False,
-        )
+        made = _gib(need.host["image features of a step"])
+        console.print(f"Besides, on the CPU, each process: {made} GiB of image features of a step", markup=False)
     for note in need.notes:
         console.print(f"- {note}", markup=False)
 
