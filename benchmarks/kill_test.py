@@ -41,8 +41,8 @@ from trl_llava import train_ppo, train_reward, train_sft
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.run import output_dir
+from trl_llava.run.checkpoint_folders import checkpoints, step_of
 from trl_llava.run.finished_model import CONFIG_FILES
-from trl_llava.run.folders import checkpoints, step_of
 from trl_llava.sft_trainer import LlavaSFTTrainer
 
 MAINS = {"sft": train_sft.main, "reward": train_reward.main, "ppo": train_ppo.main}

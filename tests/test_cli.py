@@ -14,7 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from trl_llava import cli
 from trl_llava.configs.recipe import FIELD_GROUPS
 from trl_llava.errors import RecipeError
-from trl_llava.run import launch_config
+from trl_llava.run import launch
 
 ROOT = Path(__file__).parents[1]
 FIELDS = frozenset({"learning_rate", "bf16", "freeze_projector", "debug"})
@@ -89,7 +89,7 @@ def test_accelerate_config_that_is_not_there(
 ) -> None:
     assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero9"]) == 2
     assert "neither a file nor one of cpu, ddp, fsdp2, multi_node, single_gpu, zero2, zero3" in capsys.readouterr().err
-    monkeypatch.setattr(launch_config, "config_folder", lambda: tmp_path / "installed")
+    monkeypatch.setattr(launch, "config_folder", lambda: tmp_path / "installed")
     assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero2"]) == 2
     assert "work in a checkout of trl-llava only; give a file" in capsys.readouterr().err
     assert not launched

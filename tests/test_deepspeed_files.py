@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_llava.run.deepspeed_files import check_deepspeed_files
-from trl_llava.run.manifest import DamagedCheckpointError
+from trl_llava.run.manifest import DamagedCheckpointError, check_deepspeed_files
 
 
 class Evil:

@@ -9,9 +9,9 @@ from test_checkpoint_folders import killed_at
 from test_safe_checkpoints import build
 
 from trl_llava.run import finished_model, output_dir
+from trl_llava.run.checkpoint_folders import checkpoints, clear_leftovers, is_leftover
 from trl_llava.run.disk_full import DiskFullError
 from trl_llava.run.finished_model import being_written, move_in, room_for_model
-from trl_llava.run.folders import checkpoints, clear_leftovers, is_leftover
 from trl_llava.run.manifest import check_manifest
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")

@@ -42,7 +42,7 @@ def test_ppo_on_two_processes_finishes_its_step_saves_and_goes_on(
     assert seconds < 60
     assert "stopped by SIGTERM after step 2 of 3" in printed
     check_manifest(tmp_path / "ppo" / "checkpoint-2")
-    command = shlex.split(printed[printed.index("Go on with:\n") :].splitlines()[1])
+    command = shlex.split(printed[printed.index("Resume with:\n") :].splitlines()[1])
     assert command == ["trl-llava", *launch, "--resume_from_checkpoint"]
     asked.write_text("sent")
     status, _, errors, _ = run(command[1:])
@@ -90,7 +90,7 @@ def test_a_launched_run_saves_and_goes_on(
     (checkpoint,) = (tmp_path / "sft").glob("checkpoint-*")
     check_manifest(checkpoint)
     assert f"stopped by {name} after step {checkpoint.name.split('-')[1]} of 100000" in said
-    command = shlex.split(said[said.index("Go on with:\n") :].splitlines()[1])
+    command = shlex.split(said[said.index("Resume with:\n") :].splitlines()[1])
     assert command == ["trl-llava", *launch, "--resume_from_checkpoint"]
     status, said = stop(tmp_path, ["-m", "trl_llava.cli", *command[1:]], tell)
     assert status == 128 + number, said[-3000:]

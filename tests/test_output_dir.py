@@ -8,7 +8,8 @@ import hub_server
 import pytest
 
 from trl_llava import stage_run, train_sft
-from trl_llava.run import output_dir
+from trl_llava.run import atomic_files
+from trl_llava.run.checkpoint_folders import NoCheckpointError
 from trl_llava.run.manifest import DamagedCheckpointError, write_manifest
 from trl_llava.run.output_dir import OutputDirError, claim, record
 from trl_llava.stage_run import StageRun
@@ -31,6 +32,7 @@ def finish(folder: Path) -> dict[str, bytes]:
     checkpoint = folder / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "optimizer.pt").write_bytes(b"")
     write_manifest(checkpoint)
     return contents(folder)
 
@@ -76,7 +78,7 @@ def test_the_same_run_resumes_or_says_how(tmp_path: Path, capsys: Any) -> None:
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
     assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", "true")) == checkpoint
     assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", checkpoint)) == checkpoint
-    assert capsys.readouterr().err == f"going on from {checkpoint}\n" * 2
+    assert capsys.readouterr().err == f"resuming from {checkpoint}\n" * 2
     assert contents(tmp_path / "run") == before
 
 
@@ -127,7 +129,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_continued(tmp_path: Path) 
             claim(*parse(tmp_path / "run", *words))
 
 
-def test_a_damaged_checkpoint_stops_or_the_one_before_is_used(tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_checkpoint_stops_or_the_one_before_is_used(tmp_path: Path, caplog: Any) -> None:
     start(tmp_path / "run")
     finish(tmp_path / "run")
     damaged = tmp_path / "run" / "checkpoint-5"
@@ -144,7 +146,7 @@ def test_a_damaged_checkpoint_stops_or_the_one_before_is_used(tmp_path: Path, ca
     )
     before = claim(*parse(*resume, "--on_damaged_checkpoint", "previous"))
     assert before == str(tmp_path / "run" / "checkpoint-3")
-    assert "Going on from checkpoint-3" in capsys.readouterr().err
+    assert "Resuming from checkpoint-3" in caplog.text
     with pytest.raises(DamagedCheckpointError, match="expected 2 bytes, found 3"):
         claim(
             *parse(tmp_path / "run", "--resume_from_checkpoint", str(damaged), "--on_damaged_checkpoint", "previous")
@@ -172,7 +174,7 @@ def test_a_moved_folder_is_still_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["true", "nowhere"])
 def test_missing_checkpoint_is_named(tmp_path: Path, value: str) -> None:
-    with pytest.raises(OutputDirError, match=r"`resume_from_checkpoint`: .*(holds no checkpoint|is not a checkpoint)"):
+    with pytest.raises(NoCheckpointError, match=r"`resume_from_checkpoint`: .*(holds no|is not a) checkpoint"):
         claim(*parse(tmp_path / "run", "--resume_from_checkpoint", value))
 
 
@@ -186,12 +188,12 @@ def test_unwritable_output_is_named(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.yaml"
-    output_dir.write_atomically(path, "old")
+    atomic_files.write_atomically(path, "old")
 
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(output_dir.os, "replace", fail)
+    monkeypatch.setattr(atomic_files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        output_dir.write_atomically(path, "new")
+        atomic_files.write_atomically(path, "new")
     assert path.read_text() == "old"

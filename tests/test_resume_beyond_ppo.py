@@ -21,7 +21,7 @@ WORDS = [
     *("--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "3", "--gradient_accumulation_steps", "2"),
     *("--per_device_train_batch_size", "2", "--use_peft", "--lora_r", "2", "--lora_dropout", "0.3", "--beta", "0.1"),
 ]
-# Four prompts are answered for eight passes, which are four steps; six prompts make one such generation an epoch.
+# One generation, for four prompts, is for eight passes, which are four steps; six prompts make one an epoch.
 ONLINE = [
     *("--reward_funcs", "tiny_trainers:even_tokens", "--num_generations", "2", "--max_completion_length", "6"),
     *("--steps_per_generation", "4", "--num_iterations", "2", "--log_completions", "--max_steps", "7"),
@@ -75,10 +75,10 @@ def test_within_and_between_generations(
 ) -> None:
     check(main, [*rows("prompts"), *ONLINE], tmp_path, steps)
     between = {path.parent.name for path in tmp_path.glob("whole/checkpoint-*/generation_0_of_1.pt")}
-    assert between == {f"checkpoint-{step}" for step in (1, 2, 3, 5, 6, 7)}  # at 4 nothing is left of the answers
+    assert between == {f"checkpoint-{step}" for step in (1, 2, 3, 5, 6, 7)}  # at 4 nothing is left of the completions
 
 
-def test_answers_of_other_processes_are_missed(
+def test_completions_of_other_processes_are_missed(
     rows: Callable[[str], list[str]], tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*rows("prompts"), *ONLINE]
@@ -98,6 +98,6 @@ def test_a_reference_that_moves_cannot_go_on(
     words = [*rows("pairs"), "--max_steps", "1", "--use_peft", "false", "--sync_ref_model"]
     words += ["--output_dir", f"{tmp_path}/run"]
     train_dpo.main(words)
-    assert "a run that stops cannot go on" in caplog.text
+    assert "a run that stops cannot resume" in caplog.text
     with pytest.raises(InputError, match="the reference moves with the policy, and is in no checkpoint"):
         train_dpo.main([*words, "--resume_from_checkpoint"])

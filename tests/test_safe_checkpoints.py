@@ -16,13 +16,12 @@ from tiny_trainers import even_tokens, make_adapter, ppo_trainer
 from transformers import Trainer, TrainerCallback
 
 from trl_llava.errors import ExplainedError
-from trl_llava.run import folders as checkpoint_folders
-from trl_llava.run import safe_checkpoints, stop_signals
+from trl_llava.run import checkpoint_folders, safe_checkpoints, signals
+from trl_llava.run.checkpoint_folders import checkpoints, find_checkpoint, step_of
 from trl_llava.run.disk_full import DiskFullError, explain_full_disk
-from trl_llava.run.folders import checkpoints, find_checkpoint, step_of
+from trl_llava.run.launch import with_resume
 from trl_llava.run.manifest import DamagedCheckpointError, check_manifest
-from trl_llava.run.resume_command import with_resume
-from trl_llava.run.stop_signals import Stopped
+from trl_llava.run.signals import Stopped
 
 TIMED = ("time/", "tokens_per_second", "eps", "train_runtime", "train_s", "train_steps")
 STEPS = {"sft": 4, "reward": 4, "ppo": 3}
@@ -82,7 +81,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_goes_on_exactly(
     said = capfd.readouterr()
     assert f"{name}: finishing this step, then saving" in said.err
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    assert f"stopped by {name} after step 2 of {STEPS[stage]}; all is saved in {checkpoint}. Go on with" in said.out
+    assert f"stopped by {name} after step 2 of {STEPS[stage]}; all is saved in {checkpoint}. Resume with" in said.out
     resumed = build(stage, tiny_llava_dir, tmp_path / "run")
     torch.manual_seed(12345)
     resumed.train(resume_from_checkpoint=True)
@@ -97,7 +96,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_llava_dir: Path, tmp_path: Path, mon
     patient = build("sft", tiny_llava_dir, tmp_path / "patient", At(2, twice))
     with pytest.raises(Stopped):  # what terminal and launcher both pass on is one press
         patient.train()
-    monkeypatch.setattr(stop_signals, "_ONE_PRESS", 0.0)
+    monkeypatch.setattr(signals, "_ONE_PRESS", 0.0)
     trainer = build("sft", tiny_llava_dir, tmp_path / "run", At(2, twice), save_strategy="steps", save_steps=1)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from trl_llava.run.worker_signals import workers_shielded
+from trl_llava.run.signals import workers_shielded
 
 FORK = multiprocessing.get_context("fork")
 

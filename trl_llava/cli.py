@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 
 import trl_llava
 from trl_llava.errors import ExplainedError, InputError, RecipeError
-from trl_llava.run.launch_config import config_folder, find_accelerate_config, start_as_many_as_asked
+from trl_llava.run.launch import (
+    COMMAND_VARIABLE,
+    LEFT_TO_TORCHRUN,
+    config_folder,
+    find_accelerate_config,
+    signals_passed_on,
+    start_all_processes,
+)
 
 STAGES = {
     "sft": "stage 1: fine-tune a policy on conversations about images",
@@ -85,9 +92,6 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from trl_llava.run.pass_on_signals import LEFT_TO_TORCHRUN, signals_passed_on
-    from trl_llava.run.resume_command import COMMAND_VARIABLE
-
     own_words = ["trl-llava", stage, *words]
     launch_parser = launch_command_parser()
     launch_parser.error = _refuse_launch_option
@@ -96,7 +100,7 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     # --quiet: the stage has already said what is wrong, the launcher's own traceback would only hide it.
     command = [*_complete(launch), "--quiet", "-m", f"trl_llava.train_{stage}", *training]
     options = launch_parser.parse_args(command)
-    start_as_many_as_asked(options)
+    start_all_processes(options)
     options.signals_to_handle = LEFT_TO_TORCHRUN
     with signals_passed_on() as received, patch_environment(**{COMMAND_VARIABLE: json.dumps(own_words)}):
         try:

@@ -38,11 +38,11 @@ from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo import ppo_math
 from trl_llava.ppo.answers import Answers
 from trl_llava.ppo.ask import RoleQuestions, can_share_prefix
+from trl_llava.ppo.checkpoint import PPOCheckpoints
 from trl_llava.ppo.data import collator_of_both, prompt_rows, rollout_loader
 from trl_llava.ppo.generation import Generator, suppressed_tokens
 from trl_llava.ppo.passes import PolicyAndValue, check_plain_head
 from trl_llava.ppo.report import PhaseClock, answered_table, report_samples, step_metrics
-from trl_llava.ppo.resume import PPOCheckpoints
 from trl_llava.ppo.rollout import Rollout
 from trl_llava.ppo.scoring import Scorer
 from trl_llava.ppo.setup import (

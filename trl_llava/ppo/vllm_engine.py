@@ -28,7 +28,7 @@ from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
 from trl_llava.ppo.dense_weights import DenseWeights
 from trl_llava.ppo.vllm_prompts import one_token_each, place_pictures
-from trl_llava.run.resume_command import resume_command
+from trl_llava.run.launch import resume_command
 
 REQUESTS_AT_ONCE = 64
 Result = TypeVar("Result")

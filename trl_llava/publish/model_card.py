@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl_llava.hub.names import split_revision
 from trl_llava.publish.card_plots import plot_curves
 from trl_llava.publish.shareable import FACTS_FILE, SAMPLES, without_paths
-from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE, versions, write_atomically
+from trl_llava.run.atomic_files import write_atomically
+from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE, versions
 
 CURVES_FILE = "curves.png"
 _TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model", "ppo": "policy after PPO"}

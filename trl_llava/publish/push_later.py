@@ -27,7 +27,7 @@ from trl_llava.publish.model_card import CardFacts, write_model_card
 from trl_llava.publish.push import HubPush
 from trl_llava.publish.repository import HubError, Repository, cause
 from trl_llava.publish.shareable import FACTS_FILE, shareable_recipe
-from trl_llava.run.folders import checkpoints, step_of
+from trl_llava.run.checkpoint_folders import checkpoints, step_of
 from trl_llava.run.manifest import check_manifest
 from trl_llava.run.output_dir import FINISHED_FILE, RECIPE_FILE
 

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees of an entry point, besides the training itself."""
+"""What an entry point shows at the terminal, besides the training itself."""
 
 import os
 import signal
@@ -21,61 +21,47 @@ SECONDS_FOR_THE_LAUNCHER = 2.0
 
 
 def quiet_libraries(args: TrainingArguments) -> None:
-    """Turns the libraries' progress bars off where nobody reads them.
-
-    Args:
-        args: Their `disable_tqdm` decides; processes other than the first are always quiet.
-    """
+    """Turn the libraries' progress bars off with `disable_tqdm`, and on all processes but the first."""
     if args.disable_tqdm or args.process_index > 0:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
 
 
 def run_as_program(main: Callable[[], Any]) -> None:
-    """Runs an entry point and ends the process.
+    """Run an entry point and end the process; an error that explains itself is printed without a traceback.
 
-    Where several processes run together, one that fails says why and is gone at once: it waits for no other, which may
-    be waiting for it, and the launcher then ends those.
-
-    Args:
-        main: The entry point. An error that explains itself is printed without a traceback, and gives the exit status;
-            any other is a fault, whose traceback is needed. Ctrl-C before the training, or twice in it, needs none.
+    One of several processes that fails says why and ends at once: it waits for no other, which may be waiting for it,
+    and the launcher then ends those.
     """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    which = f" (process {os.environ.get('RANK', '0')} of {os.environ['WORLD_SIZE']})" if several else ""
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before the training, or twice in it
         _end_bars()
         print("stopped at once; the last checkpoint, if there is one, is whole", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except ExplainedError as error:
         _end_bars()
-        print(f"error{_which_process()}: {error}", file=sys.stderr)
-        _end(error.exit_status)
+        print(f"error{which}: {error}", file=sys.stderr)
+        _end(error.exit_status, several)
     except Exception as error:
-        if not _several():
+        if not several:
             raise
         if _lost_another(error):
-            print(f"this process{_which_process()} stops: another one has ended and says why", file=sys.stderr)
+            print(f"this process{which} stops: another one has ended and says why", file=sys.stderr)
             time.sleep(SECONDS_FOR_THE_LAUNCHER)
         else:
-            print(f"fault{_which_process()}:\n{traceback.format_exc()}", file=sys.stderr)
-        _end(1)
+            print(f"fault{which}:\n{traceback.format_exc()}", file=sys.stderr)
+        _end(1, several)
     if torch.distributed.is_initialized():  # its threads would abort a process that just ends
         torch.distributed.destroy_process_group()
 
 
 def _end_bars() -> None:
-    """Leave the line of a progress bar, which else begins with the bar and is drawn over when it goes."""
+    """Leave the line of a progress bar, or the message would stand behind the bar and be drawn over."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-
-
-def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _which_process() -> str:
-    return f" (process {os.environ.get('RANK', '0')} of {os.environ['WORLD_SIZE']})" if _several() else ""
 
 
 def _lost_another(error: Exception) -> bool:
@@ -83,8 +69,8 @@ def _lost_another(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _end(status: int) -> None:
-    if _several():
+def _end(status: int, several: bool) -> None:
+    if several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # the usual way runs destructors, and those of a process group wait for the others

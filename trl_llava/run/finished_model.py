@@ -3,7 +3,7 @@
     output_dir/_finished.unfinished/    being written, or left by a run that was killed
 
 Once all is written there and on the disk, its files move to `output_dir`. Nothing loads a folder without its config
-files, so these go first from where they were and come last; all that loads in between is what is whole.
+files, so those of an earlier end of the run go first and the new ones come last.
 """
 
 import shutil
@@ -11,34 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trl_llava.run.manifest import force_to_disk, sync_folder
+from trl_llava.run.atomic_files import files_in, sync_path, sync_to_disk
 
 CONFIG_FILES = ("adapter_config.json", "config.json")
 """Without one of them neither PEFT nor transformers loads a folder."""
 
 
 def being_written(run_dir: Path) -> Path:
-    """Where a finished model is written to before it has its place.
-
-    Args:
-        run_dir: Folder of the run.
-
-    Returns:
-        The folder.
-    """
+    """Where a finished model is written before it has its place."""
     return run_dir / "_finished.unfinished"
 
 
 @contextmanager
 def room_for_model(run_dir: Path) -> Iterator[None]:
-    """An empty folder beside the finished model's place for as long as the block runs; for one process.
-
-    Args:
-        run_dir: Folder of the run.
-
-    Yields:
-        Nothing; the folder is `being_written(run_dir)`.
-    """
+    """Make `being_written(run_dir)`, empty, for as long as the block runs; for one process."""
     folder = being_written(run_dir)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -49,26 +35,20 @@ def room_for_model(run_dir: Path) -> Iterator[None]:
 
 
 def move_in(run_dir: Path, marker: str) -> None:
-    """Give a model that is written its place.
-
-    Args:
-        run_dir: Folder of the run.
-        marker: File that says that the run is finished; goes before anything changes. To write it is the caller's.
-    """
+    """Move a written model to its place; `marker`, the file that says that the run is finished, goes first of all."""
     written = being_written(run_dir)
-    force_to_disk(written)
-    files = [path.relative_to(written) for path in written.rglob("*") if path.is_file()]
+    sync_to_disk(written)
+    files = [path.relative_to(written) for path in files_in(written)]
     configs = [file for file in files if file.name in CONFIG_FILES]
-    for file in (Path(marker), *configs):  # of an earlier end of this run, whose weights are about to go
+    for file in (Path(marker), *configs):
         (run_dir / file).unlink(missing_ok=True)
-    for folder in {(run_dir / file).parent for file in files}:
+    folders = {(run_dir / file).parent for file in files}
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder)
-    # Those within folders first: the run's own folder is what a user loads.
-    for file in [
-        *(file for file in files if file not in configs),
-        *sorted(configs, key=lambda file: -len(file.parts)),
-    ]:
+        sync_path(folder)
+    # Of the configs those in subfolders first: the run's own folder is what a user loads.
+    configs.sort(key=lambda file: -len(file.parts))
+    for file in [*(file for file in files if file not in configs), *configs]:
         (written / file).replace(run_dir / file)
-    for folder in {(run_dir / file).parent for file in files}:
-        sync_folder(folder)
+    for folder in folders:
+        sync_path(folder)

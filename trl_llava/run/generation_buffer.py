@@ -1,8 +1,8 @@
-"""GRPO's and RLOO's place in their answers, saved: several steps learn from one generation.
+"""GRPO's and RLOO's place in their completions, saved: several steps learn from one generation.
 
-TRL generates once for `steps_per_generation` x `num_iterations` passes, and at a restart forgets both the answers and
-how far it got: a run resumed in between would answer again, and from then on answer other prompts. Its sampler draws
-the order of an epoch after those of the epochs before, which a resumed run has not drawn.
+TRL generates once for `steps_per_generation` x `num_iterations` passes, and at a restart forgets both the completions
+and how far it got: a run resumed in between would generate again, and from then on for other prompts. Its sampler
+draws the order of an epoch after those of the epochs before, which a resumed run has not drawn.
 """
 
 import logging
@@ -15,11 +15,12 @@ from torch.utils.data import Sampler
 from trl_llava.run.safe_checkpoints import SafeCheckpoints
 
 logger = logging.getLogger(__name__)
-_LOGS = ("prompt", "completion", "advantages")
+_COLUMNS = ("prompt", "completion", "advantages")
+_TABLES = ("rewards", "extra")
 
 
 class ResumableGenerations(SafeCheckpoints):
-    """Mixed into `GRPOTrainer` or `RLOOTrainer`, before it: resumed between two generations, it keeps its answers."""
+    """Mixed into `GRPOTrainer` or `RLOOTrainer`, before it: resumed between two generations, it keeps completions."""
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         self._prompt_order = super()._get_train_sampler(dataset)
@@ -28,18 +29,24 @@ class ResumableGenerations(SafeCheckpoints):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._step % (self.args.steps_per_generation * self.num_iterations):  # else the next pass generates anyway
-            torch.save({"answers": self._buffered_inputs, "logs": _texts(self._logs)}, self._file(Path(output_dir)))
+            logs: dict[str, Any] = {name: [_without_images(value) for value in self._logs[name]] for name in _COLUMNS}
+            logs |= {name: {key: list(values) for key, values in self._logs[name].items()} for name in _TABLES}
+            torch.save({"completions": self._buffered_inputs, "logs": logs}, self._file(Path(output_dir)))
 
     def _restore_loop(self, checkpoint: Path) -> None:
         super()._restore_loop(checkpoint)
         self._draw_earlier_epochs()
         if self._file(checkpoint).is_file():
             saved = torch.load(self._file(checkpoint), map_location=self.accelerator.device, weights_only=True)
-            self._buffered_inputs = saved["answers"]
-            _put_back(self._logs, saved["logs"])
+            self._buffered_inputs = saved["completions" if "completions" in saved else "answers"]  # the old name
+            for name in _COLUMNS:
+                self._logs[name].extend(saved["logs"][name])
+            for name in _TABLES:
+                for key, values in saved["logs"][name].items():
+                    self._logs[name][key].extend(values)
         elif any(checkpoint.glob("generation_*.pt")):
             logger.warning(
-                "%s was saved between two generations by another number of processes: its prompts are answered again.",
+                "%s was saved between two generations by another number of processes: completions are generated anew.",
                 checkpoint,
             )
 
@@ -54,15 +61,13 @@ class ResumableGenerations(SafeCheckpoints):
         return checkpoint / f"generation_{self.args.process_index}_of_{self.args.world_size}.pt"
 
 
-def _texts(logs: dict[str, Any]) -> dict[str, Any]:
-    """What the next table of completions shows of this generation; without its pictures, which only W&B gets."""
-    named = {name: {key: list(values) for key, values in logs[name].items()} for name in ("rewards", "extra")}
-    return named | {name: list(logs[name]) for name in _LOGS}
-
-
-def _put_back(logs: dict[str, Any], texts: dict[str, Any]) -> None:
-    for name in _LOGS:
-        logs[name].extend(texts[name])
-    for name in ("rewards", "extra"):
-        for key, values in texts[name].items():
-            logs[name][key].extend(values)
+def _without_images(logged: Any) -> Any:
+    """A prompt or completion as TRL logs it: since 1.16 it is messages with their images, which only W&B gets."""
+    if not isinstance(logged, list):
+        return logged
+    return [
+        {**message, "content": [{key: part[key] for key in part if key != "image"} for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in logged
+    ]

@@ -1,119 +1,101 @@
-"""The manifest of a checkpoint: size and hash of each of its files, so that damage is found before a run goes on."""
+"""What is checked before a checkpoint is loaded: that all of it is there, and that its files hold only numbers.
+
+The manifest has the size of every file, the SHA-256 of small ones and that of the header (names, shapes, offsets) of
+large safetensors. Hashing the weights themselves would take minutes at 13B, at every save and every resume.
+"""
 
 import hashlib
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import BadZipFile
+
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from trl_llava.errors import InputError
+from trl_llava.run.atomic_files import files_in, sync_to_disk
 
 MANIFEST = "manifest.json"
-_CHUNK = 1 << 20
+SMALL = 1 << 20
+"""Files of at most so many bytes are hashed whole."""
+_WRITTEN_BY_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
 class DamagedCheckpointError(InputError):
-    """A checkpoint with a file that is missing, cut short or changed."""
+    """A checkpoint with a file that is missing, cut short, changed, or not safe to load."""
 
 
 def write_manifest(folder: Path) -> None:
-    """Hash every file of a finished folder and force all of it to the disk.
-
-    Args:
-        folder: The folder; its `manifest.json` is written last.
-    """
-    files = _files(folder)
-    with ThreadPoolExecutor() as pool:  # hashing and waiting for the disk both leave the interpreter free
-        hashes = list(pool.map(lambda path: _sha256(path, to_disk=True), files))
-    entries = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hashes, strict=True)
-    }
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({"files": entries}, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    for inner in sorted({path.parent for path in files} | {folder}):
-        sync_folder(inner)
+    """Describe every file of a finished checkpoint in its `manifest.json`, and force all of it to the disk."""
+    files = [path for path in files_in(folder) if path != folder / MANIFEST]
+    entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
+    sync_to_disk(folder)
 
 
 def check_manifest(folder: str | Path) -> None:
-    """Make sure that a checkpoint is what was written.
-
-    Args:
-        folder: A checkpoint. Files beyond its manifest are not looked at.
-
-    Raises:
-        DamagedCheckpointError: If there is no manifest, or a file is missing, cut short or changed.
-    """
-    folder = Path(folder)
-    stamps = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(folder, all_of=True))
-    if (problem := _first_problem(folder, stamps)) is not None:
+    """Raise `DamagedCheckpointError` for the first file that is not as the manifest says; others may be there too."""
+    if (problem := _first_problem(Path(folder))) is not None:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {problem}")
 
 
-def force_to_disk(folder: Path) -> None:
-    """Force all that a folder holds to the disk, and its list of names.
+def check_deepspeed_files(checkpoint: Path) -> None:
+    """Refuse DeepSpeed's files, without running any, if they name anything to call that DeepSpeed does not write.
 
-    Args:
-        folder: The folder.
+    DeepSpeed loads them with `weights_only=False`, which calls whatever a file names.
     """
-    files = _files(folder, all_of=True)
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    for inner in sorted({path.parent for path in files} | {folder}):
-        sync_folder(inner)
+    for file in sorted(checkpoint.glob("global_step*/**/*.pt")):
+        name = file.relative_to(checkpoint)
+        try:
+            called = set(get_unsafe_globals_in_checkpoint(file)) - _WRITTEN_BY_DEEPSPEED
+        except (BadZipFile, UnpicklingError, RuntimeError, ValueError) as error:
+            problem = f"{name} is not a file that torch writes ({' '.join(str(error).split())[:200]})"
+        else:
+            if not called:
+                continue
+            problem = f"{name} has more than DeepSpeed writes, it would call {', '.join(sorted(called))}"
+        raise DamagedCheckpointError(
+            f"checkpoint {checkpoint} is refused: {problem}. Nothing of it was run. Resume from another checkpoint"
+        )
 
 
-def sync_folder(folder: Path) -> None:
-    """Force a folder's list of names to the disk.
-
-    Args:
-        folder: The folder.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _entry(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size <= SMALL:
+        return {"size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"size": size, "header_sha256": _header_hash(path)} if path.suffix == ".safetensors" else {"size": size}
 
 
-@lru_cache(maxsize=64)  # an entry point and its trainer both ask; the stamps notice a change in between
-def _first_problem(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str | None:
-    """What is wrong with the first file that is not as its manifest says, and what was found instead."""
+def _header_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        length = file.read(8)  # of the header behind it, little-endian
+        header = file.read(min(int.from_bytes(length, "little"), 100_000_000))  # safetensors allows no longer ones
+    return hashlib.sha256(length + header).hexdigest()
+
+
+def _first_problem(folder: Path) -> str | None:
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+        expected = {name: (int(entry["size"]), dict(entry)) for name, entry in entries.items()}
     except FileNotFoundError:
-        return f"{MANIFEST}: expected the hashes of its files, found no such file (not written by this version?)"
+        return f"{MANIFEST}: expected a description of its files, found no such file (not written by this version?)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: expected the hashes of its files, found something unreadable ({error})"
-    for name, (size, _) in expected.items():  # sizes first: they cost nothing
+        return f"{MANIFEST}: expected a description of its files, found something unreadable ({error})"
+    for name, (size, entry) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name}: expected {size} bytes, found no such file"
         if (found := path.stat().st_size) != size:
             return f"{name}: expected {size} bytes, found {found}"
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: _sha256(folder / name), expected)
-        for (name, (_, digest)), found_digest in zip(expected.items(), hashes, strict=True):
-            if found_digest != digest:
-                return f"{name}: expected SHA-256 {digest[:16]}..., found {found_digest[:16]}..."
+        # Manifests of earlier versions hash large files whole too; of those the size is compared.
+        for key, digest in _entry(path).items():
+            if key != "size" and entry.get(key, digest) != digest:
+                part = "its header with SHA-256" if key == "header_sha256" else "SHA-256"
+                return f"{name}: expected {part} {entry[key][:16]}..., found {digest[:16]}..."
     return None
-
-
-def _files(folder: Path, all_of: bool = False) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and (all_of or path != folder / MANIFEST))
-
-
-def _sha256(path: Path, to_disk: bool = False) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-        if to_disk:
-            os.fsync(file.fileno())
-    return digest.hexdigest()

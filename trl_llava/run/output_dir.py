@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,17 +17,17 @@ import trl_llava
 from trl_llava.configs.recipe import Recipe
 from trl_llava.configs.recipe_values import RecipeLoader
 from trl_llava.errors import InputError
-from trl_llava.run.counts import check_processes
+from trl_llava.run.atomic_files import write_atomically
+from trl_llava.run.checkpoint_folders import checkpoint_to_resume, checkpoints, clear_leftovers, is_leftover
 from trl_llava.run.disk_full import explain_full_disk
 from trl_llava.run.finished_model import being_written, move_in, room_for_model
-from trl_llava.run.folders import checkpoints, clear_leftovers, find_checkpoint, is_leftover
-from trl_llava.run.manifest import check_manifest
+from trl_llava.run.process_counts import check_processes
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
-FINISHED_FILE = "trainer_state.json"  # comes last
+FINISHED_FILE = "trainer_state.json"  # written last
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
-# Where a run is, how it goes on, what of it is kept and who is told says nothing about which run it is.
+# Where a run is, how it resumes, what of it is kept and where it reports do not tell one run from another.
 _NOT_COMPARED = {
     *("output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank", "save_total_limit"),
     *("report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_strategy", "hub_always_push"),
@@ -42,39 +41,24 @@ class OutputDirError(InputError):
 
 
 def claim(args: TrainingArguments, recipe: Recipe) -> str | None:
-    """Makes sure that the run may write into `output_dir`, before anything heavy is loaded.
+    """Make sure that the run may write into `output_dir`, before anything heavy is loaded.
 
-    Args:
-        args: Training arguments of the run.
-        recipe: Its resolved recipe.
-
-    Returns:
-        The checkpoint to resume from, the same on every process, or None to start at the first step.
-
-    Raises:
-        OutputDirError: If the folder cannot be written, holds something else, or the checkpoint is missing.
-        ProcessCountError: If this number of processes cannot go on from the checkpoint.
-        DamagedCheckpointError: If the checkpoint is damaged, and `on_damaged_checkpoint` is not 'previous'.
+    Returns the checkpoint to resume from, the same on every process, or None to start at the first step.
     """
     folder = Path(args.output_dir)
     found: list[str | None] = [None]
-    if args.process_index == 0:  # another process may look when this one has already begun to write
+    if args.process_index == 0:  # when another process checks, this one may already have begun to write
         _check_owner(folder, recipe, resuming=wants_resume(args))
         _check_writable(folder)
         clear_leftovers(folder)
         found = [_checkpoint(args, recipe)]
         if found[0] is not None:
-            print(f"going on from {found[0]}", file=sys.stderr)
+            print(f"resuming from {found[0]}", file=sys.stderr)
     return broadcast_object_list(found)[0]
 
 
 def record(args: TrainingArguments, recipe: Recipe) -> None:
-    """Writes recipe.yaml and versions.json, when everything is loaded and training is about to start.
-
-    Args:
-        args: Training arguments of the run.
-        recipe: Its resolved recipe.
-    """
+    """Write recipe.yaml and versions.json, when everything is loaded and training is about to start."""
     if args.process_index == 0:
         folder = Path(args.output_dir)
         write_atomically(folder / RECIPE_FILE, recipe.to_yaml())
@@ -82,12 +66,7 @@ def record(args: TrainingArguments, recipe: Recipe) -> None:
 
 
 def finish(trainer: Any, dataset_name: str | None) -> None:
-    """Saves everything a finished run leaves behind; pushing it is `hub_push`'s.
-
-    Args:
-        trainer: The trainer, after training.
-        dataset_name: Hub ID of the data, for the model card.
-    """
+    """Save the finished model, its card (which names the data set) and the log; pushing them is not done here."""
     folder, saves = Path(trainer.args.output_dir), trainer.args.should_save
     last = next(reversed(checkpoints(folder)), None)
     with (
@@ -111,11 +90,7 @@ def finish(trainer: Any, dataset_name: str | None) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What this run is run with.
-
-    Returns:
-        Package -> version, and the commit of trl_llava where it is a git checkout.
-    """
+    """Package -> installed version, and the commit of trl_llava where it is a git checkout."""
     found = {"python": platform.python_version(), "trl_llava": trl_llava.__version__}
     for package in PACKAGES:
         try:
@@ -126,64 +101,44 @@ def versions() -> dict[str, str]:
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         try:
-            found["trl_llava_commit"] = subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+            found["trl_llava_commit"] = done.stdout.strip()
         except (OSError, subprocess.SubprocessError) as error:
             found["trl_llava_commit"] = f"unknown ({type(error).__name__})"
     return found
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it.
-
-    Args:
-        path: The file.
-        text: Its content.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def wants_resume(args: TrainingArguments) -> bool:
-    """Whether a run is to go on: from a checkpoint, or from its first step if it was killed before it had one.
-
-    Args:
-        args: Training arguments of the run.
-
-    Returns:
-        `True` if so.
-    """
+    """Whether to resume: from a checkpoint, or from the first step if the run was killed before it had one."""
     return args.resume_from_checkpoint not in (None, False, "false", "False")
+
+
+def differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One text for each field in which the recipes of two runs differ; where a run is does not count."""
+    keys = sorted((set(previous) | set(now)) - _NOT_COMPARED)
+    return [
+        f"`{key}` ({previous.get(key)!r} there, {now.get(key)!r} now)"
+        for key in keys
+        if previous.get(key) != now.get(key)
+    ]
+
+
+def _recipe_in(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / RECIPE_FILE
+    return (yaml.load(file.read_text(encoding="utf-8"), Loader=RecipeLoader) if file.is_file() else None) or {}
 
 
 def _checkpoint(args: TrainingArguments, recipe: Recipe) -> str | None:
     if not wants_resume(args):
         return None
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if wanted not in (True, "true", "True"):
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise OutputDirError(
-                f"`resume_from_checkpoint`: {wanted} is not a checkpoint (it has no trainer_state.json)."
-            )
-        check_manifest(wanted)
-        check_processes(Path(wanted), args)
-        return str(wanted)
-    if checkpoints(folder):
-        on_damaged = recipe.values.get("on_damaged_checkpoint", "error")
-        last = find_checkpoint(folder, on_damaged, say=lambda text: print(text, file=sys.stderr))
-        check_processes(Path(last), args)
-        return str(last)
-    if not (folder / RECIPE_FILE).is_file():
-        raise OutputDirError(
-            f"`resume_from_checkpoint`: {folder} holds no checkpoint-*; leave the field out to start."
-        )
-    print(f"{folder} holds no checkpoint of this run yet: starting at the first step", file=sys.stderr)
-    return None
+    wanted = True if wanted in ("true", "True") else wanted
+    if wanted is True and not checkpoints(folder) and (folder / RECIPE_FILE).is_file():
+        print(f"{folder} holds no checkpoint of this run yet: starting at the first step", file=sys.stderr)
+        return None
+    checkpoint = checkpoint_to_resume(folder, wanted, recipe.values.get("on_damaged_checkpoint", "error"))
+    check_processes(checkpoint, args, _recipe_in(checkpoint.parent))
+    return str(checkpoint)
 
 
 def _check_writable(folder: Path) -> None:
@@ -204,50 +159,27 @@ def _check_owner(folder: Path, recipe: Recipe, resuming: bool) -> None:
         raise OutputDirError(f"cannot read `output_dir` {folder}: {error.strerror}.") from error
     if not content:
         return
+    untouched = "Nothing in it was touched."
     if RECIPE_FILE not in content:
         raise OutputDirError(
             f"`output_dir` {folder} is not empty and no run of trl_llava (it has no {RECIPE_FILE}): choose another "
-            "`output_dir`. Nothing in it was touched."
+            f"`output_dir`. {untouched}"
         )
-    previous = yaml.load((folder / RECIPE_FILE).read_text(encoding="utf-8"), Loader=RecipeLoader) or {}
-    if changes := differences(previous, recipe.values):
+    if changes := differences(_recipe_in(folder), recipe.values):
         raise OutputDirError(
             f"`output_dir` {folder} holds another run; its {RECIPE_FILE} differs in {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}. Choose another `output_dir`"
-            f"{' (`resume_from_checkpoint` may name a checkpoint in the old one)' if resuming else ''}. "
-            "Nothing in it was touched."
+            f"{' (`resume_from_checkpoint` may name a checkpoint in the old one)' if resuming else ''}. {untouched}"
         )
-    if (folder / FINISHED_FILE).is_file() and not checkpoints(folder):
+    if FINISHED_FILE in content and not checkpoints(folder):
         raise OutputDirError(
             f"`output_dir` {folder} holds this run, finished, and no checkpoint-*: choose another `output_dir`, or "
-            "remove this one yourself. Nothing in it was touched."
+            f"remove this one yourself. {untouched}"
         )
-    if not resuming and _holds_more_than_a_recipe(folder):
+    # A recipe alone is of a run that was killed before its first step.
+    if not resuming and any(name not in (RECIPE_FILE, VERSIONS_FILE) and not is_leftover(name) for name in content):
         raise OutputDirError(
-            f"`output_dir` {folder} already holds this run: continue it with `resume_from_checkpoint: true` (from its "
-            "last checkpoint, or from the first step if there is none yet), or choose another `output_dir`. Nothing "
-            "in it was touched."
+            f"`output_dir` {folder} already holds this run: resume it with `resume_from_checkpoint: true` (from its "
+            "last checkpoint, or from the first step if there is none yet), or choose another `output_dir`. "
+            f"{untouched}"
         )
-
-
-def _holds_more_than_a_recipe(folder: Path) -> bool:
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    return any(name not in (RECIPE_FILE, VERSIONS_FILE) and not is_leftover(name) for name in names)
-
-
-def differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two recipes say differently, beside where a run is.
-
-    Args:
-        previous: The values of one recipe.
-        now: Those of the other.
-
-    Returns:
-        One text for each field that differs.
-    """
-    keys = sorted((set(previous) | set(now)) - _NOT_COMPARED)
-    return [
-        f"`{key}` ({previous.get(key)!r} there, {now.get(key)!r} now)"
-        for key in keys
-        if previous.get(key) != now.get(key)
-    ]

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment, and a training that stops when asked and goes on exactly."""
+"""Checkpoints that survive a kill at any moment, and a training that stops at a signal and resumes exactly."""
 
 import json
 import logging
@@ -8,42 +8,54 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from trl_llava.errors import InputError, NotFoundError
-from trl_llava.run.deepspeed_files import check_deepspeed_files
-from trl_llava.run.disk_full import explain_full_disk, size_of
-from trl_llava.run.folders import (
+from trl_llava.errors import InputError
+from trl_llava.run.checkpoint_folders import (
+    checkpoint_to_resume,
     checkpoints,
     clear_leftovers,
     discard_checkpoint,
-    find_checkpoint,
     finish_checkpoint,
-    give_up_later,
     remove_oldest,
+    set_later_aside,
     start_checkpoint,
     unfinished,
 )
-from trl_llava.run.full_weights import load_full_weights
+from trl_llava.run.disk_full import explain_full_disk
+from trl_llava.run.launch import resume_command
 from trl_llava.run.loop_state import load_loop_state, save_loop_state
 from trl_llava.run.manifest import DamagedCheckpointError, check_manifest
-from trl_llava.run.resume_command import resume_command
-from trl_llava.run.stop_signals import Stopped, StopSignals
+from trl_llava.run.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
 
-class _AtStepEnds(TrainerCallback):
-    """Restores the loop's sums before the first step, and ends the run after a step if it was asked to stop."""
+def load_full_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put the saved weights of a whole model in place.
 
-    def __init__(self, trainer: "SafeCheckpoints", stop: StopSignals, checkpoint: str | None) -> None:
-        self.trainer, self.stop, self.checkpoint = trainer, stop, checkpoint
+    A checkpoint has the names of the Hub, which only `from_pretrained` translates: transformers' trainer reads the
+    file as it is, finds no name of a LLaVA, and trains on from the base.
+    """
+    saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+@dataclass(eq=False)
+class _AtStepEnds(TrainerCallback):
+    """Restores the loop's sums before the first step, and ends the run after a step if there was a signal."""
+
+    trainer: "SafeCheckpoints"
+    stop: StopSignals
+    checkpoint: str | None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,8 +82,8 @@ class _AtStepEnds(TrainerCallback):
 class SafeCheckpoints(Trainer):
     """Mixed into a trainer, before it: its checkpoints are whole or not there, and a resumed run is the uninterrupted.
 
-    A checkpoint is written beside its place, with the hash of every file, and moved there once all processes have
-    written and all is on the disk; only then may older ones go. SIGTERM and Ctrl-C end the run after the step, saved.
+    A checkpoint is written beside its place and moved there once all processes have written and all is on the disk;
+    only then may older ones go. SIGTERM and Ctrl-C end the run after the step, saved.
     """
 
     loop_started = 0.0
@@ -80,15 +92,11 @@ class SafeCheckpoints(Trainer):
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether a signal has ended the training.
-
-        Returns:
-            `True` from the end of the step in which it came.
-        """
+        """Whether a signal has ended the training; `True` from the end of the step in which it came."""
         return self._stop is not None and self._stop.agreed > 0
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's training, from a checkpoint that has been checked.
+        """Train, from a checkpoint that is checked first.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or `True` for the last one in `args.output_dir`.
@@ -96,7 +104,7 @@ class SafeCheckpoints(Trainer):
             **kwargs: passed on.
 
         Returns:
-            What upstream returns.
+            transformers' `TrainOutput`.
 
         Raises:
             NotFoundError: if there is no such checkpoint.
@@ -108,20 +116,7 @@ class SafeCheckpoints(Trainer):
 
     @contextmanager
     def resumable(self, wanted: str | bool | None) -> Iterator[str | None]:
-        """What holds around a training: it starts from a whole checkpoint, and a signal ends it after a step.
-
-        Args:
-            wanted: a checkpoint folder, `True` for the last one in `args.output_dir`, or `None`.
-
-        Yields:
-            The checkpoint to go on from, if any.
-
-        Raises:
-            InputError: if transformers' own answer to SIGTERM is switched on.
-            NotFoundError: if there is no such checkpoint.
-            DamagedCheckpointError: if it is damaged.
-            Stopped: after SIGTERM or Ctrl-C, once all is saved.
-        """
+        """Around a training loop: yields the whole checkpoint that it starts from, and ends it after a signal."""
         if self.args.enable_jit_checkpoint:
             raise InputError(
                 "`enable_jit_checkpoint` must stay False: SIGTERM and Ctrl-C always save a checkpoint here"
@@ -131,11 +126,14 @@ class SafeCheckpoints(Trainer):
         if self.args.should_save:
             clear_leftovers(run_dir)
         self.accelerator.wait_for_everyone()
-        checkpoint = self._whole_checkpoint(run_dir, wanted)
+        found: list[str | None] = [None]
+        if wanted and self.accelerator.is_main_process:  # where one process stops, the launcher stops the others
+            found = [str(checkpoint_to_resume(run_dir, wanted))]
+        checkpoint = broadcast_object_list(found)[0]
         stop = self._stop = StopSignals(self.accelerator)
         at_step_ends = _AtStepEnds(self, stop, checkpoint)
         self.add_callback(at_step_ends)
-        command = resume_command()  # now: at the end the launcher, whose words it is made of, may be gone
+        command = resume_command()  # now: at the end the launcher, whose command line it is, may be gone
         try:
             with stop.watched():
                 yield checkpoint
@@ -156,61 +154,28 @@ class SafeCheckpoints(Trainer):
             return
         problem = "with `sync_ref_model: true` the reference moves with the policy, and is in no checkpoint"
         if wanted:
-            raise InputError(f"{problem}: this run cannot go on from one. Start it again, or without `sync_ref_model`")
-        logger.warning("%s: a run that stops cannot go on, it can only start again.", problem)
-
-    def _whole_checkpoint(self, run_dir: Path, wanted: str | bool | None) -> str | None:
-        if not wanted:
-            return None
-        found = checkpoints(run_dir) if wanted is True else [Path(str(wanted))]
-        if not found or not (found[-1] / "trainer_state.json").is_file():
-            missing = f"{found[-1]} is not a checkpoint (it has no trainer_state.json)" if found else None
-            raise NotFoundError(missing or f"{run_dir} holds no checkpoint-* to resume from")
-        if self.accelerator.is_main_process:  # one process reads it all; where it stops, the launcher stops the others
-            find_checkpoint(run_dir) if wanted is True else check_manifest(found[-1])
-            _check_optimizer(found[-1])
-            check_deepspeed_files(found[-1])
-        self.accelerator.wait_for_everyone()
-        return str(found[-1])
+            raise InputError(f"{problem}: this run cannot resume. Start it again, or without `sync_ref_model`")
+        logger.warning("%s: a run that stops cannot resume, it can only start again.", problem)
 
     def _stopped(self, run_dir: Path, signum: int, command: str) -> Stopped:
-        name, state = signal.Signals(signum).name, self.state
         message = (
-            f"stopped by {name} after step {state.global_step} of {state.max_steps}; all is saved in "
-            f"{checkpoints(run_dir)[-1]}. Go on with:\n    {command}"
+            f"stopped by {signal.Signals(signum).name} after step {self.state.global_step} of {self.state.max_steps}; "
+            f"all is saved in {checkpoints(run_dir)[-1]}. Resume with:\n    {command}"
         )
         if self.accelerator.is_main_process:
             print(message, flush=True)
         self.accelerator.wait_for_everyone()  # where one process ends first, the launcher ends the others
         return Stopped(signum, message)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Upstream's loader, its order a function of the seed.
-
-        Returns:
-            The loader.
-        """
-        config = self.accelerator.dataloader_config
-        if config.data_seed is None:  # else it is what the global generator was last seeded with, by whomever
-            config.data_seed = self.args.seed
-        return super().get_train_dataloader()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled:
-            load_full_weights(target, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    # --- saving -------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._written_beside or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
-        before = checkpoints(run_dir)
-        needed = size_of(before[-1]) if before else None
-        what = f"checkpoint-{step}"
-        with explain_full_disk(Path(self.args.output_dir), what, needed, before[-1] if before else None):
+        last = next(reversed(checkpoints(run_dir)), None)
+        with explain_full_disk(Path(self.args.output_dir), f"checkpoint-{step}", last):
             try:
                 self._write_checkpoint(model, trial, run_dir)
             finally:
@@ -225,9 +190,9 @@ class SafeCheckpoints(Trainer):
             start_checkpoint(run_dir, state.global_step)
         self.accelerator.wait_for_everyone()
         self._written_beside = unfinished(run_dir, state.global_step)
-        only_model, asked_to_stop = args.save_only_model, self.asked_to_stop
+        only_model = args.save_only_model
         try:
-            args.save_only_model = only_model and not asked_to_stop  # a run that stops is one that shall go on
+            args.save_only_model = only_model and not self.asked_to_stop  # a stopped run is to be resumed
             super()._save_checkpoint(model, trial)
         finally:
             args.save_only_model = only_model
@@ -237,11 +202,32 @@ class SafeCheckpoints(Trainer):
                 state.save_to_json(str(self._written_beside / f"checkpoint-{state.global_step}" / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if args.should_save:
-            give_up_later(run_dir, state.global_step)
+            set_later_aside(run_dir, state.global_step)
             checkpoint = finish_checkpoint(run_dir, state.global_step)
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
             remove_oldest(run_dir, args.save_total_limit, keep=[checkpoint, *best])
         self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if hasattr(self, "_tr_loss"):  # PPO has a loop of its own, which sums nothing over steps
+            save_loop_state(self, Path(output_dir))
+
+    # --- resuming -----------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader, its order a function of the seed."""
+        config = self.accelerator.dataloader_config
+        if config.data_seed is None:  # else it is what the global generator was last seeded with, by whomever
+            config.data_seed = self.args.seed
+        return super().get_train_dataloader()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled:
+            load_full_weights(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _restore_loop(self, checkpoint: Path) -> None:
         load_loop_state(self, checkpoint)
@@ -249,10 +235,7 @@ class SafeCheckpoints(Trainer):
         if best is not None and (checkpoint.parent / Path(best).name).is_dir():  # also where the run has been moved
             self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if hasattr(self, "_tr_loss"):  # PPO has a loop of its own, which sums nothing over steps
-            save_loop_state(self, Path(output_dir))
+    # --- the end ------------------------------------------------------------------------------------------------
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # else a run resumed at its end takes one step more
@@ -278,14 +261,3 @@ class SafeCheckpoints(Trainer):
             load_full_weights(self.model, best)
         else:
             super()._load_best_model()
-
-
-def _check_optimizer(checkpoint: Path) -> None:
-    """Refuse a checkpoint that a run cannot go on from; upstream would start with a fresh optimizer, silently."""
-    if not any(
-        any(checkpoint.glob(name)) for name in ("optimizer.pt", "optimizer.bin", "global_step*", "optimizer_*")
-    ):
-        raise NotFoundError(
-            f"{checkpoint} has no optimizer.pt (was it written with `save_only_model: true`?), so a run cannot go on "
-            "from it. Start a new run with its adapter or model"
-        )

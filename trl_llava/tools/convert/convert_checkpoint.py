@@ -15,7 +15,7 @@ from trl_llava.hub.names import split_revision
 from trl_llava.models.load import load_processor
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.rewards.reward_settings import RewardSettings, write_settings
-from trl_llava.run.whole_folder import whole_folder
+from trl_llava.run.atomic_files import whole_folder
 from trl_llava.tools.convert.adapter import check_no_other_weights, convert_adapter
 from trl_llava.tools.convert.layouts import Kind, detect, find_source
 from trl_llava.tools.convert.model import convert_model

@@ -27,7 +27,7 @@ from trl_llava.models.adapters import load_adapter
 from trl_llava.models.load import load_policy, load_processor, load_sequence_classifier
 from trl_llava.prompts import Message
 from trl_llava.rewards.reward_settings import SETTINGS_FILE
-from trl_llava.run.whole_folder import whole_folder
+from trl_llava.run.atomic_files import whole_folder
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of a logit that rounding may explain, as a share of the largest logit, by dtype."""

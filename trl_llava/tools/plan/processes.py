@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from trl_llava.errors import RecipeError
-from trl_llava.run.launch_config import find_accelerate_config
+from trl_llava.run.launch import find_accelerate_config
 from trl_llava.tools.plan.sharing import Processes, ZeroSizes
 
 

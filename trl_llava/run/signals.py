@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run finishes its step, saves, and says how it goes on."""
+"""SIGTERM and Ctrl-C: a run finishes its step, saves, and says how to resume it."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from trl_llava.run.worker_signals import workers_shielded
+from trl_llava.run.launch import launched_by_accelerate
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ONE_PRESS = 1.0
@@ -19,16 +19,10 @@ _ONE_PRESS = 1.0
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop, has saved, and ends; nobody prints a traceback for it.
-
-    Args:
-        signum: The signal; the exit status is 128 more, as shells have it.
-        message: What was said to the user.
-    """
+    """A run that got a signal, has saved, and ends without a traceback, with exit status 128 + signal as in shells."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(128 + signum)
-        self.signum = signum
         self.message = message
 
     def __str__(self) -> str:
@@ -36,29 +30,19 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Remembers a request to stop until a step has ended; a second Ctrl-C stops at once.
-
-    Args:
-        accelerator: Knows the processes, which must agree on the step.
-    """
+    """Remembers a signal until the step has ended; a second Ctrl-C stops at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.process = os.getpid()
         self.launcher = os.getppid() if launched_by_accelerate() else None
-        self.received = 0
-        self.agreed = 0
+        self.received = 0  # signal number, in this process
+        self.agreed = 0  # signal number, the same in all
         self.pressed: float | None = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take the signals over for as long as the block runs.
-
-        In a thread other than the first, where Python allows no handlers, they keep their usual meaning.
-
-        Yields:
-            Nothing.
-        """
+        """Handle the signals in the block, where Python allows it: in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -71,11 +55,7 @@ class StopSignals:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def agree(self) -> bool:
-        """Ask all processes, at the end of a step, whether one of them was told to stop.
-
-        Returns:
-            `True` on every process, or on none.
-        """
+        """Whether any process has got a signal: the same on all of them, which call this at the end of a step."""
         if self.launcher is not None and os.getppid() != self.launcher:
             self.received = self.received or signal.SIGTERM  # `accelerate launch` was killed and passed nothing on
         received = torch.tensor([self.received], device=self.accelerator.device)
@@ -95,17 +75,40 @@ class StopSignals:
         if signum == signal.SIGINT:
             self.pressed = time.monotonic()
         if not self.received and self.accelerator.is_main_process:
-            # Not `print`: a handler may run in the middle of another print.
             at_once = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
-            text = f"\n{signal.Signals(signum).name}: finishing this step, then saving{at_once}\n"
-            os.write(2, text.encode())
+            # Not `print`: a handler may run in the middle of another print.
+            os.write(2, f"\n{signal.Signals(signum).name}: finishing this step, then saving{at_once}\n".encode())
         self.received = self.received or signum
 
 
-def launched_by_accelerate() -> bool:
-    """Whether `accelerate launch` has started this process.
+_shielding = False
 
-    Returns:
-        `True` if so.
+
+@contextmanager
+def workers_shielded() -> Iterator[None]:
+    """Let processes that are forked in the block, such as data loaders' workers, take SIGTERM from their parent alone.
+
+    Schedulers send it to all processes of a run at once. A worker would die of it, and its death be an error in the
+    process that wants to finish its step.
     """
-    return "ACCELERATE_MIXED_PRECISION" in os.environ
+    global _shielding
+    before, _shielding = _shielding, hasattr(signal, "sigwaitinfo")  # macOS has it not
+    try:
+        yield
+    finally:
+        _shielding = before
+
+
+def _in_child() -> None:
+    if _shielding:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for all threads that are still to come
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+os.register_at_fork(after_in_child=_in_child)
