@@ -168,7 +168,7 @@ def test_onevision_with_one_image_a_row(
 def test_a_family_that_trl_cannot_hand_on(world: World, tiny_processor: ProcessorMixin) -> None:
     tiny_processor.image_processor.model_input_names = ["pixel_values", "patch_order"]
     with pytest.raises(RecipeError, match="TRL's RLOOTrainer does not know patch_order"):
-        online_rl._check_image_inputs(tiny_processor, RLOOTrainer)
+        online_rl._allows_one_image_only(tiny_processor, RLOOTrainer)
 
 
 def test_the_length_term_counts_to_the_limit_of_an_answer(world: World) -> None:

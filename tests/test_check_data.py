@@ -198,7 +198,7 @@ def test_the_stage_is_found_or_asked_for(files: Published) -> None:
     other.write_text(recipe.read_text())
     with pytest.raises(RecipeError, match=r"mine.yaml fits sft and reward and .* and rloo: say with --stage"):
         find_stage(["--config", str(other)])
-    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none.yaml: there is no such file"):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none.yaml: No such file"):
         find_stage(["--config", str(recipe.with_name("none.yaml"))])
     with pytest.raises(RecipeError, match=r"without --config, the command line fits sft and"):
         find_stage([])

@@ -148,7 +148,7 @@ def test_help_of_a_stage_names_recipe_and_launcher(capsys: pytest.CaptureFixture
     assert out.startswith("usage: trl-llava ppo --config recipe.yaml [--field value ...]")
     own, trl, transformers = (out.index(f"{title}:") for title in FIELD_GROUPS.values())
     assert out.index("Every field below") < own < out.index("--correctness_coef CORR") < trl < transformers
-    assert trl < out.index("--cliprange_value CLIP") < transformers < out.index("--save_steps SAVE")
+    assert trl < out.index("--dataset_train_split DATASET") < transformers < out.index("--save_steps SAVE")
     assert "one of cpu, ddp, fsdp2, multi_node, single_gpu, zero2, zero3" in out
 
 

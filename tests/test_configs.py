@@ -7,12 +7,9 @@ import pytest
 from trl import ModelConfig, RewardConfig, SFTConfig
 
 from trl_llava.configs.ppo import LlavaPPOConfig
-from trl_llava.configs.stages import (
-    LlavaModelConfig,
-    LlavaRewardConfig,
-    LlavaScriptArguments,
-    LlavaSFTConfig,
-)
+from trl_llava.configs.reward import LlavaRewardConfig
+from trl_llava.configs.sft import LlavaSFTConfig
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 
 TRL_1_12 = {
     "learning_rate": 3e-06,

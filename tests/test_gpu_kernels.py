@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from trl_llava import train_ppo, train_reward, train_sft
 from trl_llava.configs.ppo import LlavaPPOConfig
-from trl_llava.configs.stages import LlavaRewardConfig
+from trl_llava.configs.reward import LlavaRewardConfig
 from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.models import gpu_kernels
 from trl_llava.models.gpu_kernels import apply_liger, check_gpu_kernels, check_liger_knows

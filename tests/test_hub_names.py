@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_llava.configs.online import OnlineArguments
+from trl_llava.configs.grpo import LlavaGRPOConfig
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError
@@ -55,5 +55,5 @@ def test_every_model_field_of_a_recipe() -> None:
     assert (args.sft_model_path, args.sft_model_revision) == ("org/sft", "a")
     assert (args.reward_model_path, args.reward_model_revision) == ("org/rm", "b")
     assert (args.value_model_path, args.value_model_revision) == ("org/v", "c")
-    online = OnlineArguments(reward_model_path="org/rm@b")
+    online = LlavaGRPOConfig(reward_model_path="org/rm@b", use_cpu=True, bf16=False)
     assert (online.reward_model_path, online.reward_model_revision) == ("org/rm", "b")

@@ -21,7 +21,8 @@ import yaml
 from hub_login import hub_client
 from safetensors.torch import load_file
 
-from trl_llava import cli, train_dpo, train_grpo, train_ppo, train_reward, train_rloo, train_sft
+from trl_llava import cli, train_grpo, train_ppo, train_reward, train_sft
+from trl_llava.configs import recipe
 
 STAGES = ("sft", "reward", "ppo")
 QUICK = [
@@ -177,25 +178,21 @@ REVISIONS = {
     "resume_from_checkpoint": None,  # a folder only
 }
 """Every field of a recipe that names a model or data -> the field that its `@revision` goes to."""
-PARSERS = {
-    **{"sft": train_sft.make_parser, "reward": train_reward.make_parser, "ppo": train_ppo.make_parser},
-    **{"grpo": train_grpo.make_parser, "rloo": train_rloo.make_parser, "dpo": train_dpo.make_parser},
-}
 
 
-@pytest.mark.parametrize("stage", PARSERS)
+@pytest.mark.parametrize("stage", recipe.STAGES)
 def test_every_field_of_a_recipe_takes_a_revision(stage: str) -> None:
-    parser = PARSERS[stage]()
+    parser = recipe.make_parser(stage)
     names = {name for name in parser.field_names if re.search(r"(name_or_path|_path|^dataset_name|^datasets)$", name)}
     assert names - set(REVISIONS) == set()
     taken = {name: other for name, other in REVISIONS.items() if name in names and other is not None}
     words = [word for name in taken for word in (f"--{name}", f"org/{name}@v1")]
-    *configs, recipe = parser.parse(["--use_cpu", "--bf16", "false", "--output_dir", "run", *words])
+    *configs, resolved = parser.parse(["--use_cpu", "--bf16", "false", "--output_dir", "run", *words])
     values = {name: value for config in configs for name, value in vars(config).items()}
     assert {name: (values[name], values[other]) for name, other in taken.items()} == {
         name: (f"org/{name}", "v1") for name in taken
     }
-    assert all(recipe.values[name] == f"org/{name}@v1" for name in taken)  # recipe.yaml says it as it was said
+    assert all(resolved.values[name] == f"org/{name}@v1" for name in taken)  # recipe.yaml says it as it was said
 
 
 def test_every_field_reads_its_revision(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from trl_llava import cli, train_sft
+from trl_llava import cli
+from trl_llava.configs.recipe import make_parser
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError
 from trl_llava.models.adapters import load_adapter
@@ -124,7 +125,7 @@ def test_a_token_in_a_recipe_is_written_nowhere(
     (tmp_path / "mine.yaml").write_text(f"hub_token: {hub_server.WRITE_TOKEN}\nuse_cpu: true\nbf16: false\n")
     words = ["--config", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path / "run")]
     with caplog.at_level(logging.DEBUG):
-        _, args, *_, recipe = train_sft.make_parser().parse(words)
+        _, args, *_, recipe = make_parser("sft").parse(words)
         output_dir.claim(args, recipe)
         output_dir.record(args, recipe)
     assert hub_server.WRITE_TOKEN not in recipe.to_yaml() + caplog.text + str(args) + args.to_json_string()

@@ -2,14 +2,14 @@
 
 import pytest
 
+from trl_llava.configs.recipe import make_parser
 from trl_llava.errors import RecipeError
 from trl_llava.prompts import JudgingPrompt
-from trl_llava.train_reward import make_judging_prompt, make_parser
 
 
 def prompt_of(*words: str) -> JudgingPrompt:
     fixed = ["--output_dir", "unused", "--use_cpu", "true", "--bf16", "false"]
-    return make_judging_prompt(make_parser().parse([*fixed, *words])[1])
+    return make_parser("reward").parse([*fixed, *words]).training_args.make_judging_prompt()
 
 
 def test_texts_of_the_recipe_replace_the_papers_one_by_one():

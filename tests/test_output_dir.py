@@ -7,7 +7,8 @@ from typing import Any
 import hub_server
 import pytest
 
-from trl_llava import stage_run, train_sft
+from trl_llava import stage_run
+from trl_llava.configs.recipe import make_parser
 from trl_llava.run import atomic_files
 from trl_llava.run.checkpoint_folders import NoCheckpointError
 from trl_llava.run.manifest import DamagedCheckpointError, write_manifest
@@ -17,7 +18,7 @@ from trl_llava.stage_run import StageRun
 
 def parse(folder: Path, *args: str) -> tuple[Any, Any]:
     words = ["--output_dir", str(folder), "--bf16", "false", "--use_cpu", *args]
-    _, training_args, *_, recipe = train_sft.make_parser().parse(words)
+    _, training_args, *_, recipe = make_parser("sft").parse(words)
     return training_args, recipe
 
 
@@ -100,8 +101,7 @@ def test_it_does_so_on_the_hub_too(hub: hub_server.Hub, tmp_path: Path) -> None:
     words = ["--push_to_hub", "--hub_model_id", "run", "--output_dir", str(tmp_path / "run"), "--bf16", "false"]
 
     def begin(*more: str) -> StageRun:
-        script_args, args, model_args, _, recipe = train_sft.make_parser().parse([*words, "--use_cpu", *more])
-        return stage_run.begin("sft", script_args, args, model_args, recipe)
+        return stage_run.begin("sft", [*words, "--use_cpu", *more])
 
     killed = begin()
     assert killed.repository is not None and killed.repository.verified

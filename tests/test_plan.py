@@ -16,7 +16,9 @@ from measured import QUIET, answer, fields_for, longest, peak_of, planned, quest
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from trl_llava.cli import main
-from trl_llava.configs.stages import LlavaModelConfig, LlavaRewardConfig, LlavaSFTConfig
+from trl_llava.configs.reward import LlavaRewardConfig
+from trl_llava.configs.sft import LlavaSFTConfig
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, RecipeError
 from trl_llava.models.adapters import lora_config
 from trl_llava.models.policy_start import load_policy_start

@@ -11,7 +11,7 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import AutoProcessor, AutoTokenizer
 
-from trl_llava.configs.stages import LlavaRewardConfig
+from trl_llava.configs.reward import LlavaRewardConfig
 from trl_llava.errors import InputError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.sequence_classification import LlavaForSequenceClassification

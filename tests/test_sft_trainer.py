@@ -10,7 +10,7 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from trl_llava.configs.stages import LlavaSFTConfig
+from trl_llava.configs.sft import LlavaSFTConfig
 from trl_llava.data.collators import SFTCollator
 from trl_llava.data.contract import RowError
 from trl_llava.data.load import rows_from

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trl_llava import train_sft
+from trl_llava.configs.recipe import make_parser
 from trl_llava.data.splits import load_splits
 from trl_llava.errors import RecipeError
 
@@ -26,7 +26,7 @@ def write(folder: Path, name: str, count: int) -> str:
 
 def load(folder: Path, *args: str, **recipe: Any) -> tuple[list[str], list[str] | None]:
     (folder / "recipe.yaml").write_text(json.dumps({"output_dir": "unused", "bf16": False, "use_cpu": True, **recipe}))
-    parser = train_sft.make_parser()
+    parser = make_parser("sft")
     script_args, training_args, _, mixture, _ = parser.parse(["--config", str(folder / "recipe.yaml"), *args])
     train, held_out = load_splits(script_args, mixture, training_args, "sft")
     return prompts(train), None if held_out is None else prompts(held_out)

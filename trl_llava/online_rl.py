@@ -5,15 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate import PartialState
-from transformers import ProcessorMixin, TrainingArguments, set_seed
-from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from transformers import ProcessorMixin, Trainer, set_seed
 
-from trl_llava.configs.online import OnlineArguments, refuse_vllm
-from trl_llava.configs.recipe import RecipeParser
-from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.lengths import drop_overlong
-from trl_llava.data.splits import load_splits
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.errors import RecipeError
 from trl_llava.models.model_inputs import COUNTS
@@ -36,72 +32,31 @@ class DropsImageCounts:
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]  # TRL's trainer
 
 
-def online_parser(config: type[TrainingArguments], prog: str | None) -> RecipeParser:
-    """The parser of GRPO's or RLOO's recipes.
-
-    Args:
-        config: TRL's config.
-        prog: Name of the command in `--help`.
-
-    Returns:
-        The parser.
-    """
-    return RecipeParser((LlavaScriptArguments, config, LlavaModelConfig, OnlineArguments, DatasetMixtureConfig), prog)
-
-
-def run_online(
-    stage: str,
-    config: type[GRPOConfig] | type[RLOOConfig],
-    trainer_class: type[GRPOTrainer] | type[RLOOTrainer],
-    words: Sequence[str],
-) -> GRPOTrainer | RLOOTrainer:
-    """Runs one of TRL's online trainers with the factual reward.
-
-    Args:
-        stage: "grpo" or "rloo".
-        config: TRL's config.
-        trainer_class: TRL's trainer.
-        words: Command line without the program's name.
-
-    Returns:
-        The trainer, after training and saving.
-
-    Raises:
-        RecipeError: If the recipe cannot be used.
-    """
-    script_args, args, model_args, online_args, mixture, recipe = online_parser(config, f"train_{stage}").parse(words)
-    try:
-        refuse_vllm(args)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    run = begin(stage, script_args, args, model_args, recipe)
-    processor = load_recipe_processor(model_args, online_args.chat_template_path)
-    one_image = _check_image_inputs(processor, trainer_class)
-    rewards = _load_rewards(online_args, model_args, args)
-    splits = load_splits(
-        script_args,
-        mixture,
-        args,
-        "prompt",
-        require_captions=needs_captions(rewards),
-        dataset_num_proc=online_args.dataset_num_proc,
-    )
-    collator = PromptCollator(processor, online_args.max_prompt_length)
+def run_online(stage: str, trainer_class: type[Trainer], args: Sequence[str] | None) -> Any:
+    """Runs TRL's `GRPOTrainer` or `RLOOTrainer` with the factual reward, and returns it."""
+    run = begin(stage, args)
+    training_args, model_args = run.training_args, run.model_args
+    processor = load_recipe_processor(model_args, training_args.chat_template_path)
+    one_image = _allows_one_image_only(processor, trainer_class)
+    rewards = _load_rewards(training_args, model_args)
+    collator = PromptCollator(processor, training_args.max_prompt_length)
+    splits = run.load_rows("prompt", require_captions=needs_captions(rewards))
     train_rows, eval_rows = (
         None
         if rows is None
-        else as_trl_reads(drop_overlong(rows, collator, online_args.overlong), one_image=one_image)
+        else as_trl_reads(drop_overlong(rows, collator, training_args.overlong), one_image=one_image)
         for rows in splits
     )
-    # An image token in an answer has no picture: the next forward pass would stop at it.
-    args.generation_kwargs = {**(args.generation_kwargs or {}), "suppress_tokens": [processor.image_token_id]}
-    set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
+    # An image token in a completion has no image: the next forward pass would stop at it.
+    suppressed = {"suppress_tokens": [processor.image_token_id]}
+    training_args.generation_kwargs = {**(training_args.generation_kwargs or {}), **suppressed}
+    set_seed(training_args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
     model, peft_config = load_policy_start(model_args)
-    additions = (ResumableGenerations, DropsImageCounts) if one_image else (ResumableGenerations,)
-    trainer = type(trainer_class.__name__, (*additions, trainer_class), {})(
+    mixins = (ResumableGenerations, DropsImageCounts) if one_image else (ResumableGenerations,)
+    trainer = type(trainer_class.__name__, (*mixins, trainer_class), {})(
         model=model,
         reward_funcs=rewards,
-        args=args,
+        args=training_args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
@@ -110,7 +65,7 @@ def run_online(
     return run.train(trainer, model_args.model_name_or_path)
 
 
-def _check_image_inputs(processor: ProcessorMixin, trainer_class: type[GRPOTrainer] | type[RLOOTrainer]) -> bool:
+def _allows_one_image_only(processor: ProcessorMixin, trainer_class: Any) -> bool:
     """Whether rows may have one image only; refuses a family whose inputs TRL's trainer does not hand to the model."""
     handed_on = inspect.signature(trainer_class._get_per_token_logps_and_entropies).parameters
     unknown = sorted(set(processor.image_processor.model_input_names) - set(handed_on))
@@ -122,9 +77,7 @@ def _check_image_inputs(processor: ProcessorMixin, trainer_class: type[GRPOTrain
     return bool(unknown)
 
 
-def _load_rewards(
-    args: OnlineArguments, model_args: LlavaModelConfig, trl_args: GRPOConfig | RLOOConfig
-) -> list[RewardFunction]:
+def _load_rewards(args: Any, model_args: LlavaModelConfig) -> list[RewardFunction]:
     """The reward model, the recipe's functions and the length term, in this order."""
     rewards = load_reward_functions(
         args.reward_model_path,
@@ -135,7 +88,7 @@ def _load_rewards(
         device=PartialState().device,
     )
     if args.length_coef is not None:
-        limit, coef = trl_args.max_completion_length, args.length_coef
+        limit, coef = args.max_completion_length, args.length_coef
 
         def length(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
             return length_term(completion_ids, response_length=limit, coef=coef, **columns)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import RewardTrainer
 
-from trl_llava.configs.stages import LlavaRewardConfig
+from trl_llava.configs.reward import LlavaRewardConfig
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
 from trl_llava.data.preference_collators import PreferenceCollator

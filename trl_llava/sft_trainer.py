@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTTrainer
 
-from trl_llava.configs.stages import LlavaSFTConfig
+from trl_llava.configs.sft import LlavaSFTConfig
 from trl_llava.data.collators import SFTCollator
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from

@@ -1,17 +1,24 @@
 """What every entry point does before its models are loaded, and with its trainer."""
 
 import functools
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import DatasetMixtureConfig
 
 from trl_llava.card_samples import write_samples
-from trl_llava.configs.recipe import Recipe
+from trl_llava.configs.recipe import Recipe, make_parser
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
+from trl_llava.configs.vllm import require_vllm
+from trl_llava.data.contract import Stage
+from trl_llava.data.splits import load_splits
 from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.models.gpu_kernels import check_gpu_kernels
 from trl_llava.publish.model_card import card_facts, write_card_of
@@ -31,28 +38,35 @@ class StageRun:
         stage: Name of the stage.
         script_args: Where the rows are.
         training_args: The stage's config.
-        recipe: All that was asked for, for recipe.yaml.
+        model_args: The models.
+        mixture: The rows, where there are several data sets.
+        recipe: All fields, for recipe.yaml.
         checkpoint: What the run goes on from; None for a new one.
         repository: Where it is pushed to; None if it is not.
     """
 
     stage: str
     script_args: LlavaScriptArguments
-    training_args: TrainingArguments
+    training_args: Any
+    model_args: LlavaModelConfig
+    mixture: DatasetMixtureConfig
     recipe: Recipe
     checkpoint: str | None
     repository: Repository | None
 
+    def load_rows(self, stage: Stage, *, require_captions: bool = False) -> tuple[Dataset, Dataset | None]:
+        """The checked rows for training and evaluation."""
+        return load_splits(
+            self.script_args,
+            self.mixture,
+            self.training_args,
+            stage,
+            require_captions=require_captions,
+            dataset_num_proc=self.training_args.dataset_num_proc,
+        )
+
     def train(self, trainer: AnyTrainer, base: str) -> AnyTrainer:
-        """Train, and leave in the folder and on the Hub what belongs there.
-
-        Args:
-            trainer: The trainer.
-            base: The base model, for the model card.
-
-        Returns:
-            The trainer.
-        """
+        """Trains, and leaves in the folder and on the Hub what belongs there; `base` is for the model card."""
         trainer.create_model_card = functools.partial(write_card_of, trainer, self.stage, base, self.recipe.values)
         samples = functools.partial(write_samples, trainer, self.script_args.card_samples)
         push = push_saves(trainer, self.repository, write_samples=samples, end_follows=True)
@@ -66,42 +80,38 @@ class StageRun:
         return trainer
 
 
-def begin(
-    stage: str,
-    script_args: LlavaScriptArguments,
-    training_args: TrainingArguments,
-    model_args: LlavaModelConfig,
-    recipe: Recipe,
-) -> StageRun:
-    """Claim the run's folder and repository, before anything that takes time.
+def begin(stage: str, args: Sequence[str] | None) -> StageRun:
+    """Reads the recipe, and claims the run's folder and repository, before anything that takes time.
 
     Args:
         stage: Name of the stage.
-        script_args: Where the rows are.
-        training_args: The stage's config.
-        model_args: The models; they trust remote code if the config does.
-        recipe: All that was asked for.
+        args: Command line without the program's name; None for that of the process.
 
     Returns:
         The run.
 
     Raises:
-        InputError: If kernels are asked for that need a GPU, and there is none.
-        MissingPackageError: If they, or what `report_to` names, are not installed.
+        RecipeError: If the recipe cannot be used.
+        InputError: If kernels are named that need a GPU, and there is none.
+        MissingPackageError: If they, vLLM, or what `report_to` names, are not installed.
         OutputDirError: If `output_dir` cannot be written or belongs to another run.
     """
-    _check_reporters(training_args)
+    parsed = make_parser(stage).parse(sys.argv[1:] if args is None else args)
+    script_args, training_args, model_args, _, recipe = parsed
+    _check_packages(training_args)
     check_gpu_kernels(training_args, model_args.attn_implementation)
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
     resuming = output_dir.wants_resume(training_args)  # also from the first step, if it was killed before it had more
     repository = claim_repository(training_args, script_args, model_args, recipe, resuming=resuming)
-    return StageRun(stage, script_args, training_args, recipe, checkpoint, repository)
+    return StageRun(stage, *parsed, checkpoint, repository)
 
 
-def _check_reporters(args: TrainingArguments) -> None:
-    """Stop for a reporter that transformers would only miss when all models are loaded."""
+def _check_packages(args: TrainingArguments) -> None:
+    """Stops for a package that would be missed only when all models are loaded."""
+    if getattr(args, "use_vllm", False):
+        require_vllm(args)
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             raise InputError(f"`report_to`: {name!r} is none of {', '.join(INTEGRATION_TO_CALLBACK)}")

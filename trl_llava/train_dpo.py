@@ -6,18 +6,13 @@ Out: `output_dir` with the adapter (or model), processor, trainer state, recipe.
     accelerate launch -m trl_llava.train_dpo --config recipes/llava-1.5-7b-hf/dpo.yaml [--field value ...]
 """
 
-import sys
 from collections.abc import Sequence
 
 from transformers import set_seed
-from trl import DatasetMixtureConfig, DPOTrainer
+from trl import DPOTrainer
 
-from trl_llava.configs.online import LlavaDPOConfig
-from trl_llava.configs.recipe import RecipeParser
-from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.preference_collators import DPOCollator
-from trl_llava.data.splits import load_splits
 from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.run.console import run_as_program
@@ -31,40 +26,13 @@ class LlavaDPOTrainer(SafeCheckpoints, PushesSafely, DPOTrainer):
     stage = "dpo"
 
 
-def make_parser(prog: str | None = None) -> RecipeParser:
-    """The parser of these recipes.
-
-    Args:
-        prog: Name of the command in `--help`.
-
-    Returns:
-        The parser.
-    """
-    return RecipeParser((LlavaScriptArguments, LlavaDPOConfig, LlavaModelConfig, DatasetMixtureConfig), prog=prog)
-
-
 def main(args: Sequence[str] | None = None) -> DPOTrainer:
-    """Runs the training.
-
-    Args:
-        args: Command line without the program's name; by default that of the process.
-
-    Returns:
-        The trainer, after training and saving.
-
-    Raises:
-        RecipeError: If the recipe cannot be used.
-        OutputDirError: If `output_dir` cannot be written or belongs to another run.
-        RowError: If a row cannot be used.
-    """
-    words = sys.argv[1:] if args is None else args
-    script_args, training_args, model_args, mixture, recipe = make_parser("train_dpo").parse(words)
-    run = begin("dpo", script_args, training_args, model_args, recipe)
+    """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
+    run = begin("dpo", args)
+    training_args, model_args = run.training_args, run.model_args
     processor = load_recipe_processor(model_args, training_args.chat_template_path)
     collator = DPOCollator(processor, training_args.max_length, training_args.pad_to_multiple_of)
-    splits = load_splits(
-        script_args, mixture, training_args, "preference", dataset_num_proc=training_args.dataset_num_proc
-    )
+    splits = run.load_rows("preference")
     train_rows, eval_rows = (
         None if rows is None else drop_overlong(rows, collator, training_args.overlong) for rows in splits
     )

@@ -8,18 +8,13 @@ Out: `output_dir` with the policy's adapter (or model), value_model/, processor,
     accelerate launch -m trl_llava.train_ppo --config recipes/llava-1.5-7b-hf/ppo.yaml [--field value ...]
 """
 
-import sys
 from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
-from trl import DatasetMixtureConfig
 
 from trl_llava.configs.ppo import LlavaPPOConfig
-from trl_llava.configs.recipe import RecipeParser
-from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
-from trl_llava.configs.vllm import require_vllm
-from trl_llava.data.splits import load_splits
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.models.adapter_role import cast_adapters
 from trl_llava.models.loaded_models import describe_models
 from trl_llava.ppo.roles import Policy, Value, load_policy_roles, load_value_model
@@ -32,45 +27,12 @@ from trl_llava.run.console import run_as_program
 from trl_llava.stage_run import begin
 
 
-def make_parser(prog: str | None = None) -> RecipeParser:
-    """The parser of this stage's recipes.
-
-    Args:
-        prog: Name of the command in `--help`.
-
-    Returns:
-        The parser.
-    """
-    return RecipeParser((LlavaScriptArguments, LlavaPPOConfig, LlavaModelConfig, DatasetMixtureConfig), prog=prog)
-
-
 def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
-    """Runs the stage.
-
-    Args:
-        args: Command line without the program's name; by default that of the process.
-
-    Returns:
-        The trainer, after training and saving.
-
-    Raises:
-        RecipeError: If the recipe cannot be used.
-        OutputDirError: If `output_dir` cannot be written or belongs to another run.
-        RowError: If a row cannot be used.
-        UnhealthyRunError: If KL or ratio are off at the first step, or a number is not finite.
-    """
-    words = sys.argv[1:] if args is None else args
-    script_args, training_args, model_args, mixture, recipe = make_parser("train_ppo").parse(words)
-    require_vllm(training_args)
-    run = begin("ppo", script_args, training_args, model_args, recipe)
-    train_rows, eval_rows = load_splits(
-        script_args,
-        mixture,
-        training_args,
-        "prompt",
-        require_captions=bool(shows_captions(training_args.reward_model_path, training_args.reward_model_revision)),
-        dataset_num_proc=training_args.dataset_num_proc,
-    )
+    """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
+    run = begin("ppo", args)
+    training_args, model_args = run.training_args, run.model_args
+    reads_captions = shows_captions(training_args.reward_model_path, training_args.reward_model_revision)
+    train_rows, eval_rows = run.load_rows("prompt", require_captions=bool(reads_captions))
     policy, value, rewards = load_all(training_args, model_args)
     if rewards and isinstance(rewards[0], FactualReward):
         rewards[0].share_prefix &= training_args.share_prefix
@@ -90,15 +52,7 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
 
 
 def load_all(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[Policy, Value, list[RewardFunction]]:
-    """Loads all roles, and prints what they take in memory.
-
-    Args:
-        args: Which models.
-        model_args: dtype, quantisation, what is frozen.
-
-    Returns:
-        Policy with reference, value model and rewards.
-    """
+    """Loads policy with reference, value model and rewards, and prints what they take in memory."""
     policy = load_policy_roles(args, model_args)
     check_rewards(args)
     value = load_value_model(args, model_args, policy)

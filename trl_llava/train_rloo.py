@@ -7,43 +7,17 @@ Out: `output_dir` with the adapter (or model), processor, trainer state, recipe.
     accelerate launch -m trl_llava.train_rloo --config recipes/llava-1.5-7b-hf/rloo.yaml [--field value ...]
 """
 
-import sys
 from collections.abc import Sequence
 
-from trl import RLOOConfig, RLOOTrainer
+from trl import RLOOTrainer
 
-from trl_llava.configs.recipe import RecipeParser
-from trl_llava.online_rl import online_parser, run_online
+from trl_llava.online_rl import run_online
 from trl_llava.run.console import run_as_program
 
 
-def make_parser(prog: str | None = None) -> RecipeParser:
-    """The parser of these recipes.
-
-    Args:
-        prog: Name of the command in `--help`.
-
-    Returns:
-        The parser.
-    """
-    return online_parser(RLOOConfig, prog)
-
-
 def main(args: Sequence[str] | None = None) -> RLOOTrainer:
-    """Runs the training.
-
-    Args:
-        args: Command line without the program's name; by default that of the process.
-
-    Returns:
-        The trainer, after training and saving.
-
-    Raises:
-        RecipeError: If the recipe cannot be used.
-        OutputDirError: If `output_dir` cannot be written or belongs to another run.
-        RowError: If a row cannot be used.
-    """
-    return run_online("rloo", RLOOConfig, RLOOTrainer, sys.argv[1:] if args is None else args)
+    """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
+    return run_online("rloo", RLOOTrainer, args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from trl_llava.configs.ppo import LlavaPPOConfig
-from trl_llava.configs.stages import LlavaModelConfig, LlavaRewardConfig, LlavaScriptArguments
+from trl_llava.configs.reward import LlavaRewardConfig
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "deviations.md"

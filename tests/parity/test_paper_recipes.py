@@ -6,7 +6,7 @@ from typing import Any
 import golden_data
 import pytest
 
-from trl_llava import train_ppo, train_reward, train_sft
+from trl_llava.configs.recipe import make_parser
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = golden_data.read("6_effective_args.json")
@@ -24,9 +24,9 @@ def effective(script: str) -> dict[str, Any]:
     }
 
 
-def recipe(module: Any, model: str, stage: str) -> tuple[Any, ...]:
+def recipe(model: str, stage: str) -> tuple[Any, ...]:
     words = ["--config", str(RECIPES / f"llava-rlhf-{model}" / f"{stage}.yaml"), "--bf16", "false", "--use_cpu"]
-    return module.make_parser().parse(words)
+    return make_parser(stage.split("_")[0]).parse(words)
 
 
 def check_lora(model_args: Any, theirs: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def check_lora(model_args: Any, theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model", PATCHES)
 def test_sft(model: str) -> None:
     theirs = effective(f"{model}/initialize_policy_model")
-    _, ours, model_args, *_ = recipe(train_sft, model, "sft")
+    _, ours, model_args, *_ = recipe(model, "sft")
     check_lora(model_args, theirs)
     for name in (*SAME_NAME, "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"):
         assert getattr(ours, name) == theirs[name], name
@@ -50,7 +50,7 @@ def test_sft(model: str) -> None:
 
 def test_reward_model() -> None:
     theirs = effective("13b-v1.5-336/train_reward_model")
-    _, ours, model_args, mixture, *_ = recipe(train_reward, "13b-v1.5-336", "reward")
+    _, ours, model_args, mixture, *_ = recipe("13b-v1.5-336", "reward")
     check_lora(model_args, theirs)
     same = (
         "per_device_train_batch_size",
@@ -70,7 +70,7 @@ def test_reward_model() -> None:
 @pytest.mark.parametrize("model", PATCHES)
 def test_ppo(model: str) -> None:
     theirs = effective(f"{model}/train_rl_model")
-    _, ours, model_args, *_ = recipe(train_ppo, model, "ppo")
+    _, ours, model_args, *_ = recipe(model, "ppo")
     same = ("warmup_steps", "save_steps", "logging_steps", "vf_coef", "cliprange", "cliprange_value", "gamma", "lam")
     for name in (*SAME_NAME, *same, "whiten_rewards", "temperature", "kl_coef", "reward_bias"):
         assert getattr(ours, name) == theirs[name], name

@@ -1,22 +1,38 @@
-"""The recipe parser: flat YAML plus `--field value`, into TRL's and our dataclasses, strict about every key and type.
+"""The recipe parser: TRL's, plus a check of every key and type of the YAML, and errors of one line.
 
-TRL's scripts let an unknown YAML key vanish and hand YAML values to the configs unchecked. Here both are errors that
-name the file, the key, what was expected and what was found.
+TRL's parser converts the words of a command line, but hands YAML values to the configs as they are.
 """
 
+import argparse
 import copy
 import dataclasses
+import difflib
+import enum
+import importlib
 import os
-from collections.abc import Callable, Sequence
+import re
+import types
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
+from huggingface_hub.dataclasses import type_validator
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, TrlParser
 
-from trl_llava.configs.recipe_values import RecipeDumper, RecipeLoader, convert, nearest
+from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import RecipeError
 
+STAGES = {
+    "sft": "trl_llava.configs.sft:LlavaSFTConfig",
+    "reward": "trl_llava.configs.reward:LlavaRewardConfig",
+    "dpo": "trl_llava.configs.dpo:LlavaDPOConfig",
+    "ppo": "trl_llava.configs.ppo:LlavaPPOConfig",
+    "grpo": "trl_llava.configs.grpo:LlavaGRPOConfig",
+    "rloo": "trl_llava.configs.rloo:LlavaRLOOConfig",
+}
+"""The training config of each stage; imported only for that stage, so that none depends on another one's upstream."""
 LAUNCHER_KEYS = ("accelerate_config", "num_processes", "num_machines", "machine_rank", "mixed_precision", "gpu_ids")
 FIELD_GROUPS = {
     "trl_llava": "fields that trl-llava adds or changes",
@@ -24,35 +40,45 @@ FIELD_GROUPS = {
     "transformers": "fields of transformers",
 }
 SECRETS = frozenset({"hub_token", "token", "use_auth_token", "push_to_hub_token"})
+_UNIONS = (Union, types.UnionType)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML as TRL reads it, except that `1e-4` is a number and a repeated key an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """One mapping; YAML itself would keep the last of two equal keys."""
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if lines.setdefault(key.value, line) != line:
+                raise RecipeError(f"key `{key.value}` is on line {lines[key.value]} and again on line {line}.")
+        return super().construct_mapping(node, deep=deep)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Writes YAML that `RecipeLoader` reads back to equal values."""
+
+
+for _dialect in (RecipeLoader, RecipeDumper):
+    _number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    _dialect.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+0123456789"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything a run was told, before any dataclass has worked on it.
-
-    Attributes:
-        given: What the YAML and the command line say, without secrets.
-        defaults: All other fields at their defaults.
-    """
+    """All fields of a run but secrets, as they were before any dataclass changed them: those given, and the rest."""
 
     given: dict[str, Any]
     defaults: dict[str, Any]
 
     @property
     def values(self) -> dict[str, Any]:
-        """All fields.
-
-        Returns:
-            Field name -> value.
-        """
+        """All fields by name."""
         return {**self.given, **self.defaults}
 
     def to_yaml(self) -> str:
-        """The resolved recipe as a file that `--config` takes.
-
-        Returns:
-            YAML: what was given, then every default that the run used.
-        """
+        """The resolved recipe as a file that `--config` reads: what was given, then the defaults that the run used."""
 
         def dump(values: dict[str, Any]) -> str:
             return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True) if values else ""
@@ -63,15 +89,25 @@ class Recipe:
         )
 
 
+class ParsedRecipe(NamedTuple):
+    """A recipe and its overrides as the objects that TRL's scripts work with."""
+
+    script_args: LlavaScriptArguments
+    training_args: Any  # the config of the stage, see STAGES
+    model_args: LlavaModelConfig
+    mixture: DatasetMixtureConfig
+    recipe: Recipe
+
+
+def make_parser(stage: str, prog: str | None = None) -> "RecipeParser":
+    """The parser of a stage's recipes; `prog` is the name of the command in `--help`."""
+    return RecipeParser(stage, _dataclasses(stage), prog or f"train_{stage}")
+
+
 class RecipeParser(TrlParser):
-    """TRL's parser, with errors where TRL's is silent.
+    """TRL's parser for a stage's dataclasses; wrong keys and values are a `RecipeError` that names them."""
 
-    Args:
-        dataclass_types: The dataclasses to fill.
-        prog: Name of the command in `--help`.
-    """
-
-    def __init__(self, dataclass_types: Sequence[type], prog: str | None = None) -> None:
+    def __init__(self, stage: str, dataclass_types: Sequence[type], prog: str) -> None:
         super().__init__(
             dataclass_types,
             prog=prog,
@@ -79,199 +115,203 @@ class RecipeParser(TrlParser):
             description="Every field below is also a key of the recipe. `--field null` unsets one that can be unset.",
             allow_abbrev=False,
         )
+        self.add_argument("--config", metavar="FILE", help="the recipe")
+        self.stage = stage
         self._hints: dict[str, Any] = {}
-        self._fields: dict[str, dataclasses.Field[Any]] = {}
-        for dataclass_type in dataclass_types:
-            hints = get_type_hints(dataclass_type)
-            fields = {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
-            self._fields.update(fields)
-            self._hints.update({name: hints[name] for name in fields})
-        if "resume_from_checkpoint" in self._hints:
-            self._hints["resume_from_checkpoint"] = bool | str | None  # `true` means the last checkpoint
+        for kind in dataclass_types:
+            hints = get_type_hints(kind)
+            for name, choices in ((field.name, field.metadata.get("choices", ())) for field in _fields(kind)):
+                self._hints[name] = _strict(hints[name], choices, self.get_default(name))
+        self._hints["resume_from_checkpoint"] = bool | str | None  # `true` means the last checkpoint
+        self._hints["datasets"] = list[dict[str, Any]]  # TRL's mixture makes a DatasetConfig of each
         for action in self._actions:
-            if action.dest in self._fields and action.type is not None and action.default is None:
-                action.type = _or_null(action.type)
-                action.choices = None if action.choices is None else [*action.choices, None]
-                if bool in get_args(self._hints[action.dest]):
-                    action.nargs, action.const = "?", True  # `--disable_tqdm`, like every other flag
-        self._resolved: dict[str, Any] = {}
+            if action.default is None and bool in get_args(self._hints.get(action.dest)):
+                action.nargs, action.const = "?", True  # `--disable_tqdm` alone, like every other flag
         self._group_fields()
 
     def _group_fields(self) -> None:
         """Lets `--help` show our own fields first, of hundreds."""
         origins = {
             name: base.__module__.partition(".")[0]
-            for dataclass_type in self.dataclass_types
-            for base in reversed(dataclass_type.__mro__)  # whoever defines a field last
+            for kind in self.dataclass_types
+            for base in reversed(kind.__mro__)  # whoever defines a field last
             for name in vars(base).get("__annotations__", ())
         }
         groups = {origin: self.add_argument_group(title) for origin, title in FIELD_GROUPS.items()}
-        for action in [action for action in self._optionals._group_actions if action.dest in self._fields]:
+        for action in [action for action in self._optionals._group_actions if action.dest in self._hints]:
             self._optionals._group_actions.remove(action)
             groups[origins[action.dest]]._group_actions.append(action)
 
     @property
     def field_names(self) -> frozenset[str]:
-        """The keys a recipe may have.
+        """The keys that a recipe of this stage may have."""
+        return frozenset(self._hints)
 
-        Returns:
-            Field names.
-        """
-        return frozenset(self._fields)
+    def parse(self, args: Sequence[str]) -> ParsedRecipe:
+        """Reads `--config FILE` and the overrides, into the dataclasses and the `Recipe`."""
+        values, recipe, source = self._read(args)
+        configs = [_build(kind, values, source) for kind in self.dataclass_types]
+        parsed = ParsedRecipe._make([*configs, recipe])
+        if token := parsed.training_args.hub_token:
+            os.environ["HF_TOKEN"] = token  # the trainer writes its arguments into `training_args.bin`
+            parsed.training_args.hub_token = None
+        return parsed
 
-    def parse(self, args: Sequence[str]) -> tuple[Any, ...]:
-        """Reads `--config FILE` and the overrides.
-
-        Args:
-            args: Command line without the program's name.
-
-        Returns:
-            One object per dataclass, then the `Recipe`.
-
-        Raises:
-            RecipeError: If a key is unknown, a value has the wrong type, or the fields contradict each other.
-        """
-        values, recipe, source = self.check(args)
-        configs = []
-        for dataclass_type in self.dataclass_types:
-            names = [field.name for field in dataclasses.fields(dataclass_type) if field.init]
-            try:
-                configs.append(dataclass_type(**{name: values[name] for name in names}))
-            except (ValueError, TypeError) as error:
-                raise RecipeError(f"{source}: {error}") from error
-            _move_token(configs[-1])
-        return (*configs, recipe)
-
-    def check(self, args: Sequence[str]) -> tuple[dict[str, Any], Recipe, str]:
-        """Reads `--config FILE` and the overrides without building the dataclasses, which may start CUDA.
-
-        Args:
-            args: Command line without the program's name.
-
-        Returns:
-            The value of every field, the `Recipe`, and the file or "command line".
-
-        Raises:
-            RecipeError: If a key is unknown or a value has the wrong type.
-        """
-        path, overrides = _split_config(args)
-        self.parse_known_args([])
-        defaults = self._resolved
-        from_file = self._read(path) if path else {}
-        if from_file:
-            self.set_defaults_with_config(**copy.deepcopy(from_file))
-        parsed, unknown = self.parse_known_args(overrides)
-        if unknown:
-            name = next((arg for arg in unknown if arg.startswith("--")), unknown[0])
-            field = name.removeprefix("--").partition("=")[0].replace("-", "_")
-            raise RecipeError(f"command line: unknown argument `{name}`{nearest(field, self._fields)}")
-        given = {n: v for n, v in self._resolved.items() if n in from_file or v != defaults[n]}
-        rest = {n: v for n, v in self._resolved.items() if n not in given}
-        return vars(parsed), Recipe(_without_secrets(given), _without_secrets(rest)), path or "command line"
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Argparse's method; here it also keeps the values as they are before the dataclasses change them.
-
-        Args:
-            args: Command line without the program's name.
-            namespace: Object to fill.
-
-        Returns:
-            The namespace and the arguments nobody knows.
-        """
-        parsed, unknown = super().parse_known_args(args, namespace)
-        for name, value in vars(parsed).items():
-            if value == [None]:
-                setattr(parsed, name, None)
-        self._resolved = {name: _plain(value) for name, value in vars(parsed).items() if name in self._fields}
-        return parsed, unknown
+    def check(self, args: Sequence[str]) -> Recipe:
+        """Checks what `parse` does as far as it goes without the training config, which may start CUDA."""
+        values, recipe, source = self._read(args)
+        for kind in self.dataclass_types:
+            if not issubclass(kind, TrainingArguments):
+                _build(kind, values, source)
+        return recipe
 
     def error(self, message: str) -> NoReturn:
-        """Argparse's way out, without printing 200 options and exiting.
-
-        Args:
-            message: What argparse found.
-
-        Raises:
-            RecipeError: Always.
-        """
+        """Argparse's way out, without printing 300 options and exiting."""
         raise RecipeError(f"command line: {message}")
 
-    def _read(self, path: str) -> dict[str, Any]:
-        """The keys and values of a recipe, checked; sets what its `env` says, as TRL does."""
-        try:
-            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
-        except OSError as error:
-            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
-        except (yaml.YAMLError, RecipeError) as error:
-            raise RecipeError(f"{path}: {error}") from error
-        if not isinstance(recipe, dict):
-            raise RecipeError(f"{path}: expected a mapping `key: value`, found {type(recipe).__name__}.")
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings in (["null"], ["None"]) and type(None) in get_args(self._hints.get(action.dest)):
+            return None  # argparse has no other place where a list or one of several choices can be unset
+        return super()._get_values(action, arg_strings)
+
+    def _read(self, args: Sequence[str]) -> tuple[dict[str, Any], Recipe, str]:
+        """The value of every field, the recipe, and where they come from for error messages."""
+        defaults = {name: _plain(value) for name, value in vars(self.parse_known_args([])[0]).items()}
+        path = self.parse_known_args(args)[0].config
+        from_file = self._from_file(path) if path else {}
+        self.set_defaults_with_config(**copy.deepcopy(from_file))
+        namespace, unknown = self.parse_known_args(args)
+        if unknown:
+            name = next((word for word in unknown if word.startswith("--")), unknown[0])
+            field = name.removeprefix("--").partition("=")[0].replace("-", "_")
+            raise RecipeError(f"command line: unknown argument `{name}`{nearest(field, self._hints)}")
+        values = {name: value for name, value in vars(namespace).items() if name in self._hints}
+        plain = {name: _plain(value) for name, value in values.items() if name not in SECRETS}
+        given = {name: value for name, value in plain.items() if name in from_file or value != defaults[name]}
+        rest = {name: value for name, value in plain.items() if name not in given}
+        return values, Recipe(given, rest), path or "command line"
+
+    def _from_file(self, path: str) -> dict[str, Any]:
+        """The checked fields of a recipe; sets what its `env` says, as TRL does."""
+        recipe = read_recipe(path)
         environment = recipe.pop("env", None) or {}
         if not isinstance(environment, dict):
             raise RecipeError(f"{path}: `env` must be a mapping, found {environment!r}.")
-        values = {key: self._check(path, key, value) for key, value in recipe.items()}
+        for key, value in recipe.items():
+            if key not in self._hints:
+                raise RecipeError(f"{path}: {self._unknown(str(key), recipe)}")
+            recipe[key] = _checked(f"{path}: `{key}`", value, self._hints[key])
         os.environ.update({str(key): str(value) for key, value in environment.items()})
-        return values
+        return recipe
 
-    def _check(self, path: str, key: Any, value: Any) -> Any:
-        if key not in self._fields:
-            if key in LAUNCHER_KEYS:
-                raise RecipeError(f"{path}: `{key}` belongs to the launcher; give it as --{key} on the command line.")
-            raise RecipeError(f"{path}: unknown key `{key}`{nearest(str(key), self._fields)}")
-        field = self._fields[key]
-        choices = field.metadata.get("choices")
+    def _unknown(self, key: str, recipe: dict[str, Any]) -> str:
+        if key in LAUNCHER_KEYS:
+            return f"`{key}` belongs to the launcher; give it as --{key} on the command line."
+        if fitting := stages_with(recipe):
+            return f"this is a recipe for {' or '.join(fitting)}, not for {self.stage}, which has no field `{key}`."
+        return f"unknown key `{key}`{nearest(key, self._hints)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a misspelt name may have meant, as the end of an error message."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{match[0]}`?" if match else "."
+
+
+def _dataclasses(stage: str) -> tuple[type, ...]:
+    module, _, name = STAGES[stage].partition(":")
+    config = getattr(importlib.import_module(module), name)
+    return LlavaScriptArguments, config, LlavaModelConfig, DatasetMixtureConfig
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(kind) if field.init]
+
+
+def stages_with(keys: Iterable[str]) -> list[str]:
+    """The stages that have all these fields; none whose upstream this TRL does not have."""
+    fitting = []
+    for stage in STAGES:
         try:
-            value = value if value is None and self.get_default(key) is None else convert(value, self._hints[key])
-            if choices and value is not None and value not in choices:
-                raise TypeError(f"expected one of {', '.join(map(repr, choices))}, found {value!r}")
-        except TypeError as error:
-            raise RecipeError(f"{path}: `{key}`: {error}.") from error
-        return value
+            known = {field.name for kind in _dataclasses(stage) for field in _fields(kind)}
+        except ImportError:
+            continue
+        if set(keys) <= {*known, "env"}:
+            fitting.append(stage)
+    return fitting
 
 
-def _split_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config FILE` or `--config=FILE` out of a command line."""
-    path, rest, words = None, [], iter(args)
-    for word in words:
-        if word == "--config" or word.startswith("--config="):
-            found = word.partition("=")[2] if "=" in word else next(words, None)
-            if not found:
-                raise RecipeError("command line: --config needs the path of a recipe.")
-            if path:
-                raise RecipeError(f"command line: --config is given twice ({path}, {found}).")
-            path = found
-        else:
-            rest.append(word)
-    return path, rest
+def read_recipe(path: str) -> dict[str, Any]:
+    """The keys and values of a YAML file."""
+    try:
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, RecipeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{path}: expected a mapping `key: value`, found {type(recipe).__name__}.")
+    return recipe
 
 
-def _or_null(convert_text: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Lets the command line unset a field that a recipe has set."""
-
-    def convert_or_null(text: str) -> Any:
-        return None if text in ("null", "None") else convert_text(text)
-
-    convert_or_null.__name__ = getattr(convert_text, "__name__", "value")
-    return convert_or_null
+def _build(kind: Any, values: dict[str, Any], source: str) -> Any:
+    try:
+        return kind(**{field.name: values[field.name] for field in _fields(kind)})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{source}: {error}") from error
 
 
-def _move_token(config: Any) -> None:
-    """Hands a token to huggingface_hub, because the trainer writes its arguments into `training_args.bin`."""
-    if getattr(config, "hub_token", None):
-        os.environ["HF_TOKEN"] = config.hub_token
-        config.hub_token = None
+def _strict(hint: Any, choices: Sequence[Any], default: Any) -> Any:
+    """A field's type with the values that it may have, where upstream also allows free text, and None as a default."""
+    parts = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    for members in (part for part in parts if isinstance(part, enum.EnumMeta)):
+        choices = [member.value for member in members]  # type: ignore[var-annotated]
+    if choices:
+        hint = Literal[tuple(choices)]
+    return hint | None if default is None or type(None) in parts else hint
+
+
+def _checked(where: str, value: Any, hint: Any) -> Any:
+    """A YAML value as a field of this type takes it."""
+    converted = _converted(value, hint)
+    try:
+        type_validator("", converted, hint)
+    except TypeError as error:
+        raise RecipeError(f"{where}: expected {_name(hint)}, found {value!r} ({type(value).__name__}).") from error
+    return converted
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """A YAML value as the command line would give it: 1 as a number, a single value as a list of one."""
+    parts = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    entries = [get_args(part)[0] for part in parts if get_origin(part) is list]
+    if type(value) is int and float in parts and int not in parts:
+        return float(value)
+    if value is False and any("no" in get_args(part) for part in parts):
+        return "no"  # YAML 1.1 reads a bare `no` as False, and `eval_strategy: no` is how everybody writes it
+    if entries and value is not None and str not in parts:
+        value = [_converted(entry, entries[0]) for entry in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list) and any(get_origin(part) is tuple for part in parts):
+        return tuple(value)
+    return value
+
+
+def _name(hint: Any) -> str:
+    """A type in the words of a recipe: `float or null`."""
+    if get_origin(hint) in _UNIONS:
+        return " or ".join(map(_name, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return "null" if hint is type(None) else name
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML writes it."""
-    if isinstance(value, list):
+    """A value as YAML writes it, without secrets inside mappings."""
+    if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items() if key not in SECRETS}
     return copy.deepcopy(getattr(value, "value", value))
-
-
-def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in values.items() if key not in SECRETS}
-    return {key: _without_secrets(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -1,14 +1,14 @@
-"""The dataclasses behind every recipe key: TRL's own, plus our fields and all checks that need more than one field.
+"""What the configs of all stages share: the arguments of data and model, and how a field is declared and checked.
 
-Fields that TRL already has keep TRL's names and defaults. A TRL field that cannot work with images is refused here
-with the reason, never ignored.
+Each config is TRL's own, plus our fields. Fields that TRL already has keep TRL's names and defaults. A TRL field that
+cannot work with images is refused with the reason, never ignored.
 """
 
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trl import ModelConfig, RewardConfig, ScriptArguments, SFTConfig
+from trl import ModelConfig, ScriptArguments
 
 from trl_llava.hub.names import split_fields
 
@@ -63,14 +63,14 @@ def require_positive(config: Any, *names: str) -> None:
 
     Args:
         config: A config object.
-        *names: Names of number fields; `None` values pass.
+        *names: Names of number fields; None and words such as 'auto' pass.
 
     Raises:
         ValueError: If a field is zero or negative.
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and value != "auto" and value <= 0:  # TRL 1.16 pads to a multiple that fits the device
+        if isinstance(value, int | float) and value <= 0:
             raise ValueError(f"`{name}` must be above 0, found {value!r}.")
 
 
@@ -181,94 +181,3 @@ class LlavaModelConfig(ModelConfig):
         split_fields(self, model_name_or_path="model_revision", adapter_name_or_path="adapter_revision")
         require_positive(self, "lora_r")
         super().__post_init__()
-
-
-@dataclass
-class LlavaSFTConfig(SFTConfig):
-    """TRL's SFT config with labels on the answers of all turns by default.
-
-    Raises:
-        ValueError: If a field is set that cannot work with images.
-    """
-
-    assistant_only_loss: bool = option(
-        True,
-        "Compute the loss on the assistant's answers of all turns and their end-of-turn tokens. If False, "
-        "`completion_only_loss` decides: the last answer (True or None) or the whole text (False).",
-    )
-    chat_template_path: str | None = option(None, TEMPLATE_HELP)
-    overlong: Overlong = option("error", OVERLONG_HELP)
-
-    def __post_init__(self) -> None:
-        whole = "a row with an image is one sequence that is never cut or joined to another"
-        refuse(
-            self,
-            {
-                "packing": (False, whole),
-                "eval_packing": (None, whole),
-                "padding_free": (False, "image rows are padded and masked; flattening them would mix their positions"),
-                "truncation_mode": ("keep_start", "rows are never truncated; see `overlong`"),
-                "dataset_text_field": ("text", "rows are conversations; README.md names the columns"),
-                "dataset_kwargs": (None, "rows are always checked, and already prepared rows pass unchanged"),
-                **ROWS_ARE_OURS,
-            },
-        )
-        require_positive(self, "max_length", "pad_to_multiple_of", *BATCH_FIELDS)
-        super().__post_init__()  # last: it looks at the hardware
-
-    @property
-    def labels_on(self) -> Literal["answers", "completion", "all"]:
-        """Which tokens carry labels, as `SFTCollator` calls them.
-
-        `assistant_only_loss` and `completion_only_loss` together mean the answers inside the completion, and the
-        completion is one answer.
-
-        Returns:
-            "answers" (all turns), "completion" (the last answer) or "all".
-        """
-        if self.assistant_only_loss and not self.completion_only_loss:
-            return "answers"
-        return "all" if self.completion_only_loss is False else "completion"
-
-
-@dataclass
-class LlavaRewardConfig(RewardConfig):
-    """TRL's reward config, plus the judging turn that the reward model reads.
-
-    Raises:
-        ValueError: If a field is set that cannot work with images, or two fields contradict each other.
-    """
-
-    # JSON text on the command line becomes a mapping, as for TRL's own fields of this kind.
-    _VALID_DICT_FIELDS = [*RewardConfig._VALID_DICT_FIELDS, "judging_prompt"]  # noqa: RUF012
-
-    chat_template_path: str | None = option(None, TEMPLATE_HELP)
-    with_captions: bool = option(True, "Show the captions of the image to the reward model in the judging turn.")
-    caption_seed: int = option(0, "Seed of the order of the captions, which is the same for both answers of a pair.")
-    judging_prompt: dict[str, Any] | str | None = option(
-        None,
-        "Texts of the judging turn: a mapping with any of instruction, answer_prefix, factual_header, caption_line. "
-        "Those left out, or None for all, are the paper's.",
-    )
-    overlong: Overlong = option("error", OVERLONG_HELP)
-    share_prefix: bool = option(
-        True,
-        "Run what both answers of a pair have in common (image and question) once. Where the model's attention takes "
-        "no mask of packed rows (all but sdpa, eager and flex), both run whole, which is logged.",
-    )
-    reward_centering: Literal["trl", "paper", "none"] = option(
-        "trl",
-        "'trl': center_rewards_coefficient * mean((r1 + r0)^2), off while that is None. 'paper': "
-        "center_rewards_coefficient * |mean(r1 + r0)|, the coefficient being 0.001 while it is None. 'none': off.",
-    )
-
-    def __post_init__(self) -> None:
-        refuse(self, ROWS_ARE_OURS)
-        require_positive(self, "max_length", "pad_to_multiple_of", *BATCH_FIELDS)
-        keep_heads(self)
-        if self.reward_centering == "none" and self.center_rewards_coefficient is not None:
-            raise ValueError(
-                f"`center_rewards_coefficient={self.center_rewards_coefficient}` contradicts reward_centering='none'; "
-                "leave the coefficient out, or set `reward_centering` to 'trl' or 'paper'."
-            )
-        super().__post_init__()  # last: it looks at the hardware

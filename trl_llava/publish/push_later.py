@@ -19,8 +19,7 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import HubStrategy
 
-from trl_llava.configs.recipe import Recipe
-from trl_llava.configs.recipe_values import RecipeLoader
+from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.errors import InputError
 from trl_llava.hub.lookup import UNREACHABLE
 from trl_llava.publish.model_card import CardFacts, write_model_card

@@ -11,8 +11,7 @@ from huggingface_hub import HfApi, get_token, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainingArguments
 
-from trl_llava.configs.recipe import Recipe
-from trl_llava.configs.recipe_values import RecipeLoader
+from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import InputError
 from trl_llava.hub.lookup import UNREACHABLE

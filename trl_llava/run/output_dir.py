@@ -14,8 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 import trl_llava
-from trl_llava.configs.recipe import Recipe
-from trl_llava.configs.recipe_values import RecipeLoader
+from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.errors import InputError
 from trl_llava.run.atomic_files import write_atomically
 from trl_llava.run.checkpoint_folders import checkpoint_to_resume, checkpoints, clear_leftovers, is_leftover

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import ProcessorMixin
 from trl.scripts.utils import DatasetConfig
 
-from trl_llava.configs.online import OnlineArguments
+from trl_llava.configs.recipe import make_parser
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.data.collators import PromptCollator, SFTCollator
 from trl_llava.data.contract import NO_CAPTIONS, Stage
@@ -37,8 +37,7 @@ from trl_llava.prompts import render
 from trl_llava.rewards.reward_settings import shows_captions
 from trl_llava.tools.check_data.check_report import SourceReport, print_report
 from trl_llava.tools.check_data.row_check import FOUND, RowCheck
-from trl_llava.tools.recipe_stage import find_stage, recipe_parser
-from trl_llava.train_reward import make_judging_prompt
+from trl_llava.tools.recipe_stage import find_stage
 
 ROWS_OF: dict[str, Stage] = {
     **{"sft": "sft", "reward": "preference", "dpo": "preference"},
@@ -111,23 +110,22 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
     stage = options.stage or find_stage(words)
     # Nothing is trained, so a recipe for GPUs can be checked anywhere.
     here = ["--use_cpu", "--bf16", "false", "--fp16", "false"]
-    script_args, args, *others, mixture, _ = recipe_parser(stage).parse([*words, *here])
-    model_args = next(other for other in others if isinstance(other, LlavaModelConfig))
-    online_args = next((other for other in others if isinstance(other, OnlineArguments)), args)
+    parser = make_parser(stage, f"trl-llava check-data ({stage})")
+    script_args, args, model_args, mixture, _ = parser.parse([*words, *here])
     model_args.trust_remote_code = args.trust_remote_code
     sources, eval_source = named_sources(script_args, mixture, args)
     set_limits(script_args.max_image_pixels, script_args.follow_image_links)
-    processor = _load_processor(options.processor, stage, online_args, model_args)
+    processor = _load_processor(options.processor, stage, args, model_args)
     return Check(
         stage=stage,
         script_args=script_args,
         sources=[*sources, *([eval_source] if eval_source else [])],
-        collator=_make_collator(stage, online_args, processor),
-        overlong=online_args.overlong,
-        wants_captions=_wants_captions(stage, online_args),
-        one_image_for=_one_image_for(stage, online_args, processor),
+        collator=_make_collator(stage, args, processor),
+        overlong=args.overlong,
+        wants_captions=_wants_captions(stage, args),
+        one_image_for=_one_image_for(stage, args, processor),
         test_split_size=mixture.test_split_size,
-        num_proc=online_args.dataset_num_proc or len(os.sched_getaffinity(0)),
+        num_proc=args.dataset_num_proc or len(os.sched_getaffinity(0)),
         samples=options.samples,
     )
 
@@ -153,7 +151,7 @@ def _make_collator(stage: str, args: Any, processor: ProcessorMixin) -> Any:
     if stage == "dpo":
         return DPOCollator(processor, max_length=args.max_length)
     if stage == "reward":
-        return PreferenceCollator(processor, args.max_length, judging_prompt=make_judging_prompt(args))
+        return PreferenceCollator(processor, args.max_length, judging_prompt=args.make_judging_prompt())
     return PromptCollator(processor, max_prompt_length=args.max_prompt_length)
 
 

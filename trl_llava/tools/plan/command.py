@@ -7,7 +7,6 @@ Exit status: 0 if the recipe fits, 1 if it does not, 2 if the command line or th
 """
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from trl_llava.configs.recipe import make_parser
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import RecipeError
 from trl_llava.ppo.generation_batches import GIB
@@ -27,7 +27,7 @@ from trl_llava.tools.plan.processes import find_processes
 from trl_llava.tools.plan.report import Plan, as_dict, describe, print_fitting, print_need
 from trl_llava.tools.plan.stages import supervised_need
 from trl_llava.tools.plan.starts import Sources
-from trl_llava.tools.recipe_stage import find_stage
+from trl_llava.tools.recipe_stage import find_stage, recipe_path
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -146,7 +146,7 @@ def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settin
         processes=find_processes(options.accelerate_config, options.num_processes),
         images=options.images_per_row,
         length=length,
-        sources=Sources(options.base, _recipe_of(words), model_args.trust_remote_code),
+        sources=Sources(options.base, recipe_path(words), model_args.trust_remote_code),
         limit=int((options.gpu_memory - options.reserve) * GIB),
         judged_length=options.judged_length,
         shared_length=options.shared_length,
@@ -163,24 +163,17 @@ def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settin
 
 def _read_recipe(stage: str, words: list[str]) -> tuple[dict[str, Any], LlavaModelConfig]:
     """Every field of the recipe, and its model fields."""
-    parser = importlib.import_module(f"trl_llava.train_{stage}").make_parser(f"trl-llava plan ({stage})")
-    values, *_ = parser.check(words)
+    parser = make_parser(stage, f"trl-llava plan ({stage})")
+    values = parser.check(words).values
     # What the configs find out about this machine does not matter.
-    configs = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
-    quiet_libraries(configs[1])
+    parsed = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
+    args, model_args = parsed.training_args, parsed.model_args
+    quiet_libraries(args)
     for name in values:  # `name@revision` is two fields by now, and `activation_checkpointing` has its old name too
         if name.endswith(("_model_path", "_model_revision")) or name.startswith("gradient_checkpointing"):
-            values[name] = getattr(configs[1], name)
-    model_args = next(config for config in configs if isinstance(config, LlavaModelConfig))
-    model_args.trust_remote_code = configs[1].trust_remote_code
+            values[name] = getattr(args, name)
+    model_args.trust_remote_code = args.trust_remote_code
     return values, model_args
-
-
-def _recipe_of(words: list[str]) -> str | None:
-    """The path behind `--config`."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--config")
-    return parser.parse_known_args(words)[0].config
 
 
 def need_of(job: Job, settings: Settings) -> Need:

@@ -1,7 +1,6 @@
 """What a model of a recipe starts from: read where it is, or from the recipe of the stage that has yet to write it."""
 
 import copy
-import importlib
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedConfig
 
+from trl_llava.configs.recipe import make_parser
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError, RecipeError
 from trl_llava.hub.lookup import check_there
@@ -192,11 +192,11 @@ def read_recipe(stage: str, path: str) -> Earlier:
     Raises:
         RecipeError: If it cannot be used.
     """
-    parser = importlib.import_module(f"trl_llava.train_{stage}").make_parser(f"trl-llava plan ({stage})")
+    parser = make_parser(stage, f"trl-llava plan ({stage})")
     words = ["--config", path]
-    values, *_ = parser.check(words)
-    configs = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
-    return Earlier(path, values, next(config for config in configs if isinstance(config, LlavaModelConfig)))
+    values = parser.check(words).values
+    parsed = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
+    return Earlier(path, values, parsed.model_args)
 
 
 def judged_length(reward_model: str, sources: Sources) -> tuple[int, str] | None:
