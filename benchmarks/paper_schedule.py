@@ -36,7 +36,7 @@ class PaperSchedule(LlavaPPOTrainer):
         with torch.no_grad():
             all_rows_stay = mock.patch.object(generation, "can_drop_rows", return_value=False)
             with all_rows_stay, self.gathered() as model, self.clock.phase("generation"):
-                responses, mask, stopped, _ = self.generator(model.policy, inputs, step)
+                responses, mask, stopped, _ = self.generator.generate(model.policy, inputs, step)
             missing = self.args.response_length - responses.shape[1]
             responses = nn.functional.pad(responses, (0, missing), value=self.tokenizer.pad_token_id)
             mask = nn.functional.pad(mask, (0, missing), value=False)
@@ -46,7 +46,7 @@ class PaperSchedule(LlavaPPOTrainer):
                 for rows in chunks(len(inputs), self.args.local_rollout_forward_batch_size):
                     answers = (inputs.select(rows), responses[rows], mask[rows])
                     logprobs.append(self._all_logprobs(model.policy, *answers))
-                    with self.ask.reference(model.policy) as reference:
+                    with self.roles.reference(model.policy) as reference:
                         ref_logprobs.append(self._all_logprobs(reference, *answers))
                     values.append(self._all_values(model.value_model, *answers))
         return Rollout(

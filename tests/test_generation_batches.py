@@ -48,7 +48,7 @@ def answers_of(base, tmp_path, monkeypatch, rows=None, **changes):
 
     monkeypatch.setattr(Generator, "_generate", counted)
     with torch.no_grad():
-        answers = trainer.generator(trainer.policy_model, inputs, 1)
+        answers = trainer.generator.generate(trainer.policy_model, inputs, 1)
     return answers, sizes
 
 

@@ -208,19 +208,21 @@ def test_a_static_cache_and_prompts_run_once_give_the_same_answers(
     pixels = make_inputs(family, folder)
     rows = [0, 2, 0, 1, 2, 2, 3]
     for inputs in (pixels.select(rows), encode_images(policy, pixels, batch_size=8).select(rows)):
-        expected = make_generator(share_prefix=False)(policy, inputs, 1).responses
+        expected = make_generator(share_prefix=False).generate(policy, inputs, 1).responses
         assert len({tuple(row) for row in expected.tolist()}) == 7
         seen: list[tuple[int, ...]] = []
         handle = policy.model.language_model.register_forward_pre_hook(
             lambda module, args, kwargs, seen=seen: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])),
             with_kwargs=True,
         )
-        once = make_generator(local_rollout_forward_batch_size=8)(policy, inputs, 1).responses
+        once = make_generator(local_rollout_forward_batch_size=8).generate(policy, inputs, 1).responses
         handle.remove()
         assert seen[:2] == [(4, inputs.query_length - 1), (7, 1)]
-        static = make_generator(cache_implementation="static", local_rollout_forward_batch_size=8)(
-            policy, inputs, 1
-        ).responses
+        static = (
+            make_generator(cache_implementation="static", local_rollout_forward_batch_size=8)
+            .generate(policy, inputs, 1)
+            .responses
+        )
         assert torch.equal(once, expected) and torch.equal(static, expected)
 
 
@@ -233,10 +235,10 @@ def test_the_growing_cache_gives_the_answers_of_transformers_own(
     monkeypatch.setattr(growing_cache, "ROOM", 3)  # moves in the middle of an answer
     for rows in ([0, 1, 2, 3], [0, 2, 0, 1, 2]):  # each with its own prompt; prompts run once
         generator = make_generator(keep_logprobs=True, response_length=9)
-        grown = generator(policy, inputs.select(rows), 1)
+        grown = generator.generate(policy, inputs.select(rows), 1)
         with monkeypatch.context() as patch:
             patch.setattr(generation, "growing_cache", lambda policy, _: DynamicCache(config=policy.config))
-            expected = generator(policy, inputs.select(rows), 1)
+            expected = generator.generate(policy, inputs.select(rows), 1)
         assert torch.equal(grown.responses, expected.responses)
         torch.testing.assert_close(grown.logprobs, expected.logprobs, rtol=0, atol=1e-6)
 
@@ -255,14 +257,14 @@ def assert_ended_rows_leave(
     settings = {"response_length": 14, "local_rollout_forward_batch_size": len(inputs), "keep_logprobs": True}
     seen: list[int] = []
     handle = policy.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    found = make_generator(**settings)(policy, inputs, step)
+    found = make_generator(**settings).generate(policy, inputs, step)
     handle.remove()
     lengths = found.mask.sum(1)
     running = [int((lengths > done).sum()) for done in range(int(lengths.max()))]
     assert all(alive <= rows and (rows - alive) * 4 < rows for rows, alive in zip(seen, running, strict=True))
     with monkeypatch.context() as patch:
         patch.setattr(generation, "can_drop_rows", lambda *_: False)
-        expected = make_generator(**settings)(policy, inputs, step)
+        expected = make_generator(**settings).generate(policy, inputs, step)
     assert torch.equal(found.responses, expected.responses) and torch.equal(found.mask, expected.mask)
     assert found.stopped.any() and torch.equal(found.stopped, expected.stopped)
     if step is None:
@@ -343,8 +345,8 @@ def test_generation_from_features_is_generation_from_pixels(family: str, request
     pixels = make_inputs(family, folder)
     generator = make_generator()
     for step in (None, 1):
-        expected = generator(policy, pixels, step).responses
-        actual = generator(policy, encode_images(policy, pixels, batch_size=8), step).responses
+        expected = generator.generate(policy, pixels, step).responses
+        actual = generator.generate(policy, encode_images(policy, pixels, batch_size=8), step).responses
         assert torch.equal(actual, expected)
 
 
@@ -357,9 +359,9 @@ def test_generation_tells_the_logprobs_that_a_pass_computes(
     policy, _ = policy_and_value(family, folder)
     pixels = make_inputs(family, folder)  # left-padded, with 1, 0, 2 and 1 images
     for inputs in (pixels, encode_images(policy, pixels, batch_size=8).select([0, 2, 0, 1, 2])):
-        stop = int(make_generator(**changes)(policy, inputs, 3).responses[0, 2])  # so that one stops early
+        stop = int(make_generator(**changes).generate(policy, inputs, 3).responses[0, 2])  # so that one stops early
         generator = make_generator(keep_logprobs=True, stop=stop, **changes)
-        answers = generator(policy, inputs, 3)
+        answers = generator.generate(policy, inputs, 3)
         assert answers.mask[0].sum() == 3 and not answers.stopped.all()
         sampling = Sampling(changes.get("temperature", 1.0), (4,))
         with torch.no_grad():
@@ -367,7 +369,7 @@ def test_generation_tells_the_logprobs_that_a_pass_computes(
         assert answers.logprobs is not None and answers.logprobs.dtype == torch.float32
         torch.testing.assert_close(answers.logprobs, expected, rtol=0, atol=1e-5)
         assert (answers.logprobs[~answers.mask] == 0).all() and (answers.logprobs[answers.mask] < 0).all()
-        assert generator(policy, inputs, None).logprobs is None  # greedy answers are not drawn
+        assert generator.generate(policy, inputs, None).logprobs is None  # greedy answers are not drawn
 
 
 def test_what_is_chosen_behind_the_noise_is_what_counts(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +384,7 @@ def test_what_is_chosen_behind_the_noise_is_what_counts(tiny_llava_dir: Path, mo
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
 
     monkeypatch.setattr(policy, "generate", forced)
-    answers = make_generator(keep_logprobs=True)(policy, inputs, 1)
+    answers = make_generator(keep_logprobs=True).generate(policy, inputs, 1)
     assert (answers.responses == 7).all()
     with torch.no_grad():
         expected, _ = response_logprobs(policy, inputs, answers.responses, answers.mask, Sampling(1.0, (4,)))
@@ -404,7 +406,7 @@ def test_generation_keeps_one_number_a_token_and_no_scores(tiny_llava_dir: Path)
         alive.append(sum(wide.values()))
 
     policy.get_output_embeddings().register_forward_pre_hook(count)
-    answers = make_generator(keep_logprobs=True)(policy, inputs.select([0, 2]), 1)
+    answers = make_generator(keep_logprobs=True).generate(policy, inputs.select([0, 2]), 1)
     assert answers.logprobs is not None and len(alive) == 6
     assert alive[0] == 0 and set(alive[1:]) == {3 * 2 * vocabulary * 4}  # two of `generate`, one of ours; float32
 

@@ -22,6 +22,7 @@ from trl_llava.data.contract import RowError
 from trl_llava.errors import ExplainedError, InputError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.sequence_classification import LlavaForSequenceClassification
+from trl_llava.ppo.passes import response_logprobs
 from trl_llava.ppo.setup import rounds_alike
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
@@ -147,7 +148,7 @@ def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir,
         with torch.no_grad():
             for row in range(0, 4, size):
                 part = rollout.select(range(row, min(row + size, 4)))
-                again = trainer.ask.logprobs(model.policy, part.inputs, part.responses, part.mask)
+                again, _ = response_logprobs(model.policy, part.inputs, part.responses, part.mask, trainer.sampling)
                 torch.testing.assert_close(again, part.logprobs, rtol=1e-4, atol=1e-5)
 
 

@@ -131,11 +131,13 @@ class TinyServer:
         if path == "/stub/weights":  # stands for NCCL
             self._sent.put(torch.load(io.BytesIO(body)))
             return {}
+        path = path.partition("?")[0]
         self.requests.append((path, body))
         known = {
             "/health": lambda: {},
             "/v1/models": lambda: {"data": [self.served]},
             "/get_world_size": lambda: {"world_size": 1},
+            "/server_info": lambda: {"vllm_config": {"weight_transfer_config": {"backend": "nccl"}}},
             "/v1/chat/completions/render": lambda: self._render(body),
             "/inference/v1/generate": lambda: self._generate(body),
             "/update_weights": lambda: self._update(body["update_info"]),

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -36,13 +37,13 @@ from trl_llava.models.gpu_kernels import apply_liger
 from trl_llava.models.image_features import encode_images, same_vision
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo import ppo_math
-from trl_llava.ppo.answers import Answers
-from trl_llava.ppo.ask import RoleQuestions, can_share_prefix
 from trl_llava.ppo.checkpoint import PPOCheckpoints
+from trl_llava.ppo.completions import Completions
 from trl_llava.ppo.data import collator_of_both, prompt_rows, rollout_loader
 from trl_llava.ppo.generation import Generator, suppressed_tokens
 from trl_llava.ppo.passes import PolicyAndValue, check_plain_head
 from trl_llava.ppo.report import PhaseClock, answered_table, report_samples, step_metrics
+from trl_llava.ppo.role_passes import RolePasses, can_share_prefix
 from trl_llava.ppo.rollout import Rollout
 from trl_llava.ppo.scoring import Scorer
 from trl_llava.ppo.setup import (
@@ -52,7 +53,7 @@ from trl_llava.ppo.setup import (
     rounds_alike,
     warm_up_above_zero,
 )
-from trl_llava.ppo.update import PPOUpdate
+from trl_llava.ppo.update import Updater
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.rewards.functions import RewardFunction, needs_captions
 
@@ -141,8 +142,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         if ref_model is None and not isinstance(model, PeftModel):
-            ref_model = copy.deepcopy(model)
+            ref_model = copy.deepcopy(model).requires_grad_(False)
         self.policy_model, self.ref_model, self.value_model = model, ref_model, value_model
+        self.completions_per_epoch = len(train_dataset) * args.num_generations_per_prompt
+        compute_batch_sizes(args, self.completions_per_epoch, PartialState().num_processes)
         prepare_roles(model, value_model, ref_model, args)
         super().__init__(
             model=PolicyAndValue(model, value_model),
@@ -155,8 +158,6 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             callbacks=callbacks,
         )
         self.state = PPOState(**vars(self.state))
-        self.completions_per_epoch = len(train_dataset) * args.num_generations_per_prompt
-        compute_batch_sizes(args, self.completions_per_epoch, self.accelerator.num_processes)
         if args.num_sample_generations > 0:
             steps = self.args.num_total_batches
             self.sample_generations_freq = max(1, steps // args.num_sample_generations)
@@ -230,8 +231,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         roles = [self.policy_model, self.value_model, *([] if self.ref_model is None else [self.ref_model])]
         self.share_prefix = can_share_prefix(args, roles)
         passes = (self.sampling, self.share_prefix)
-        self.ask = RoleQuestions(args, self.accelerator, self.model, self.ref_model, *passes)
-        self.ppo_update = PPOUpdate(args, self.accelerator, self.model, self.optimizer, *passes)
+        self.roles = RolePasses(args, self.accelerator, self.model, self.ref_model, *passes)
+        self.updater = Updater(args, self.accelerator, self.model, self.optimizer, *passes)
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             self._end()
 
     def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
-        """Answer a batch of prompts, and ask policy, reference and value about every token of the answers.
+        """Answer a batch of prompts, and ask policy, reference and value about every token of the completions.
 
         The policy is asked only where generation does not tell the log-probabilities that it drew with.
 
@@ -298,25 +299,27 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
                 else:
                     value_inputs = encode_images(model.value_model, value_inputs, at_once).repeated(times)
             with self.clock.phase("generation"):
-                answers = self.generate(model.policy, inputs, columns, step)
+                completions = self.generate(model.policy, inputs, columns, step)
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
         with self.clock.phase("forward"):
-            logprobs, ref_logprobs, values = self.ask(*prompts, answers)
+            logprobs, ref_logprobs, values = self.roles.logprobs_and_values(*prompts, completions)
         if self.vllm is not None:
-            self.vllm.compare(logprobs, answers.mask, step)
+            self.vllm.compare(logprobs, completions.mask, step)
         return Rollout(
             inputs=inputs,
             value_inputs=value_inputs,
             columns=columns,
-            responses=answers.responses,
-            mask=answers.mask,
-            stopped=answers.stopped,
+            responses=completions.responses,
+            mask=completions.mask,
+            stopped=completions.stopped,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
         )
 
-    def generate(self, policy: nn.Module, inputs: ModelInputs, columns: dict[str, list], step: int | None) -> Answers:
+    def generate(
+        self, policy: nn.Module, inputs: ModelInputs, columns: dict[str, list], step: int | None
+    ) -> Completions:
         """Answer prompts: the one place where answers come from.
 
         Args:
@@ -326,17 +329,17 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             step: the PPO step that the draws depend on; `None` answers greedily.
 
         Returns:
-            The answers.
+            The completions.
         """
         if self.vllm is not None:
-            return self.vllm(inputs, columns["images"], step)
-        return self.generator(policy, inputs, step)
+            return self.vllm.generate(inputs, columns["images"], step)
+        return self.generator.generate(policy, inputs, step)
 
     def score(self, rollout: Rollout, step: int) -> None:
         """Ask the reward functions for the score of every answer; fills `scores` and `terms`.
 
         Args:
-            rollout: B answers.
+            rollout: B completions.
             step: the PPO step, counted from 1.
 
         Raises:
@@ -354,7 +357,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         """Turn scores and KL into whitened advantages and returns; fills `kl`, `advantages` and `returns`.
 
         Args:
-            rollout: B scored answers.
+            rollout: B scored completions.
             step: the PPO step, counted from 1.
 
         Raises:
@@ -392,7 +395,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         """
         self.model.train()
         with self.clock.phase("update"):
-            return self.ppo_update(rollout, step, nothing_moved_yet=self.state.global_step == 0)
+            return self.updater.train_on(rollout, step, nothing_moved_yet=self.state.global_step == 0)
 
     # --- what the loop is made of -------------------------------------------------------------------------------
 
@@ -513,9 +516,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         """
         inputs = ModelInputs.from_batch(batch, self.accelerator.device)
         with torch.no_grad(), self.gathered() as model:
-            answers = self.generate(model.policy, inputs, batch["columns"], step=None)
+            completions = self.generate(model.policy, inputs, batch["columns"], step=None)
         nothing = torch.zeros(len(inputs), 0, device=self.accelerator.device)
-        told = (answers.responses, answers.mask, answers.stopped)
+        told = (completions.responses, completions.mask, completions.stopped)
         rollout = Rollout(inputs, inputs, batch["columns"], *told, nothing, nothing, nothing)
         self.score(rollout, self.state.global_step)
         return rollout

@@ -25,7 +25,7 @@ from trl_llava.ppo import update as ppo_update
 from trl_llava.ppo.rollout import Rollout
 from trl_llava.ppo.scoring import Scorer
 from trl_llava.ppo.setup import warm_up_above_zero
-from trl_llava.ppo.update import PPOUpdate
+from trl_llava.ppo.update import Updater
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.rewards.reward_terms import correctness, length_term
 
@@ -102,6 +102,7 @@ def test_reward_model_loss(case: dict[str, Any]) -> None:
 def bare_trainer(model: nn.Module) -> LlavaRewardTrainer:
     """Our reward trainer with what its loss reads, and nothing else: no data, no checkpoint."""
     trainer = LlavaRewardTrainer.__new__(LlavaRewardTrainer)
+    trainer._tp_size = 1  # TRL 1.16
     trainer.args = SimpleNamespace(reward_centering="paper", center_rewards_coefficient=None)
     trainer.accelerator = Accelerator(cpu=True)
     trainer.model, trainer._metrics = model.train(), {"train": defaultdict(list)}
@@ -377,8 +378,8 @@ def test_update_loop(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=golden["gradient_accumulation_steps"])
     orders = iter(epoch_orders(golden["calls"], rows))
     monkeypatch.setattr(ppo_update, "mini_batch_order", lambda *args: np.array(next(orders)))
-    update = PPOUpdate(settings, accelerator, model, optimizer, Sampling())
-    update(loop_rollout(given), 1, nothing_moved_yet=False)
+    update = Updater(settings, accelerator, model, optimizer, Sampling())
+    update.train_on(loop_rollout(given), 1, nothing_moved_yet=False)
     assert next(orders, None) is None
     assert len(steps) == golden["n_optimizer_steps"]
     for i, name in enumerate(("grad_w_clipped", "grad_u_clipped", "w_after", "u_after")):

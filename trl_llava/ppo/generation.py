@@ -1,4 +1,4 @@
-"""Answers to prompts: sampled with the noise of a step, or greedy.
+"""Completions to prompts: sampled with the noise of a step, or greedy.
 
 Letters: `B` batch, `R` response length.
 """
@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
+from packaging.version import Version
 from torch import nn
 from transformers import (
     Cache,
@@ -25,13 +27,16 @@ from trl_llava.models.adapter_role import computing
 from trl_llava.models.base_model import base_of
 from trl_llava.models.chunked_head import Sampling, logprobs_of
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.ppo.answers import Answers
+from trl_llava.ppo.completions import Completions
 from trl_llava.ppo.ended_rows import EnoughEnded, can_drop_rows
 from trl_llava.ppo.generation_batches import GenerationBatches
 from trl_llava.ppo.growing_cache import growing_cache
 from trl_llava.ppo.passes import position_kwargs
 from trl_llava.ppo.randomness import RowNoise, row_keys
 from trl_llava.ppo.rollout import chunks, pad_right
+
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""What transformers calls the argument that holds keys and values; the old name is gone in 5.40."""
 
 
 def suppressed_tokens(policy: nn.Module) -> list[int]:
@@ -161,7 +166,7 @@ class Generator:
             cache_implementation=None if args.cache_implementation == "dynamic" else args.cache_implementation,
         )
 
-    def __call__(self, policy: nn.Module, inputs: ModelInputs, step: int | None) -> Answers:
+    def generate(self, policy: nn.Module, inputs: ModelInputs, step: int | None) -> Completions:
         """Answer B prompts.
 
         Args:
@@ -185,7 +190,7 @@ class Generator:
                 responses.append(tokens)
                 logprobs += [] if known is None else [known]
         whole = pad_right(logprobs, 0) if logprobs else None
-        return Answers.from_tokens(pad_right(responses, self.pad_token_id), self.stop_token_id, whole)
+        return Completions.from_tokens(pad_right(responses, self.pad_token_id), self.stop_token_id, whole)
 
     def _as_it_is(self) -> AbstractContextManager[None]:
         """Keep compiled layers out of generation, where every step and layer would be compiled anew."""
@@ -201,10 +206,10 @@ class Generator:
         pictures = inputs.image_kwargs()
         cache: dict[str, Cache] = {}
         if self.config.cache_implementation is None:
-            cache["past_key_values"] = growing_cache(policy, query + most)
+            cache[CACHE] = growing_cache(policy, query + most)
             leaves_at = self.stop_token_id if can_drop_rows(policy, inputs) else None
             if self.args.share_prefix and can_prefill_once(policy, inputs):
-                run_prompts_once(policy, inputs, cache["past_key_values"])
+                run_prompts_once(policy, inputs, cache[CACHE])
                 pictures = {}
         tokens = ids.new_full((len(ids), most), self.pad_token_id)
         known = torch.zeros(len(ids), most, device=ids.device) if self.keep_logprobs and keys is not None else None
@@ -222,7 +227,7 @@ class Generator:
             if leaves_at is None or end == most or (new == leaves_at).any(1).all():
                 return tokens[:, :end], None if known is None else known[:, :end]
             left = (new != leaves_at).all(1).nonzero().squeeze(1)
-            cache["past_key_values"].batch_select_indices(left)
+            cache[CACHE].batch_select_indices(left)
             rows, ids, keys, pictures = rows[left], output[left], None if keys is None else keys[left], {}
             attention_mask = nn.functional.pad(attention_mask[left], (0, end - start), value=1)
 
@@ -277,7 +282,7 @@ def run_prompts_once(policy: nn.Module, inputs: ModelInputs, cache: Cache) -> No
             input_ids=inputs.input_ids[once][:, :-1].masked_fill(attention_mask == 0, 0),
             attention_mask=attention_mask,
             **position_kwargs(base, attention_mask),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
     place = {inputs.groups[row]: index for index, row in enumerate(once)}

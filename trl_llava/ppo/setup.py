@@ -87,16 +87,15 @@ def prepare_roles(
             "the value model is an adapter on another model than the policy, so its weights would not be "
             "trained. Put it on the policy, or pass a PEFT model of its own"
         )
-    trained = [policy] if isinstance(value_model, AdapterRole) else [policy, value_model]
-    for model in [*trained, *([] if ref_model is None else [ref_model])]:
+    roles = [policy, *([] if isinstance(value_model, AdapterRole) else [value_model])]
+    roles += [] if ref_model is None else [ref_model]
+    for model in roles:
         disable_dropout_in_model(model)
         for module in model.modules():  # TRL's function only finds modules; attention keeps its rate in an attribute
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
         compile_layers(model, args)
-        if model is ref_model:
-            model.requires_grad_(False).eval()
-        elif args.gradient_checkpointing:
+        if args.gradient_checkpointing and model is not ref_model:
             shared = isinstance(value_model, AdapterRole)
             model.activation_checkpointing_enable(**_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
 

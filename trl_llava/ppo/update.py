@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,45 +19,35 @@ from trl_llava.ppo.randomness import mini_batch_order
 from trl_llava.ppo.rollout import Rollout
 
 
-class PPOUpdate:
-    """Trains on a rollout, `num_ppo_epochs` times over it.
+@dataclass
+class Updater:
+    """Trains policy and value model on a rollout, `num_ppo_epochs` times over it.
 
     A mini-batch is one optimizer step. Its loss is the mean over its real tokens on all processes, so it does not
     depend on how the mini-batch is split into micro-batches; TRL takes means of means, and steps once per epoch
     whatever `num_mini_batches` says.
+
+    Attributes:
+        args: the config.
+        accelerator: the one that prepared model and optimizer.
+        model: a prepared `PolicyAndValue`.
+        optimizer: the prepared optimizer.
+        sampling: how the policy's logits become the distribution that tokens were drawn from.
+        share_prefix: whether completions of the same prompt run as one row.
     """
 
-    def __init__(
-        self,
-        args: LlavaPPOConfig,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        sampling: Sampling,
-        share_prefix: bool = False,
-    ) -> None:
-        """Keep what every update needs.
+    args: LlavaPPOConfig
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sampling: Sampling
+    share_prefix: bool = False
+
+    def train_on(self, rollout: Rollout, step: int, nothing_moved_yet: bool) -> dict[str, float]:
+        """Train on B completions with advantages and returns.
 
         Args:
-            args: the config.
-            accelerator: the one that prepared model and optimizer.
-            model: a prepared `PolicyAndValue`.
-            optimizer: the prepared optimizer.
-            sampling: how the policy's logits become the distribution that tokens were drawn from.
-            share_prefix: whether answers to the same prompt run as one row.
-        """
-        self.args = args
-        self.accelerator = accelerator
-        self.model = model
-        self.optimizer = optimizer
-        self.sampling = sampling
-        self.share_prefix = share_prefix
-
-    def __call__(self, rollout: Rollout, step: int, nothing_moved_yet: bool) -> dict[str, float]:
-        """Train on a rollout.
-
-        Args:
-            rollout: B answers with advantages and returns.
+            rollout: the rollout.
             step: the PPO step, counted from 1, for error messages.
             nothing_moved_yet: `True` at the first step, whose first ratios must be 1.
 

@@ -290,7 +290,7 @@ def _logprobs(outputs: list[Any]) -> list[list[list[float | None]]] | None:
 
 
 def _answers(token_ids: list[list[int]], logprobs: list[list[list[float | None]]] | None) -> list[Answer]:
-    """Answers to one prompt; a log-probability that vLLM could not tell is NaN."""
+    """Completions to one prompt; a log-probability that vLLM could not tell is NaN."""
     nothing: list[list[list[float | None]]] = [[[None]] * len(ids) for ids in token_ids]
     return [
         Answer(list(ids), [float("nan") if entry[0] is None else entry[0] for entry in row])

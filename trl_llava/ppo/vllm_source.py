@@ -1,4 +1,4 @@
-"""Answers to prompts from vLLM, in place of `Generator`: the same prompts go in, the same `Answers` come out.
+"""Completions to prompts from vLLM, in place of `Generator`: the same prompts go in, the same `Completions` come out.
 
 vLLM's log-probabilities are only compared: those that PPO trains on are computed by the policy itself. Each prompt's
 seed depends on the run's seed, step and row alone; what vLLM draws with it is its own affair, and changes in the last
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.ppo.answers import Answers
+from trl_llava.ppo.completions import Completions
 from trl_llava.ppo.randomness import row_keys
 from trl_llava.ppo.vllm_engine import Answer, Question, RolloutEngineError, VLLMEngine
 from trl_llava.ppo.vllm_prompts import as_seen
@@ -70,7 +70,7 @@ class VLLMGenerator:
         self.logprobs = torch.empty(0)
         self.differences: dict[str, float] = {}
 
-    def __call__(self, inputs: ModelInputs, images: Sequence[Sequence[Image.Image]], step: int | None) -> Answers:
+    def generate(self, inputs: ModelInputs, images: Sequence[Sequence[Image.Image]], step: int | None) -> Completions:
         """Answer B prompts; on every process.
 
         Args:
@@ -104,7 +104,7 @@ class VLLMGenerator:
             responses[row, : len(answer.token_ids)] = torch.tensor(answer.token_ids)
             self.logprobs[row, : len(answer.token_ids)] = torch.tensor(answer.logprobs)
         self.logprobs = self.logprobs.to(device)
-        return Answers.from_tokens(responses.to(device), self.stop_token_id)
+        return Completions.from_tokens(responses.to(device), self.stop_token_id)
 
     def compare(self, logprobs: torch.Tensor, mask: torch.Tensor, step: int) -> None:
         """Hold the log-probabilities of vLLM's last answers against the policy's; fills `differences`.

@@ -1,4 +1,4 @@
-"""What was answered to prompts: the one thing that whatever generates gives to the PPO loop.
+"""Completions of prompts: what a policy that generates, or vLLM in its place, hands to the PPO loop.
 
 Letters: `B` batch, `R` response length.
 """
@@ -10,15 +10,15 @@ import torch
 from trl_llava.ppo.ppo_math import response_mask
 
 
-class Answers(NamedTuple):
-    """One answer to each of B prompts.
+class Completions(NamedTuple):
+    """One completion of each of B prompts.
 
     Attributes:
         responses: (B, R) token ids, padded right; R is the length of the longest.
         mask: (B, R) bool, `True` at real tokens: up to and including the first stop token.
         stopped: (B,) bool, `True` if the response holds its stop token.
         logprobs: (B, R) float32 log-probabilities of the tokens under the policy that drew them, 0 at padding; `None`
-            where they are to be computed by a pass of their own.
+            where a pass of its own computes them.
     """
 
     responses: torch.Tensor
@@ -29,17 +29,8 @@ class Answers(NamedTuple):
     @classmethod
     def from_tokens(
         cls, responses: torch.Tensor, stop_token_id: int | None, logprobs: torch.Tensor | None = None
-    ) -> "Answers":
-        """Tell real tokens from padding.
-
-        Args:
-            responses: (B, R) token ids; whatever follows a stop token is padding.
-            stop_token_id: ends an answer; `None` if nothing does.
-            logprobs: (B, R) of these tokens, whatever stands at padding.
-
-        Returns:
-            The answers.
-        """
+    ) -> "Completions":
+        """From (B, R) token ids whose padding, whatever it is, begins behind the first stop token."""
         mask = response_mask(responses, stop_token_id)
         stopped = torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
         if stop_token_id is not None:
