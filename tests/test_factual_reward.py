@@ -80,11 +80,12 @@ def test_scoring_keeps_no_graph_keys_or_values(reward: FactualReward, red_image)
         outputs.append(output)
         modes.append(torch.is_inference_mode_enabled())
 
-    handle = model.register_forward_hook(look)
+    handle = model.model.register_forward_hook(look)
     question, answer = [{"role": "user", "content": "What?"}], [{"role": "assistant", "content": "A square."}]
     reward([question], [answer], images=[[red_image]], captions=[["A red square."]])
     handle.remove()
-    assert [output.past_key_values for output in outputs] == [None] and modes == [True]
+    caches = [output.get("cache", output.get("past_key_values")) for output in outputs]
+    assert caches == [None] and modes == [True]
 
 
 def test_score_is_the_logit_of_the_preference_collators_batch(reward: FactualReward, red_image) -> None:

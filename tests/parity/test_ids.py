@@ -5,6 +5,7 @@ from typing import Any
 
 import golden_data
 import pytest
+import tiny_models
 import torch
 from datasets import Dataset
 from golden_data import collapsed
@@ -17,7 +18,7 @@ from trl_llava.data.encoding import encode
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
 from trl_llava.data.preference_collators import PreferenceCollator
-from trl_llava.models.vision_tower import image_token_count, set_square_padding
+from trl_llava.models.vision_tower import set_square_padding
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.tools.convert.paper_tokenizer import load_sentencepiece, original_ids, reads_later_turns_as_unknown
 
@@ -133,7 +134,7 @@ def test_both_candidates_read_the_captions_in_one_order(processor: ProcessorMixi
         assert orders[0] == orders[1]
         assert sorted(orders[0]) == sorted(item["caption_orders"][0])
         lengths = [len(ids) for ids in item["input_ids"]]
-        images = image_token_count(processor, (28, 28))
+        images = tiny_models.image_token_count(processor, (28, 28))
         expected = lengths if record["preference"] == 1 else lengths[::-1]
         assert (batch["attention_mask"].sum(1) - images + 1).tolist() == expected
 
@@ -154,7 +155,7 @@ def test_queries(processor: ProcessorMixin, variant: str, limit: str) -> None:
     golden = golden_data.read("1_ppo_queries.json")
     case = golden["query_len"][limit][variant]
     records = [{**record, "row": i} for i, record in enumerate(golden["data"])]
-    images = image_token_count(processor, (28, 28))
+    images = tiny_models.image_token_count(processor, (28, 28))
     # A limit of the original counts an image as one token.
     collator = PromptCollator(processor, max_prompt_length=int(limit) + images - 1)
     kept: Dataset = drop_overlong(rows_from(golden_data.rows(records), "prompt"), collator, "drop")

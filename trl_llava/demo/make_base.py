@@ -34,7 +34,8 @@ from trl_llava.demo.base_tower import IMAGE_TOKENS, train, train_tower
 from trl_llava.demo.metrics import Answered, Truthfulness, measure
 from trl_llava.demo.tokenizer import make_tokenizer
 from trl_llava.demo.world import SIZE, Scene, draw, make_scene
-from trl_llava.models.vision_tower import assemble_llava, freeze_vision
+from trl_llava.models.assemble import assemble_llava
+from trl_llava.models.vision_tower import freeze_vision
 
 KINDS = ("describe", "yes_no", "choice")
 

@@ -77,7 +77,7 @@ def load_processor(
     if isinstance(processor, PreTrainedTokenizerBase) or not hasattr(processor, "image_processor"):
         raise InputError(
             f"'{name}' has no image processor, only a {type(processor).__name__}: it is a text-only model. Choose an "
-            "image-text model, or put one together with trl_llava.models.vision_tower.assemble_llava"
+            "image-text model, or put one together with trl_llava.models.assemble.assemble_llava"
         )
     if chat_template_path is not None:
         set_chat_template(processor, chat_template_path, trust_remote_code=trust_remote_code)
@@ -124,7 +124,7 @@ def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
     if not known:
         raise InputError(
             f"model_name_or_path '{name}' is a {config.model_type} model, which does not take images. Choose an "
-            "image-text model, or put one together with trl_llava.models.vision_tower.assemble_llava"
+            "image-text model, or put one together with trl_llava.models.assemble.assemble_llava"
         )
     model, info = AutoModelForImageTextToText.from_pretrained(
         name, config=config, output_loading_info=True, **_loading_arguments(model_args)

@@ -1,9 +1,9 @@
 """LLaVA models with a score head instead of a language-model head: the reward and the value model.
 
 They differ from transformers' own `...ForSequenceClassification` in three things: the head has a bias, as the paper's
-has; the pooled token is the last one whose attention mask is 1, under any padding side, never a guess by pad ID (an
-answer may end in a token that is also the pad token); and a batch that stacks several texts of the same pictures
-encodes each picture once (`image_copies`).
+has; the pooled token is the last one whose attention mask is 1, under any padding side, never a guess by pad ID (a
+completion may end in a token that is also the pad token); and a batch that stacks several texts of the same images
+encodes each image once (`image_copies`).
 
 Importing this module registers the classes with `AutoModelForSequenceClassification`, so that
 `trl.RewardTrainer(model="org/name")` finds them.
@@ -16,7 +16,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
-    Cache,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextPreTrainedModel,
@@ -26,7 +25,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 from trl_llava.models.shared_prefix import attention_mask_for, last_of_rests
@@ -38,13 +37,7 @@ else:
 
 
 def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Where the last real token of each row is.
-
-    Args:
-        attention_mask: (B, L) int or bool, 1/True at real tokens; padding may be on either side or both.
-
-    Returns:
-        (B,) int64, the index of the last real token; 0 for a row without any.
+    """(B,) int64 index of each row's last real token, from a (B, L) mask padded on any side; 0 for a row without one.
 
     Example:
         >>> last_token_index(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]))
@@ -58,8 +51,7 @@ class ImageTextForSequenceClassification(_Mixin):
     """Mixin that turns a family's `...PreTrainedModel` into a model with a score head on the last real token.
 
     `model` is the family's headless model (tower, projector, language model) and `score` the head, the names that
-    TRL's `get_reward` and `PPOTrainer` reach for; `score` may be called on the hidden states of every position, which
-    is how a value model is read.
+    TRL reaches for; `score` may be called on the hidden states of every position, which is how a value model is read.
     """
 
     base_model_prefix = "model"
@@ -79,7 +71,6 @@ class ImageTextForSequenceClassification(_Mixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
@@ -88,7 +79,7 @@ class ImageTextForSequenceClassification(_Mixin):
         segments: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> SequenceClassifierOutput:
         """Score the last real token of each row.
 
         Args:
@@ -96,7 +87,6 @@ class ImageTextForSequenceClassification(_Mixin):
             attention_mask: (B, L) int or bool, 1/True at real tokens. May be left out for a batch of one row, which
                 then has no padding.
             position_ids: (B, L); by default counted over the real tokens.
-            past_key_values: Cache of an earlier pass, handed on to the language model.
             inputs_embeds: (B, L, H) instead of `input_ids`.
             pixel_values: The images as the family's image processor returns them: I images for the first
                 B / `image_copies` rows.
@@ -107,7 +97,8 @@ class ImageTextForSequenceClassification(_Mixin):
             segments: (B, L) where each row holds several that share their beginning, as `shared_prefix.pack` lays them
                 out; with its `position_ids`.
             labels: (B,) targets, for a loss by `config.problem_type`.
-            **kwargs: Handed on to the headless model (`output_hidden_states`, `use_cache`, `batch_num_images`, ...).
+            **kwargs: Handed on to the headless model (`output_hidden_states`, `batch_num_images`, ...). No token
+                follows, so `use_cache` is `False` by default.
 
         Returns:
             `logits` (B, num_labels) in the head's dtype, and `loss` if there are labels. With `segments` of S rests a
@@ -119,24 +110,26 @@ class ImageTextForSequenceClassification(_Mixin):
         """
         _check_batch(input_ids if input_ids is not None else inputs_embeds, attention_mask, image_copies)
         if image_copies > 1 and pixel_values is not None:
-            batch_num_images = kwargs.pop("batch_num_images", None)
-            mm_encoder_outputs = {"image": self._image_features(pixel_values, image_sizes, batch_num_images)}
-            pixel_values = image_sizes = None
-        if position_ids is None and past_key_values is None and attention_mask is not None:
+            known = {"image_sizes": image_sizes, "batch_num_images": kwargs.pop("batch_num_images", None)}
+            given = {name: value for name, value in known.items() if value is not None}
+            encoded = self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **given)
+            mm_encoder_outputs, pixel_values, image_sizes = {"image": encoded}, None, None
+        if image_copies > 1 and mm_encoder_outputs is not None:  # as often as the batch repeats its rows, not copied
+            features = list(mm_encoder_outputs["image"].pooler_output) * image_copies
+            mm_encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        encoded = _repeated(mm_encoder_outputs, image_copies)
-        for name, value in (("image_sizes", image_sizes), ("mm_encoder_outputs", encoded)):
+        for name, value in (("image_sizes", image_sizes), ("mm_encoder_outputs", mm_encoder_outputs)):
             if value is not None:  # not every family's forward knows these
                 kwargs[name] = value
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask if segments is None else attention_mask_for(self, segments),
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             return_dict=True,
-            **kwargs,
+            **{"use_cache": False, **kwargs},
         )
         hidden = outputs.last_hidden_state
         pooled = _pooled(hidden, attention_mask) if segments is None else _ends_of_rests(hidden, segments)
@@ -144,30 +137,9 @@ class ImageTextForSequenceClassification(_Mixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-    def _image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None, batch_num_images: torch.Tensor | None
-    ) -> BaseModelOutputWithPooling:
-        """Tower and projector, called the way the headless model calls them.
-
-        Args:
-            pixel_values: As for `forward`.
-            image_sizes: As for `forward`.
-            batch_num_images: Number of images of each row, where the family asks for it.
-
-        Returns:
-            `pooler_output`: one (N, H) tensor for each of the I images.
-        """
-        given = {"image_sizes": image_sizes, "batch_num_images": batch_num_images}
-        given = {name: value for name, value in given.items() if value is not None}
-        return self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **given)
 
 
 def _check_batch(given: torch.Tensor | None, attention_mask: torch.Tensor | None, image_copies: int) -> None:
@@ -187,28 +159,11 @@ def _check_batch(given: torch.Tensor | None, attention_mask: torch.Tensor | None
         )
 
 
-def _repeated(
-    encoded: dict[str, BaseModelOutputWithPooling] | None, copies: int
-) -> dict[str, BaseModelOutputWithPooling] | None:
-    """Image features as often as the batch repeats their rows; nothing is copied."""
-    if encoded is None or copies == 1:
-        return encoded
-    return {"image": BaseModelOutputWithPooling(pooler_output=list(encoded["image"].pooler_output) * copies)}
-
-
 def _pooled(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The hidden state of each row's last real token.
-
-    Args:
-        hidden_states: (B, L, H).
-        attention_mask: (B, L') with L' >= L (a cache may hold earlier tokens), or None for rows without padding.
-
-    Returns:
-        (B, H).
-    """
+    """(B, H) of each row's last real token, from (B, L, H); without a mask there is no padding."""
     if attention_mask is None:
         return hidden_states[:, -1]
-    last = last_token_index(attention_mask[:, -hidden_states.shape[1] :]).to(hidden_states.device)
+    last = last_token_index(attention_mask).to(hidden_states.device)
     return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
 
 
