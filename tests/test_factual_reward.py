@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from PIL import Image
@@ -231,6 +232,25 @@ def test_checkpoint_without_its_prompt_is_refused_unless_told(tiny_llava_dir: Pa
     loaded = FactualReward.from_pretrained(str(tmp_path), judging_prompt=trained.judging_prompt)
     call = {"prompts": [ask("What?")], "completions": [say("A square.")], "captions": [["a"]]}
     assert loaded(**call) == trained(**call)
+
+
+def test_it_computes_in_the_dtype_of_its_checkpoint_unless_another_is_named(
+    tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_llava_dir)
+    FactualReward(classifier(tiny_llava_dir).bfloat16(), processor, PLAIN).save_pretrained(tmp_path)
+    assert FactualReward.from_pretrained(str(tmp_path)).model.dtype == torch.bfloat16
+    assert FactualReward.from_pretrained(str(tmp_path), dtype="float32").model.dtype == torch.float32
+
+
+def test_it_computes_on_the_processes_device_unless_another_is_named(
+    tiny_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_llava_dir)
+    FactualReward(classifier(tiny_llava_dir), processor, PLAIN).save_pretrained(tmp_path)
+    monkeypatch.setattr(PartialState(), "device", torch.device("meta"))  # plays a GPU
+    assert FactualReward.from_pretrained(str(tmp_path)).model.device.type == "meta"
+    assert FactualReward.from_pretrained(str(tmp_path), device="cpu").model.device.type == "cpu"
 
 
 def test_another_prompt_than_the_stored_one_is_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:

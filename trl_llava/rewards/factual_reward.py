@@ -1,4 +1,4 @@
-"""The factual reward: a reward model that reads image, question, answer and what is known about the image.
+"""The factual reward: a reward model that reads image, prompt, completion and captions of the image.
 
 It is a reward function in TRL's sense, so PPO here and `GRPOTrainer` and `RLOOTrainer` there take it alike. The prompt
 that the model was trained with, its captions' format and its image processor are saved with its adapter and head.
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -39,17 +40,18 @@ AHEAD = 8
 
 
 class FactualReward:
-    """Scores answers about images with a reward model; a callable with TRL's reward-function signature.
+    """Scores completions about images with a reward model; a callable with TRL's reward-function signature.
 
     Args:
         model: A `...ForSequenceClassification` with one label, with or without PEFT around it, or an adapter on
             another model's base.
         processing_class: The reward model's own processor; prompts come as messages, so policy and reward model may
             differ in family, size and image processor.
-        judging_prompt: What the model is asked after the answer, as in its training; None scores the conversation
-            itself, at the token that ends the answer.
-        batch_size: How many answers are scored in one pass; `max_tokens` may be set to bound its tokens, padding
-            included, too.
+        judging_prompt: The turn behind the completion that the model was trained with; None scores the conversation
+            itself, at the token that ends the completion.
+        batch_size: Most completions in one pass.
+        max_tokens: Most tokens in one pass, padding included; None: no limit.
+        share_prefix: Run a prompt once for all of its completions, where the model's attention can.
         device: Where to move the model; None leaves it where it is.
         name: Name in the logs; two factual rewards in one run need two names.
 
@@ -58,9 +60,9 @@ class FactualReward:
 
     Example:
         >>> reward = FactualReward.from_pretrained("org/llava-factual-rm")  # doctest: +SKIP
-        >>> question = {"role": "user", "content": "What is in the picture?"}
-        >>> answer = {"role": "assistant", "content": "A red square."}
-        >>> reward([[question]], [[answer]], images=[["red.png"]], captions=[["A red square."]])  # doctest: +SKIP
+        >>> prompt = {"role": "user", "content": "What is in the image?"}
+        >>> completion = {"role": "assistant", "content": "A red square."}
+        >>> reward([[prompt]], [[completion]], images=[["red.png"]], captions=[["A red square."]])  # doctest: +SKIP
         [1.25]
     """
 
@@ -71,6 +73,8 @@ class FactualReward:
         judging_prompt: JudgingPrompt | None,
         *,
         batch_size: int = 16,
+        max_tokens: int | None = None,
+        share_prefix: bool = True,
         device: torch.device | str | None = None,
         name: str = "factual_reward",
     ) -> None:
@@ -81,12 +85,13 @@ class FactualReward:
             model.place(device)
         elif device is not None and not getattr(model, "is_quantized", False):  # a quantised one is placed on loading
             model = model.to(device)
+        packs = isinstance(base_of(model), ImageTextForSequenceClassification) and why_not(model) is None
         self.model = model
         self.processing_class = processing_class
         self.judging_prompt = judging_prompt
         self.batch_size = batch_size
-        self.max_tokens: int | None = None
-        self.share_prefix = isinstance(base_of(model), ImageTextForSequenceClassification) and why_not(model) is None
+        self.max_tokens = max_tokens
+        self.share_prefix = share_prefix and packs
         self.__name__ = name
 
     @property
@@ -102,47 +107,39 @@ class FactualReward:
         captions: Sequence[Sequence[str] | None] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """Score one answer per row, in the order given.
+        """Score one completion per row, in the order given.
 
         A row without captions, with an unreadable image, or with messages that do not fit its images is a `RowError`.
 
         Args:
             prompts: B conversations that end with a user turn.
-            completions: B answers.
-            images: The pictures of each row (decoded, paths or `{"bytes", "path"}`), none for a text-only row.
+            completions: B completions.
+            images: The images of each row (decoded, paths or `{"bytes", "path"}`), none for a text-only row.
                 By default those inside the prompts' image parts, and a column `image` where there is one.
-            captions: What is known about each row's images; needed if the judging prompt shows captions.
+            captions: Captions of each row's images; needed if the judging prompt shows captions.
             **columns: `row_name` is used in errors, `image` as said; all others are ignored.
 
         Returns:
             B scores.
         """
         names = names_or_numbers(columns.get("row_name"), len(prompts))
-        pictures = columns.get("image") if images is None else images
-        rows = list(
-            zip(
-                prompts,
-                completions,
-                pictures if pictures is not None else [None] * len(prompts),
-                captions if captions is not None else [None] * len(prompts),
-                names,
-                strict=True,
-            )
-        )
+        images = columns.get("image") if images is None else images
+        nothing = [None] * len(prompts)
+        rows = list(zip(prompts, completions, images or nothing, captions or nothing, names, strict=True))
         scores: list[float] = []
         with in_eval_mode(self.model):
             for start in range(0, len(rows), AHEAD * self.batch_size):
                 part = rows[start : start + AHEAD * self.batch_size]
-                scores += self._score([self._judged(*row) for row in part], same_prompts(part))
+                scores += self._score([self._judged_conversation(*row) for row in part], same_prompts(part))
         return scores
 
-    def _judged(
-        self, prompt: Conversation, completion: Conversation, pictures: Any, captions: Sequence[str] | None, name: str
+    def _judged_conversation(
+        self, prompt: Conversation, completion: Conversation, images: Any, captions: Sequence[str] | None, name: str
     ) -> tuple[list[Message], list[Image.Image], str]:
-        """The conversation that the model reads for one row, with the row's decoded pictures."""
-        question, images = split_images(prompt, pictures, "user")
+        """The conversation that the model reads for one row, with the row's decoded images."""
+        question, found = split_images(prompt, images, "user")
         answer, _ = split_images(completion, None, "assistant")
-        decoded = [load_image(image, name) for image in images]
+        decoded = [load_image(image, name) for image in found]
         conversation = place_images(normalise_messages(question, name), len(decoded), name)
         conversation += normalise_messages(answer, name, "completion")
         if self.judging_prompt is None:
@@ -152,13 +149,13 @@ class FactualReward:
         return judging_messages(conversation, captions, self.judging_prompt), decoded, name
 
     def _score(self, rows: Sequence[tuple[list[Message], list[Image.Image], str]], groups: list[int]) -> list[float]:
-        """Passes over rows that are alike in length; a group's have one prompt and the same pictures."""
-        conversations, pictures, names = zip(*rows, strict=True)
+        """Passes over rows that are alike in length; those of a group have one prompt and the same images."""
+        conversations, images, names = zip(*rows, strict=True)
         judged = self.judging_prompt is not None
         encoding = encode(
             self.processing_class,
             conversations,
-            pictures,
+            images,
             row_names=names,
             continue_final_message=judged,
             judging_turn=judged,
@@ -169,7 +166,7 @@ class FactualReward:
         inputs = ModelInputs(
             pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left").to(device),
             pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device),
-            [len(own) for own in pictures],
+            [len(own) for own in images],
             dict(encoding.image_inputs),
         )
         packs = groups if self.share_prefix and not inputs.with_tokens() else None
@@ -212,10 +209,11 @@ class FactualReward:
         judging_prompt: JudgingPrompt | None = None,
         base_model: str | None = None,
         revision: str | None = None,
+        dtype: str = "auto",
         model_args: LlavaModelConfig | None = None,
-        batch_size: int = 16,
         device: torch.device | str | None = None,
         shared: Sequence[SharedBase] = (),
+        **settings: Any,
     ) -> "FactualReward":
         """Load a reward model together with the prompt, caption format and image processor it was trained with.
 
@@ -227,10 +225,11 @@ class FactualReward:
             judging_prompt: For a checkpoint without factual_reward.json only: what the model was trained with.
             base_model: Base of an adapter; by default the one its adapter_config.json names.
             revision: Branch, tag or commit of `name`.
-            model_args: dtype, attention implementation, quantisation and `trust_remote_code`; by default fp32.
-            batch_size: As for the class.
-            device: As for the class.
+            dtype: "float32", "bfloat16", ..., or "auto" for that of the checkpoint (of an adapter: its base).
+            model_args: In place of `dtype`: dtype, attention implementation, quantisation and `trust_remote_code`.
+            device: Where it computes; by default this process's GPU if there is one.
             shared: Loaded models, one of whose bases an adapter may use instead of a copy.
+            **settings: `batch_size`, `max_tokens`, `share_prefix` and `name`, as for the class.
 
         Returns:
             The reward.
@@ -238,7 +237,7 @@ class FactualReward:
         Raises:
             OSError: If there is no such model.
         """
-        model_args = model_args if model_args is not None else LlavaModelConfig()
+        model_args = LlavaModelConfig(dtype=dtype) if model_args is None else model_args
         name, revision = split_revision("reward model", name, revision)
         check_there("reward model", name, revision)
         expected = ("adapter_config.json", "config.json")
@@ -246,10 +245,10 @@ class FactualReward:
         if not any(files.values()):
             nothing = FileNotFoundError(f"it has none of {', '.join(expected)}")
             raise NotFoundError(not_found("reward model", name, revision, nothing))
-        settings = read_settings(name, judging_prompt, revision=revision)
+        saved = read_settings(name, judging_prompt, revision=revision)
         if files["adapter_config.json"]:
             config = PeftConfig.from_pretrained(name, revision=revision)
-            base, base_revision = config.base_model_name_or_path, settings.base_model_revision or config.revision
+            base, base_revision = config.base_model_name_or_path, saved.base_model_revision or config.revision
             if base_model:
                 base, base_revision = split_revision("base_model", base_model)
             loaded = find_shared_base(shared, "reward model", name, base, base_revision, revision)
@@ -264,7 +263,8 @@ class FactualReward:
         processor = load_processor(name, revision=revision, trust_remote_code=remote, field="reward model")
         if not isinstance(model, AdapterRole):
             model.requires_grad_(False)
-        return cls(model, processor, settings.judging_prompt, batch_size=batch_size, device=device)
+        device = PartialState().device if device is None else device
+        return cls(model, processor, saved.judging_prompt, device=device, **settings)
 
 
 def _check_fit(
@@ -298,7 +298,7 @@ def _check_fit(
 
 
 def _lengths(rows: Sequence[list[int]], groups: list[int] | None) -> Lengths:
-    """How long rows are, for micro-batches; what the rows of a group share runs once."""
+    """Lengths of rows for micro-batches; what the rows of a group share runs once."""
     if groups is None:
         return Lengths([len(row) for row in rows], [0] * len(rows))
     members: dict[int, list[list[int]]] = {}

@@ -1,4 +1,4 @@
-"""What TRL asks of a reward function, and what is read off one."""
+"""What TRL asks of a reward function, and what can be read off one."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,24 +7,10 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def function_name(function: RewardFunction) -> str:
-    """The name a reward function has in the logs.
-
-    Args:
-        function: a reward function.
-
-    Returns:
-        Its `__name__`, or the name of its class.
-    """
+    """The name a reward function has in the logs: its `__name__`, or that of its class."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def needs_captions(reward_funcs: Sequence[RewardFunction]) -> bool:
-    """Tell whether a row without captions cannot be scored.
-
-    Args:
-        reward_funcs: reward functions; one that needs captions says so with an attribute `needs_captions`.
-
-    Returns:
-        Whether one of them does.
-    """
+    """Whether one of them cannot score a row without captions, as its attribute `needs_captions` says."""
     return any(getattr(function, "needs_captions", False) for function in reward_funcs)

@@ -4,8 +4,6 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trl_llava.configs.ppo import LlavaPPOConfig
@@ -19,14 +17,7 @@ from trl_llava.rewards.functions import RewardFunction
 
 
 def check_rewards(args: LlavaPPOConfig) -> None:
-    """Refuses a recipe without rewards before anything is loaded.
-
-    Args:
-        args: The config.
-
-    Raises:
-        RecipeError: If there is nothing to learn from.
-    """
+    """Refuse a recipe without any reward, before a model is loaded."""
     if not any((args.reward_model_path, args.reward_funcs)) and args.correctness_coef is args.length_coef is None:
         raise RecipeError(
             "nothing to learn from: set `reward_model_path`, `reward_funcs`, `correctness_coef` or `length_coef`."
@@ -36,28 +27,16 @@ def check_rewards(args: LlavaPPOConfig) -> None:
 def load_rewards(
     args: LlavaPPOConfig, model_args: LlavaModelConfig, shared: Sequence[SharedBase] = ()
 ) -> list[RewardFunction]:
-    """Loads the rewards of a PPO run.
-
-    Args:
-        args: `reward_model_path` and `reward_funcs`.
-        model_args: dtype, quantisation and attention of the reward model.
-        shared: Loaded models, one of whose bases the reward model may use.
-
-    Returns:
-        Reward functions, the reward model first.
-
-    Raises:
-        RecipeError: If a function cannot be found.
-        ValueError: If the checkpoint has no judging prompt or no head.
-    """
+    """The rewards of a PPO run, the reward model first; it may use the base of one of the `shared` models."""
     return load_reward_functions(
         args.reward_model_path,
         args.reward_model_revision,
         args.reward_funcs,
         model_args,
-        batch_size=args.local_rollout_forward_batch_size,
-        device=PartialState().device,
         shared=shared,
+        batch_size=args.local_rollout_forward_batch_size,
+        max_tokens=args.max_tokens_per_micro_batch,
+        share_prefix=args.share_prefix,
     )
 
 
@@ -67,59 +46,38 @@ def load_reward_functions(
     functions: list[str] | None,
     model_args: LlavaModelConfig,
     *,
-    batch_size: int,
-    device: torch.device,
     shared: Sequence[SharedBase] = (),
+    **settings: Any,
 ) -> list[RewardFunction]:
-    """Loads the factual reward, if one is named, and the recipe's own functions.
+    """The factual reward, if one is named, on this process's device, and the recipe's own functions behind it.
 
     Args:
-        reward_model: FactualReward checkpoint.
+        reward_model: `FactualReward` checkpoint.
         revision: Branch, tag or commit of it.
         functions: Paths "package.module:function".
         model_args: dtype, quantisation and attention of the reward model.
-        batch_size: How many answers are scored in one pass.
-        device: Where the reward model goes.
         shared: Loaded models, one of whose bases the reward model may use.
+        **settings: `batch_size`, `max_tokens` and `share_prefix` of the factual reward.
 
     Returns:
-        Reward functions, the reward model first.
-
-    Raises:
-        RecipeError: If a function cannot be found.
-        ValueError: If the checkpoint has no judging prompt or no head.
+        Reward functions.
     """
     rewards: list[RewardFunction] = []
     if reward_model is not None:
         check_there("reward_model_path", reward_model, revision)
-        # Each process scores its own answers, in as many passes as they take: no weights that all fetch together.
+        # Each process scores its own completions, in as many passes as that needs: no weights that all fetch together.
         bases = () if is_deepspeed_zero3_enabled() else shared
         with loaded_whole():
             rewards.append(
                 FactualReward.from_pretrained(
-                    reward_model,
-                    revision=revision,
-                    model_args=model_args,
-                    batch_size=batch_size,
-                    device=device,
-                    shared=bases,
+                    reward_model, revision=revision, model_args=model_args, shared=bases, **settings
                 )
             )
     return rewards + [find_function(path) for path in functions or []]
 
 
 def find_function(path: str) -> RewardFunction:
-    """Imports a reward function.
-
-    Args:
-        path: "package.module:function".
-
-    Returns:
-        The function.
-
-    Raises:
-        RecipeError: If there is no such module or function.
-    """
+    """Import a reward function by its path "package.module:function"."""
     module_name, _, name = path.partition(":")
     if not name:
         raise RecipeError(f"`reward_funcs`: {path!r} must be 'package.module:function'.")

@@ -22,7 +22,7 @@ class RewardSettings(NamedTuple):
     """What a reward model must be read with.
 
     Args:
-        judging_prompt: What it is asked after the answer; None if it judges where the answer ends.
+        judging_prompt: The turn behind the completion; None if it judges where the completion ends.
         base_model_revision: Commit of an adapter's base model; None for a folder or a whole model.
     """
 
@@ -33,24 +33,13 @@ class RewardSettings(NamedTuple):
 def save_settings(
     folder: str | Path, judging_prompt: JudgingPrompt | None, model: PreTrainedModel | PeftModel
 ) -> None:
-    """Write factual_reward.json.
-
-    Args:
-        folder: Where the model is saved.
-        judging_prompt: The prompt of its training.
-        model: The model; an adapter's base is pinned to the commit that it was loaded at.
-    """
+    """Write factual_reward.json beside a model; an adapter's base is pinned to the commit it was loaded at."""
     pinned = getattr(model.get_base_model().config, "_commit_hash", None) if isinstance(model, PeftModel) else None
     write_settings(folder, RewardSettings(judging_prompt, pinned))
 
 
 def write_settings(folder: str | Path, values: RewardSettings) -> None:
-    """Write factual_reward.json for a model that is not loaded.
-
-    Args:
-        folder: Where the model is saved.
-        values: What it must be read with.
-    """
+    """Write factual_reward.json for a model that is not loaded."""
     settings = {
         "format_version": FORMAT_VERSION,
         "judging_prompt": None if values.judging_prompt is None else values.judging_prompt.to_dict(),
@@ -61,19 +50,10 @@ def write_settings(folder: str | Path, values: RewardSettings) -> None:
 
 
 def read_settings(name: str, given: JudgingPrompt | None = None, *, revision: str | None = None) -> RewardSettings:
-    """Read factual_reward.json of a checkpoint.
+    """Read factual_reward.json of a checkpoint (Hub ID or folder).
 
-    Args:
-        name: Hub ID or folder.
-        given: The prompt that the caller says the model was trained with, for a checkpoint without the file.
-        revision: Branch, tag or commit.
-
-    Returns:
-        The settings.
-
-    Raises:
-        ValueError: If there is no such file and no `given`, or the file is of another version, or names another prompt
-            than `given`.
+    `given` is the prompt that a checkpoint without the file was trained with. There must be one of the two, and if
+    there are both they must agree.
     """
     path = find_file(name, SETTINGS_FILE, revision)
     if path is None:
@@ -102,14 +82,9 @@ def read_settings(name: str, given: JudgingPrompt | None = None, *, revision: st
 
 
 def shows_captions(name: str | None, revision: str | None) -> bool | None:
-    """Find out, without loading a reward model, whether it reads captions.
+    """Whether a reward model reads captions, found out without loading it.
 
-    Args:
-        name: Hub ID or folder; None for no reward model.
-        revision: Branch, tag or commit.
-
-    Returns:
-        Whether its judging prompt shows captions; None if the model is not there, or does not say.
+    None if the model is not there, or does not say; False without a reward model.
     """
     if name is None:
         return False

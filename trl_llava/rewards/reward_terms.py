@@ -1,6 +1,6 @@
 """The symbolic terms of a reward: correctness, length, missing stop. Pure functions with TRL's reward signature.
 
-Each takes the columns of a batch by name, ignores those it has no use for, and returns one number per response,
+Each takes the columns of a batch by name, ignores those it has no use for, and returns one number per completion,
 already multiplied by its coefficient: what is logged is what enters the reward. The formulae are those of "Aligning
 Large Multimodal Models with Factually Augmented RLHF" (arXiv 2309.14525) and its code, except that words are matched
 whole: there "Nothing" counted as "No" and "Yesterday" as "Yes".
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trl_llava.errors import InputError
 
 Completion = str | list[dict[str, Any]]
-"""A response: text, or a list of one assistant message."""
+"""Text, or a list of one assistant message."""
 
 CHOICES = ("A", "B", "C", "D")
 KINDS = ("general", *CHOICES, "no", "yes")
@@ -29,7 +29,7 @@ def correctness(
     yes_no: Literal["no_only", "both"] = "no_only",
     **columns: Any,
 ) -> list[float]:
-    """Reward answers whose correctness can be read off: multiple choice, and yes/no questions.
+    """Reward completions whose correctness can be read off: multiple choice, and yes/no questions.
 
     Multiple choice: 1 if the answer starts with its letter and a full stop ("B.") or says "correct option is B.",
     else 0. A question whose answer is no: 0.5 for "No", -0.5 for "Yes", 0 otherwise. A question whose answer is yes: 0
@@ -37,14 +37,14 @@ def correctness(
     anything.
 
     Args:
-        completions: The responses.
-        answer_type: For each response "general", "A" to "D", "no" or "yes".
+        completions: The completions.
+        answer_type: For each completion "general", "A" to "D", "no" or "yes".
         coef: What the value is multiplied by (paper: 2).
         yes_no: Whether only questions whose answer is no count, or both.
         **columns: Ignored.
 
     Returns:
-        One number per response.
+        One number per completion.
 
     Raises:
         ValueError: If there is no `answer_type` column, or a value in it is unknown.
@@ -55,10 +55,8 @@ def correctness(
     """
     if answer_type is None:
         raise InputError(
-            "the correctness term needs a column `answer_type` with one of "
-            + ", ".join(KINDS)
-            + "; add it, or switch "
-            "the term off (correctness_coef: null)"
+            f"the correctness term needs a column `answer_type` with one of {', '.join(KINDS)}; add it, or switch the "
+            "term off (correctness_coef: null)"
         )
     values = []
     for index, (completion, kind) in enumerate(zip(completions, answer_type, strict=True)):
@@ -76,17 +74,17 @@ def length_term(
     coef: float = -10.0,
     **columns: Any,
 ) -> list[float]:
-    """Penalise long answers: `coef * tokens / response_length * length_multiplier`.
+    """Penalise long completions: `coef * tokens / response_length * length_multiplier`.
 
     Args:
-        completion_ids: The responses' token IDs without padding; the stop token counts.
-        response_length: Number of tokens that a response may have at most.
-        length_multiplier: One factor per response, negative to reward length; missing ones are 1.
+        completion_ids: The completions' token IDs without padding; the stop token counts.
+        response_length: Most tokens of a completion.
+        length_multiplier: One factor per completion, negative to reward length; missing ones are 1.
         coef: The weight (paper: -10).
         **columns: Ignored.
 
     Returns:
-        One number per response.
+        One number per completion.
 
     Raises:
         ValueError: If `response_length` is not above 0.
@@ -111,16 +109,16 @@ def missing_eos(
     penalty: float = 8.0,
     **columns: Any,
 ) -> list[float]:
-    """Penalise answers that never stop.
+    """Penalise completions that never stop.
 
     Args:
-        completion_ids: The responses' token IDs.
+        completion_ids: The completions' token IDs.
         eos_token_id: The stop token, or several.
         penalty: What is subtracted (paper: 8).
         **columns: Ignored.
 
     Returns:
-        `-penalty` for each response without a stop token, 0 for the others.
+        `-penalty` for each completion without a stop token, 0 for the others.
 
     Example:
         >>> missing_eos([[5, 6, 2], [5, 6, 7]], eos_token_id=2)
@@ -131,7 +129,7 @@ def missing_eos(
 
 
 def _correct(text: str, kind: str, yes_no: str) -> float:
-    """The term for one answer, before its coefficient."""
+    """The term for one completion, before its coefficient."""
     if kind in CHOICES:
         option = rf"{kind}\.(?!\w)"
         return float(bool(re.match(option, text) or re.search(rf"\bcorrect option is {option}", text)))
@@ -144,7 +142,7 @@ def _correct(text: str, kind: str, yes_no: str) -> float:
 
 
 def _text(completion: Completion) -> str:
-    """The text of a response."""
+    """The text of a completion."""
     if isinstance(completion, str):
         return completion
     content = completion[-1]["content"]
