@@ -1,27 +1,36 @@
-# `make demo` and `make test` install what they need into .venv; the stamp keeps the second call fast.
+# `make demo` and `make test` install what they need into .venv, `make test-oldest` into .venv-oldest; a stamp in each
+# keeps the second call fast.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+BIN := .venv/bin
+OLDEST_TESTS := tests/parity tests/test_configs.py tests/test_sft_trainer.py tests/test_reward_trainer.py \
+	tests/test_ppo_trainer.py tests/test_passes.py tests/test_beyond_ppo.py tests/test_exact_resume.py tests/test_entry_points.py
+# One thread per worker: the models of the tests are too small to gain from more.
+PYTEST := CI=true OMP_NUM_THREADS=1 $$ENV/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test check install
+.PHONY: demo test test-oldest check install
 
-demo: $(STAMP)
+demo: .venv/.installed
 	$(BIN)/trl-llava demo --output_dir runs/demo
 
-# One thread per worker: the models of the tests are too small to gain from more.
-test: $(STAMP)
-	@CI=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+test: .venv/.installed
+	@ENV=.venv; $(PYTEST) $(PYTEST_ARGS)
 
-check: $(STAMP)
+# Parity with TRL's own PPO, and the trainers, on the oldest TRL and transformers that we work with.
+test-oldest: .venv-oldest/.installed
+	@ENV=.venv-oldest; $(PYTEST) $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pydoclint trl_llava
 	$(BIN)/mypy
 
-install: $(STAMP)
+install: .venv/.installed
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,qlora,deepspeed]"
+.venv/.installed: constraints.txt
+.venv-oldest/.installed: constraints-oldest.txt
+%/.installed: pyproject.toml
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(filter constraints%,$^) --editable ".[dev,qlora,deepspeed]"
 	touch $@

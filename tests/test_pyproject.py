@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-tomllib = pytest.importorskip("tomllib")  # Python 3.11
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
@@ -49,8 +49,9 @@ def test_each_dependency_is_named_once_and_bounded_below(group: str) -> None:
     assert all(any(part.operator in (">=", "==") for part in item.specifier) for item in items)
 
 
-def test_the_pins_are_within_the_bounds() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+def test_the_pins_are_within_the_bounds(file: str) -> None:
+    lines = (ROOT / file).read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert not [pin for pin in pins.values() if "+" in pin]  # local builds such as +cpu
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
