@@ -26,20 +26,16 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
     """A score-head model that is an adapter on another model's base: what it computes, without a base of its own.
 
     It takes the place of a `...ForSequenceClassification`: `model` is the headless model, `score` the head, and
-    calling it gives scores. Its host's parameters are not its own: `parameters()` and `state_dict()` hold the head at
-    most.
+    calling it gives scores. Its host's parameters are not its own: `parameters()`, `state_dict()` and `to()` reach the
+    head at most.
     """
 
     def __init__(
         self, host: PeftModel, adapter_name: str, head: nn.Linear | None = None, saved_config: PeftConfig | None = None
     ) -> None:
-        """Put host, adapter and head together; nothing is copied.
+        """Put host, adapter and head together; without `head` it is the host's, which switches with the adapter.
 
-        Args:
-            host: The PEFT model that has the adapter.
-            adapter_name: The adapter's name in it.
-            head: The score head; `None` takes the host's, which switches with the adapter.
-            saved_config: The adapter's configuration as it is saved, if the one in the host differs.
+        `saved_config` is the adapter's configuration as it is saved, if the one in the host differs.
         """
         nn.Module.__init__(self)
         base = host.get_base_model()
@@ -54,7 +50,6 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
         self.config = host.config
         self.num_labels = self.score.out_features
         self.name_or_path = base.name_or_path
-        self.is_quantized = getattr(base, "is_quantized", False)
 
     @property
     def device(self) -> torch.device:
@@ -68,53 +63,23 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
 
     @contextmanager
     def active(self) -> Iterator["AdapterRole"]:
-        """Let the host compute as this role inside a `with` block.
-
-        Yields:
-            The role, whose `model` may be called now.
-        """
+        """Let the host compute as this role inside a `with` block, where its `model` may be called."""
         with active_adapter(self.host, self.adapter_name):
             yield self
 
     def forward(self, *args: Any, **kwargs: Any) -> SequenceClassifierOutputWithPast:
-        """Score the last real token of each row, as a model with a base of its own does.
-
-        Args:
-            *args: As for `ImageTextForSequenceClassification.forward`.
-            **kwargs: As for `ImageTextForSequenceClassification.forward`.
-
-        Returns:
-            `logits` (B, 1).
-        """
+        """Score the last real token of each row, as a model with a base of its own does."""
         with self.active():
             return super().forward(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The host's token embeddings.
-
-        Returns:
-            The module.
-        """
+        """The host's token embeddings."""
         return self.base.get_input_embeddings()
-
-    def place(self, device: torch.device | str) -> None:
-        """Move host and head to a device; a quantised host is where it was loaded.
-
-        Args:
-            device: Where to.
-        """
-        if not self.is_quantized:
-            self.host.to(device)
-        self.to(device)
 
     def weights(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The weights of adapter and head, named as in an adapter's file.
 
-        Args:
-            state_dict: The host's, if it had to be gathered, with the head's under `score.`.
-
-        Returns:
-            The weights.
+        `state_dict` is the host's, if it had to be gathered, with the head's under `score.`.
         """
         own = get_peft_model_state_dict(self.host, state_dict=state_dict, adapter_name=self.adapter_name)
         heads = self.state_dict() if state_dict is None else state_dict
@@ -122,12 +87,7 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
         return {key: value.contiguous() for key, value in own.items()}
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save adapter and head as a PEFT model with a base of its own saves them.
-
-        Args:
-            folder: Made if it is not there.
-            state_dict: As for `weights`.
-        """
+        """Save adapter and head as a PEFT model with a base of its own saves them."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.host.create_or_update_model_card(str(folder))
         save_file(self.weights(state_dict), Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -137,14 +97,7 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
         config.save_pretrained(str(folder))
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> list[str]:
-        """Put saved weights of adapter and head in place.
-
-        Args:
-            weights: Named as in an adapter's file.
-
-        Returns:
-            What did not fit, e.g. "missing <name>"; empty if every weight has its place.
-        """
+        """Put weights in place, named as in an adapter's file; returns what did not fit, e.g. "missing <name>"."""
         heads = {key: value for key, value in weights.items() if key.startswith(HEAD_KEY)}
         own_head = HEAD in self._modules
         adapter = {key: value for key, value in weights.items() if not (own_head and key in heads)}
@@ -161,15 +114,16 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
         return problems
 
 
+def host_of(model: nn.Module) -> nn.Module:
+    """The model whose parameters compute: a role's host, or the model itself."""
+    return model.host if isinstance(model, AdapterRole) else model
+
+
 @contextmanager
 def computing(model: nn.Module) -> Iterator[nn.Module]:
-    """The model behind a role, a PEFT model or a plain one: what has `model` and a head, ready to be called in parts.
+    """What has `model` and a head, ready to be called in parts: the role, the PEFT model's base or the plain model.
 
-    Args:
-        model: Any of the three.
-
-    Yields:
-        The role with its adapter active, the PEFT model's base, or the model itself.
+    A role's adapter is active inside the `with` block.
     """
     if isinstance(model, AdapterRole):
         with model.active():
@@ -179,29 +133,16 @@ def computing(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep LoRA weights and score heads in a dtype.
-
-    Args:
-        model: A role, a PEFT model or one with a head; in the base nothing changes.
-        dtype: float32 or bfloat16.
-    """
-    models = [model, model.host] if isinstance(model, AdapterRole) else [model]
-    for name, parameter in (named for part in models for named in part.named_parameters()):
+    """Cast LoRA weights and score heads of a role, a PEFT model or a plain one; the base stays as it is."""
+    for name, parameter in [*model.named_parameters(), *host_of(model).named_parameters()]:
         if "lora_" in name or HEAD in name.split("."):
             parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
 def in_eval_mode(model: PreTrainedModel | PeftModel | AdapterRole) -> Iterator[None]:
-    """Keep a model, or the host of a role, in eval mode; afterwards every module is in the mode it was in.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    whole = model.host if isinstance(model, AdapterRole) else model
+    """Keep a model, or the host of a role, in eval mode; afterwards every module is in the mode it was in."""
+    whole = host_of(model)
     training = [module for module in whole.modules() if module.training]
     whole.eval()
     try:

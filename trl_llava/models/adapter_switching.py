@@ -18,23 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 SwitchedLayer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
-# Of each PEFT model: the adapters that it had when its layers were listed, and the layers.
+# Of each PEFT model: the adapters that it had when its layers were listed, and the layers. Checkpointing switches once
+# for each layer of a backward pass, too often to walk through all modules.
 _LAYERS: WeakKeyDictionary[PeftModel, tuple[list[tuple[str, int]], list[SwitchedLayer]]] = WeakKeyDictionary()
 
 
 @contextmanager
 def active_adapter(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
-    """Let one adapter compute, or none, inside a `with` block.
+    """Let one adapter compute inside a `with` block, or none: the bare base model with its own head.
 
-    Args:
-        model: A PEFT model with LoRA adapters; heads and other modules that were saved with an adapter switch with it.
-        name: The adapter; None is the bare base model, with its own head.
-
-    Yields:
-        The model. No parameter's `requires_grad` has changed, neither inside nor after the block.
-
-    Raises:
-        ValueError: If the model has no adapter of that name, or an adapter is merged into the base weights.
+    Heads and other modules that were saved with an adapter switch with it. No parameter's `requires_grad` changes.
     """
     if name is not None and name not in model.peft_config:
         raise ValueError(f"no adapter '{name}' in this model; it has {sorted(model.peft_config)}")
@@ -60,14 +53,7 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[PeftModel]:
 
 
 def switched_layers(model: PeftModel) -> list[SwitchedLayer]:
-    """The layers that compute differently from adapter to adapter, listed once for each set of adapters.
-
-    Args:
-        model: A PEFT model.
-
-    Returns:
-        LoRA layers, and wrappers of modules that are saved with an adapter.
-    """
+    """LoRA layers and wrappers of modules that are saved with an adapter, listed once for each set of adapters."""
     adapters = [(name, id(config)) for name, config in model.peft_config.items()]
     known = _LAYERS.get(model)
     if known is None or known[0] != adapters:
@@ -79,14 +65,7 @@ def switched_layers(model: PeftModel) -> list[SwitchedLayer]:
 def checkpoint_contexts(
     model: PeftModel,
 ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    """What `torch.utils.checkpoint` takes as `context_fn`: a recomputation then runs with the adapter of its forward.
-
-    Args:
-        model: A PEFT model; its `activation_checkpointing_enable` hands the function on.
-
-    Returns:
-        The function: called in a forward pass, it returns the contexts of this pass and of its recomputation.
-    """
+    """A `context_fn` for `torch.utils.checkpoint`: each recomputation runs with the adapter of its forward pass."""
     return lambda: (nullcontext(), _AsItWas(model))
 
 

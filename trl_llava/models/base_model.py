@@ -6,12 +6,5 @@ from transformers import PreTrainedModel
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers that a model is, or that PEFT has wrapped.
-
-    Args:
-        model: A model of transformers, or a PEFT model around one.
-
-    Returns:
-        The model without the wrapper; its layers hold the adapters still.
-    """
+    """The model of transformers that a model is, or that PEFT has wrapped; its layers hold the adapters still."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

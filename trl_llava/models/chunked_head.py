@@ -1,8 +1,8 @@
 """Log-probabilities and entropies of chosen tokens, the language-model head run on a few hundred positions at a time.
 
-A head's output is by far the widest tensor of a model: for 32 answers of 512 tokens out of 32 000, 2 GiB in float32,
-and more than that for its gradient. Here it never exists for more than `chunk_size` positions: what a chunk is needed
-for is kept, one number per token, and its logits are computed again in the backward pass.
+A head's output is by far the widest tensor of a model: for 32 completions of 512 tokens out of 32 000, 2 GiB in
+float32, and more than that for its gradient. Here it never exists for more than `chunk_size` positions: one number per
+token is kept of a chunk, and its logits are computed again in the backward pass.
 
 Letters: `n` positions, `H` hidden, `V` vocabulary.
 """
@@ -17,27 +17,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 class Sampling(NamedTuple):
-    """How a model's logits become the distribution that tokens are drawn from.
-
-    Attributes:
-        temperature: the logits are divided by it.
-        suppressed: ids that generation never draws, such as the image token.
-        chunk_size: for how many positions the head runs at once.
-    """
+    """How a model's logits become the distribution that tokens are drawn from."""
 
     temperature: float = 1.0
-    suppressed: Sequence[int] = ()
-    chunk_size: int = 512
+    suppressed: Sequence[int] = ()  # ids that generation never draws, such as the image token
+    chunk_size: int = 512  # for how many positions the head runs at once
 
     def logits(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits of the distribution that tokens were drawn from.
-
-        Args:
-            raw: (..., V) what the head returned.
-
-        Returns:
-            (..., V) float32.
-        """
+        """(..., V) float32 logits of the distribution that tokens are drawn from, out of the head's (..., V)."""
         logits = raw.float() / (self.temperature + 1e-7)
         blocked = [token for token in self.suppressed if token < logits.shape[-1]]
         if blocked:  # in place: a copy would be as large again as the widest tensor of the model
@@ -48,27 +35,12 @@ class Sampling(NamedTuple):
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of tokens under the softmax of logits.
-
-    Args:
-        logits: (..., V).
-        tokens: (...) ids.
-
-    Returns:
-        (...) in nats.
-    """
+    """(...) log-probabilities in nats of tokens, (...) ids, under the softmax of logits (..., V)."""
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def entropies_of(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of the softmax of logits.
-
-    Args:
-        logits: (..., V).
-
-    Returns:
-        (...) in nats.
-    """
+    """(...) entropies in nats of the softmax of logits (..., V)."""
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
@@ -81,19 +53,10 @@ def token_statistics(
     entropies: bool,
     context_fn: Callable[..., Any] = noop_context_fn,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of tokens, and entropies of what they were drawn from, in chunks.
+    """Log-probabilities (n,) of tokens; entropies of what they were drawn from, (n,) or (0,) if not wanted; float32.
 
-    Args:
-        hidden: (n, H) the hidden states that the tokens are predicted from.
-        head: the language-model head; it may be trained, or have an adapter.
-        tokens: (n,) ids.
-        sampling: how its logits become a distribution.
-        entropies: whether they are wanted; they carry no gradient.
-        context_fn: as for `torch.utils.checkpoint`: the contexts of the head's first and second run.
-
-    Returns:
-        logprobs: (n,) float32.
-        entropies: (n,) float32, or (0,) if they are not wanted.
+    `hidden` (n, H) are the hidden states that the n tokens are predicted from; the head may be trained, or have an
+    adapter; entropies carry no gradient. `context_fn` is that of `torch.utils.checkpoint`, for the head's two runs.
     """
 
     def chunk(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

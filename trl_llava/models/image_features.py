@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from trl_llava.models.adapter_role import AdapterRole, computing
+from trl_llava.models.adapter_role import AdapterRole, computing, host_of
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.vision_tower import is_vision, takes_image_features
 
@@ -48,24 +48,20 @@ def encode_images(model: nn.Module, inputs: ModelInputs, batch_size: int) -> Mod
 
 def same_vision(first: nn.Module, second: nn.Module) -> bool:
     """Whether two roles make the same features of an image: adapters on one base, none on tower or projector."""
-    return _host(first) is _host(second) and not any(
+    return host_of(first) is host_of(second) and not any(
         _adapter(role) in name.split(".") for role in (first, second) for name, _ in _vision_parameters(role)
     )
 
 
 def _vision_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Tower's and projector's parameters that a role computes with: not those of other adapters on its base."""
-    host = _host(model)
+    host = host_of(model)
     others = set(host.peft_config) - {_adapter(model)} if isinstance(host, PeftModel) else set()
     return [
         (name, parameter)
         for name, parameter in host.named_parameters()
         if is_vision(name) and not others & set(name.split("."))
     ]
-
-
-def _host(model: nn.Module) -> nn.Module:
-    return model.host if isinstance(model, AdapterRole) else model
 
 
 def _adapter(model: nn.Module) -> str | None:

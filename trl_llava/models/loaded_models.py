@@ -1,11 +1,11 @@
-"""Which models a run has loaded, who uses each, and what they take in memory."""
+"""Which models a run has loaded, the roles of each, and their size in memory."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from trl_llava.models.adapter_role import AdapterRole
+from trl_llava.models.adapter_role import AdapterRole, host_of
 from trl_llava.models.base_model import base_of
 from trl_llava.models.load import HEAD
 
@@ -13,24 +13,17 @@ GIB = 2**30
 
 
 def describe_models(roles: Mapping[str, nn.Module]) -> str:
-    """One line for each model in memory, with its roles and its GiB.
-
-    Args:
-        roles: Role -> model; roles that share a base have the same model, or an `AdapterRole` on it.
-
-    Returns:
-        The lines, a total first.
-    """
+    """A total, then one line for each model in memory with its roles and its GiB."""
     models: dict[nn.Module, list[str]] = {}
     for role, model in roles.items():
-        models.setdefault(model.host if isinstance(model, AdapterRole) else model, []).append(role)
-    seen: set[int] = set()
+        models.setdefault(host_of(model), []).append(role)
+    counted: set[int] = set()
     lines, total = [], 0
     for model, names in models.items():
         heads = [role for role in roles.values() if isinstance(role, AdapterRole) and role.host is model]
         tensors = [named for part in (model, *heads) for named in (*part.named_parameters(), *part.named_buffers())]
-        base = bytes_of([tensor for name, tensor in tensors if not _beside_the_base(name)], seen)
-        beside = bytes_of([tensor for name, tensor in tensors if _beside_the_base(name)], seen)
+        base = bytes_of([tensor for name, tensor in tensors if not _beside_the_base(name)], counted)
+        beside = bytes_of([tensor for name, tensor in tensors if _beside_the_base(name)], counted)
         total += base + beside
         inner = base_of(model)
         adapters = f" + {beside / GIB:.2f} GiB of adapters and heads" if beside else ""
@@ -40,21 +33,13 @@ def describe_models(roles: Mapping[str, nn.Module]) -> str:
     return "\n".join([f"{len(models)} base model{'s' * (len(models) > 1)} loaded, {total / GIB:.2f} GiB", *lines])
 
 
-def bytes_of(tensors: list[torch.Tensor], seen: set[int]) -> int:
-    """The memory of tensors, each place in memory counted once.
-
-    Args:
-        tensors: Any tensors.
-        seen: Storages counted before, by address; those of `tensors` are added.
-
-    Returns:
-        Bytes.
-    """
+def bytes_of(tensors: list[torch.Tensor], counted: set[int]) -> int:
+    """Bytes of tensors, each storage counted once: those in `counted`, by address, not again."""
     total = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
             total += storage.nbytes()
     return total
 

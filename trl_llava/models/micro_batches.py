@@ -1,7 +1,7 @@
-"""Which rows of a rollout run together: alike in length, and no more tokens at once than a budget allows.
+"""Which rows of a rollout run together: of similar length, and no more tokens at once than a budget allows.
 
-Whatever the split, the results are the same: losses are shares of a mean over the whole mini-batch, and what a pass
-gives goes back to the place of its row.
+Whatever the split, the results are the same: losses are shares of a mean over the whole mini-batch, and the output of
+a pass goes back to the place of its row.
 """
 
 from collections.abc import Sequence
@@ -12,41 +12,21 @@ from accelerate import Accelerator
 
 
 class Lengths(NamedTuple):
-    """How long the rows of a rollout are, in tokens, without padding.
+    """How long the rows of a rollout are, in tokens, without padding."""
 
-    Attributes:
-        prompts: of each row, image tokens included; the longer one where policy and value model see different ones.
-        responses: of each row.
-        groups: rows with the same number run as one, their prompt shared; None if every row runs on its own.
-    """
-
-    prompts: Sequence[int]
+    prompts: Sequence[int]  # image tokens included; the longer one where policy and value model have different ones
     responses: Sequence[int]
-    groups: Sequence[int] | None = None
+    groups: Sequence[int] | None = None  # rows of one number run as one, their prompt shared; None: each on its own
 
     def padded(self, rows: Sequence[int]) -> int:
-        """How many tokens a pass over these rows computes.
-
-        Args:
-            rows: indices of rows.
-
-        Returns:
-            Their number, padding included.
-        """
+        """How many tokens, padding included, a pass over these rows computes."""
         if self.groups is None:
             return len(rows) * max(self.prompts[row] + self.responses[row] for row in rows)
         packs = self._packs(rows)
         return len(packs) * max(packs.values())
 
     def longest_first(self, rows: Sequence[int]) -> list[int]:
-        """Sort rows by length, those that run as one beside each other.
-
-        Args:
-            rows: indices of rows.
-
-        Returns:
-            The same indices; what is equally long keeps its order.
-        """
+        """Sort rows by length, those that run as one beside each other; rows of equal length keep their order."""
         if self.groups is None:
             return sorted(rows, key=lambda row: -(self.prompts[row] + self.responses[row]))
         groups, packs = self.groups, self._packs(rows)
@@ -65,19 +45,11 @@ class Lengths(NamedTuple):
 def micro_batches(
     rows: Sequence[int], lengths: Lengths, max_rows: int, max_tokens: int | None, accelerator: Accelerator | None
 ) -> list[list[int]]:
-    """Split rows into micro-batches of similar length, the longest first.
+    """Split rows into micro-batches of similar length, the longest first, each row in one of them.
 
-    Args:
-        rows: indices of rows.
-        lengths: how long they are.
-        max_rows: most rows of a micro-batch.
-        max_tokens: most tokens of a micro-batch, padding included; `None` for no limit. A row that is longer on its
-            own is a micro-batch of its own.
-        accelerator: knows the other processes. All get the same number of micro-batches, since under DeepSpeed every
-            pass is a collective one; `None` where a pass is each process's own.
-
-    Returns:
-        The micro-batches; every row is in one of them.
+    A micro-batch has at most `max_rows` rows and `max_tokens` tokens, padding included; a row that is longer than that
+    is alone. With an `accelerator` all processes get the same number of micro-batches, since under DeepSpeed every
+    pass is a collective one; `None` where a pass is each process's own.
     """
     parts: list[list[int]] = []
     for row in lengths.longest_first(rows):

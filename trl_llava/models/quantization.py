@@ -16,23 +16,12 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 
-# Patterns of module names. The pictures' features must not depend on it, and the score head is trained.
+# Patterns of module names. Image features must not depend on quantisation, and the score head is trained.
 UNQUANTIZED = [rf"(?:.*\.)?{name}" for name in (*TOWER_NAMES, *PROJECTOR_NAMES, "lm_head", "score")]
 
 
 def quantization_config(model_args: LlavaModelConfig) -> BitsAndBytesConfig:
-    """TRL's configuration for a recipe with `load_in_4bit` or `load_in_8bit`, with `UNQUANTIZED` left alone.
-
-    Args:
-        model_args: The recipe's model fields.
-
-    Returns:
-        The configuration for `from_pretrained`.
-
-    Raises:
-        ImportError: If bitsandbytes is not installed.
-        ValueError: If 4 bit comes without a dtype to compute in, or the model is to be loaded under ZeRO-3.
-    """
+    """TRL's configuration for a recipe with `load_in_4bit` or `load_in_8bit`, with `UNQUANTIZED` left alone."""
     field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackageError(
@@ -62,9 +51,6 @@ def keep_differentiable(model: nn.Module) -> None:
 
     It does so in the first pass without gradients, a rollout say, and every later backward pass through those weights
     then stops there with no more than a warning.
-
-    Args:
-        model: A model, quantised or not; on a GPU nothing is repacked anyway.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -30,17 +30,11 @@ HEADS = (HEAD, "classifier")  # PEFT takes both names for the head of a classifi
 
 
 class SharedBase(NamedTuple):
-    """A model that roles may be put on.
-
-    Args:
-        model: The PEFT model.
-        name: Hub ID or folder of its base.
-        revision: Branch, tag or commit of the base, if one was asked for.
-    """
+    """A PEFT model that roles may be put on."""
 
     model: PeftModel
-    name: str
-    revision: str | None
+    name: str  # Hub ID or folder of its base
+    revision: str | None  # of the base, if the recipe names one
 
 
 def find_shared_base(
@@ -51,18 +45,9 @@ def find_shared_base(
     base_revision: str | None,
     revision: str | None,
 ) -> SharedBase | None:
-    """The loaded model that an adapter can be put on; the log says why there is none.
+    """The first of the loaded models that an adapter, or a fresh one (None), can be put on; else the log says why not.
 
-    Args:
-        bases: What is loaded, the first choice first; empty if nothing shall be shared.
-        role: What the adapter is to be, for the log ("value model").
-        adapter: Hub ID or folder of the adapter; None for a fresh one.
-        base: Hub ID or folder of the base it was trained on.
-        base_revision: Branch, tag or commit of that base.
-        revision: Branch, tag or commit of the adapter.
-
-    Returns:
-        The first of `bases` that fits, or None.
+    `base` and `base_revision` are what the adapter was trained on; `role` names it in the log ("value model").
     """
     reasons = []
     for loaded in bases:
@@ -116,23 +101,9 @@ def add_role(
     revision: str | None = None,
     new_head: bool = True,
 ) -> AdapterRole:
-    """Put a score-head adapter on a model that is loaded already.
+    """Put a score-head adapter on a model that is loaded already; what is active and trainable in it stays as it was.
 
-    What is active and what is trainable in it stays as it was.
-
-    Args:
-        loaded: The model that shares its base.
-        name: Hub ID or folder: a reward model's adapter, or a policy's, which gets a head at zero.
-        adapter_name: The name it gets in the model.
-        is_trainable: Whether adapter and head get gradients.
-        revision: Branch, tag or commit of `name`.
-        new_head: Whether an adapter without a head gets one at zero; False makes it an error.
-
-    Returns:
-        The role.
-
-    Raises:
-        ValueError: If the adapter does not fit, or has no head.
+    `name` is a reward model's adapter, or a policy's, which gets a head at zero, or is an error without `new_head`.
     """
     host, base = loaded.model, loaded.model.get_base_model()
     check_safe_adapter(name, revision)
@@ -165,18 +136,9 @@ def add_role(
 
 
 def add_fresh_role(loaded: SharedBase, config: LoraConfig, adapter_name: str, *, seed: int) -> AdapterRole:
-    """Put a fresh adapter, with a head at zero, on a model without a score head that is loaded already.
+    """Put a fresh trainable adapter, with a head at zero, on a loaded model without a score head.
 
-    What is active and what is trainable in it stays as it was.
-
-    Args:
-        loaded: The model that shares its base.
-        config: The adapter's shape; it comes out as it is saved.
-        adapter_name: The name it gets in the model.
-        seed: Seed of its weights.
-
-    Returns:
-        The role, trainable.
+    What is active and trainable in the model stays as it was; `config` comes out as it is saved.
     """
     host = loaded.model
     config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *HEADS])]

@@ -81,9 +81,7 @@ class FactualReward:
         _check_fit(model, processing_class)
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, found {batch_size}")
-        if isinstance(model, AdapterRole) and device is not None:
-            model.place(device)
-        elif device is not None and not getattr(model, "is_quantized", False):  # a quantised one is placed on loading
+        if device is not None and not getattr(model, "is_quantized", False):  # a quantised one is placed on loading
             model = model.to(device)
         packs = isinstance(base_of(model), ImageTextForSequenceClassification) and why_not(model) is None
         self.model = model
