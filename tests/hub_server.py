@@ -1,8 +1,8 @@
 """A Hub on the loopback interface, for tests that talk to it with the real `huggingface_hub` client.
 
-It keeps repositories in memory and speaks what the client (2.4, Xet off) sends: whoami, create, preupload, LFS batch
-with single and multipart uploads, commit, info, tree, paths-info, refs, tags, branches, and `resolve` with ranges,
-ETags and, for LFS files, a redirect to another host. `Hub.fail` injects faults.
+It keeps repositories in memory and speaks what the client (2.4, Xet off) sends: create, auth-check, preupload, LFS
+batch with single and multipart uploads, commit, info, tree, paths-info, refs, tags, branches, and `resolve` with
+ranges, ETags and, for LFS files, a redirect to another host. `Hub.fail` injects faults.
 
     with Hub() as hub: ...
     python tests/hub_server.py PORT_FILE    # for processes; writes its address into the file
@@ -246,8 +246,6 @@ class Handler(BaseHTTPRequestHandler):
     # --- what it answers --------------------------------------------------------------------------------------------
 
     def route(self) -> None:
-        if self.where == "/api/whoami-v2":
-            return self.whoami()
         if self.where == "/api/validate-yaml":
             return self.validate(json.loads(self.body)["content"])
         if self.where == "/api/repos/create":
@@ -263,12 +261,6 @@ class Handler(BaseHTTPRequestHandler):
         if match := RESOLVE.match(self.where):
             return self.resolve(self.repo(match["kind"], match["id"]), match["revision"], match["path"])
         raise Refused(404, f"no such endpoint {self.command} {self.where}")
-
-    def whoami(self) -> None:
-        if self.token is None:
-            raise Refused(401, "Authentication required")
-        token = {"displayName": "test", "role": self.hub.tokens[self.token]}
-        self.answer({"type": "user", "name": USER, "orgs": [{"name": "org"}], "auth": {"accessToken": token}})
 
     def validate(self, card: str) -> None:
         data = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else {}
@@ -302,6 +294,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.paths_info(repo.at(revision)[1])
         if what == "refs":
             return self.answer({"converts": [], **{kind: self.refs(repo, kind) for kind in ("branches", "tags")}})
+        if what == "auth-check":
+            if revision == "write":
+                self.may_write(repo.id)
+            return self.answer({})
         if what not in ("preupload", "commit", "tag", "branch"):
             raise Refused(404, f"no such endpoint {self.command} {self.where}")
         self.may_write(repo.id)

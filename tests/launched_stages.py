@@ -92,7 +92,7 @@ def without_operations_of_inference() -> None:
 
 
 def main(plan: str) -> None:
-    hub_push.WAITS_AT_THE_END = (0.1,)
+    hub_push.FIRST_WAIT = 0.1
     with_fsdp_on_cpus()
     without_operations_of_inference()
     for stage, words, *trouble in json.loads(Path(plan).read_text()):

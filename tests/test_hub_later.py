@@ -92,7 +92,7 @@ def test_what_cannot_be_pushed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub_push, "WAITS_AT_THE_END", ())
+    monkeypatch.setattr(hub_push, "FIRST_WAIT", 0.01)
 
     def told(*words: str) -> str:
         assert cli.main(["push", *words]) != 0
@@ -103,7 +103,7 @@ def test_what_cannot_be_pushed(
     assert "holds something else" in told(str(run))
     hub.fail("POST", "/commit/", status=503, times=100)
     assert f"    trl-llava push {run} --hub_model_id tester/mine" in told(str(run), "--hub_model_id", "mine")
-    hub.fail("GET", "whoami", times=100)
+    hub.fail("POST", "/repos/create", times=100)
     assert "the Hub cannot be reached" in told(str(run))
     hub.faults.clear()
     (run / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"cut")

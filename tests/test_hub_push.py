@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ from trl_llava.errors import InputError
 from trl_llava.publish import push as hub_push
 from trl_llava.publish.push import HubPush, PushError
 from trl_llava.publish.repository import HubError, Repository, claim_repository
-from trl_llava.publish.shareable import stage_run, without_paths
+from trl_llava.publish.shareable import lay_out, without_paths
+from trl_llava.publish.trainer import PushAtSaves
 from trl_llava.run.manifest import check_manifest
 
 RECIPE = Recipe({"learning_rate": 0.1, "dataset_name": "/home/me/rows.json", "output_dir": "/scratch/run"}, {})
@@ -28,7 +30,6 @@ RECIPE = Recipe({"learning_rate": 0.1, "dataset_name": "/home/me/rows.json", "ou
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_push, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(hub_push, "WAITS_AT_THE_END", (0.01,) * 3)
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -190,7 +191,6 @@ def test_one_fault_is_survived(hub: hub_server.Hub, tmp_path: Path, fault: dict[
 
 
 def test_failures_are_told_once(hub: hub_server.Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # as `push_saves` does
     hub.fail("PUT", "/lfs/", times=12)  # the client tries 6 times
     push = pushed(tmp_path / "run", steps=(2,))
     while push.failure is None:
@@ -200,7 +200,7 @@ def test_failures_are_told_once(hub: hub_server.Hub, tmp_path: Path, caplog: pyt
     messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(messages) == 2
     assert messages[0].startswith("Pushing to tester/run failed (Server disconnected without sending a response.)")
-    assert messages[0].endswith("Training goes on; the push is tried again until it succeeds.")
+    assert messages[0].endswith("It is tried again; training goes on.")
     assert messages[1] == "Pushing to tester/run works again."
 
 
@@ -243,40 +243,42 @@ def test_a_good_token_makes_the_repository(hub: hub_server.Hub, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("token", "name", "message"),
     [
+        (None, "run", r"needs a token with write access, and there is none: log in with `hf auth login`, or set HF_"),
+        ("hf_wrong", "run", r"may not write to run \(.*401 .*log in"),
+        (hub_server.READ_TOKEN, "run", r"may not write to run \(.*403 .*Use one with write access"),
+        (hub_server.READ_TOKEN, "tester/there", r"may not write to tester/there \(.*403"),
         (
-            None,
-            "run",
-            r"needs a token with write access, and there is none: log in with `hf auth login`, or set HF_TOKEN",
+            hub_server.WRITE_TOKEN,
+            "other/run",
+            r"may not write to other/run .*set `hub_model_id` to a name of your own",
         ),
-        ("hf_wrong", "run", r"the Hub refuses the token \(wrong or expired\): log in"),
-        (hub_server.READ_TOKEN, "run", r"the token of 'tester' may only read"),
-        (hub_server.WRITE_TOKEN, "other/run", r"'tester' may not write to other/run .*Set `hub_model_id`"),
-        (hub_server.WRITE_TOKEN, "a b", r"'tester/a b' is no name for a repository"),
+        (hub_server.WRITE_TOKEN, "a b", r"'a b' is no name for a repository"),
     ],
 )
 def test_wrong_tokens_and_names(
     hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, name: str, message: str
 ) -> None:
+    hub.add("tester/there", {})
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubError, match=message) as error:
         claim(tmp_path, hub_model_id=name)
     assert error.value.exit_status == 2 and (token is None or token not in str(error.value))
-    assert not hub.repos
+    assert list(hub.repos) == [("models", "tester/there")]
 
 
 def test_offline(hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="needs the network, but HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubError, match=r"the Hub cannot be reached .*HF_HUB_OFFLINE"):
         claim(tmp_path)
 
 
 def test_a_hub_out_of_reach_stops_a_new_run_only(hub: hub_server.Hub, tmp_path: Path) -> None:
-    hub.fail("GET", "whoami", status=503, times=2)
+    hub.fail("POST", "/repos/create", status=503, times=2)
     with pytest.raises(HubError, match=r"the Hub cannot be reached \(.*503.*start without `push_to_hub`"):
         claim(tmp_path)
     resumed = claim(tmp_path, resuming=True)
     assert resumed is not None and not resumed.verified
-    hub.fail("GET", "whoami", times=1)
+    hub.fail("POST", "/repos/create", times=1)
     with pytest.raises(HubError, match="the Hub cannot be reached"):
         claim(tmp_path)
 
@@ -326,20 +328,26 @@ def test_no_paths_no_pickles_no_tokens(hub: hub_server.Hub, tmp_path: Path) -> N
     assert b"dataset_name: rows.json" in hub.files("tester/run")["recipe.yaml"]
 
 
-def test_a_token_in_a_file_is_not_pushed(hub: hub_server.Hub, tmp_path: Path) -> None:
-    run = checkpoint(tmp_path, 2)
-    (run / "config.json").write_text(json.dumps({"note": hub_server.WRITE_TOKEN}))
-    with pytest.raises(InputError, match=r"config.json is not pushed: it holds what looks like a token .*hf_ww"):
-        stage_run(run, tmp_path / "staged")
-    push = pushed(tmp_path / "run", steps=())
-    push.checkpoint(run, 2)  # training goes on
-    assert "looks like a token" in str(push.failure) and not hub.repos
+def test_a_token_in_a_file_is_not_pushed(
+    hub: hub_server.Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    (checkpoint(run, 2) / "config.json").write_text(json.dumps({"note": hub_server.WRITE_TOKEN}))
+    args = SimpleNamespace(output_dir=str(run), hub_strategy="every_save", hub_always_push=False)
+    trainer = SimpleNamespace(args=args, create_model_card=lambda: None)
+    state: Any = SimpleNamespace(global_step=2)
+    pushes = PushAtSaves(trainer, repository())
+    pushes.on_save(trainer.args, state, None)  # training goes on
+    message = r"config.json is not pushed: it holds what looks like a token .*hf_ww"
+    assert re.search(message, caplog.text) and not hub.repos
+    with pytest.raises(InputError, match=message):
+        pushes.push.checkpoint(run / "checkpoint-2", 2)
 
 
 def test_what_looks_like_a_path_in_a_vocabulary_stays(tmp_path: Path) -> None:
     run = checkpoint(tmp_path, 2)
     (run / "tokenizer.json").write_text('{"model": {"merges": [["/", "usr/lib"]], "token": "/usr/lib"}}')
-    stage_run(run, tmp_path / "staged")
+    lay_out(run, tmp_path / "staged")
     assert (tmp_path / "staged" / "tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
 
 
@@ -353,7 +361,7 @@ def test_what_was_pushed_can_be_downloaded(hub: hub_server.Hub, tmp_path: Path) 
 
 def test_a_pushed_checkpoint_is_one_to_go_on_from(hub: hub_server.Hub, tmp_path: Path) -> None:
     push = pushed(tmp_path / "run", "checkpoint")
-    push.settle(10)
+    push.settle(attempts=1)
     check_manifest(Path(snapshot_download("tester/run")) / "last-checkpoint")
     finished(tmp_path / "run")
     push.end()

@@ -121,8 +121,8 @@ def test_the_cards(trained: Trained) -> None:
         text = card(trained.hub, stage)
         metadata = yaml.safe_load(text.split("---\n")[1])
         assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/base", "adapter")
-        assert "![picture](samples/2.jpg)" in text and "![curves](curves.png)" in text
-        assert ("both answers scored" if stage == "reward" else "answered greedily") in text
+        assert "![image](samples/2.jpg)" in text and "![curves](curves.png)" in text
+        assert ("both completions scored" if stage == "reward" else "completed greedily") in text
     assert "of 2 held-out pairs (95 % interval" in card(trained.hub, "reward")
     assert 'from_pretrained("org/base", revision="v1"), "tester/tiny-ppo")' in card(trained.hub, "ppo")
 

@@ -18,13 +18,13 @@ from test_hub_runs import PUSH, QUICK, write_rows
 
 from trl_llava import cli
 from trl_llava.publish import push as hub_push
-from trl_llava.publish import saves as hub_saves
+from trl_llava.publish import trainer as hub_trainer
 from trl_llava.publish.push import HubPush
-from trl_llava.publish.saves import PushAtSaves
+from trl_llava.publish.trainer import PushAtSaves
 
 
 @pytest.fixture
-def pushed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HubPush]]:
+def pushed() -> Iterator[Callable[..., HubPush]]:
     """Pushes some checkpoints; their threads end with the test."""
     made: list[HubPush] = []
 
@@ -33,16 +33,18 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HubPush]]:
         return made[-1]
 
     yield push
-    monkeypatch.setattr(hub_push, "WAITS_AT_THE_END", ())
     for one in made:
         one._upload = lambda job: None  # type: ignore[method-assign]
         one.finish()
 
 
 def stop(push: HubPush, asked_to_stop: bool = True, end_follows: bool = True) -> None:
-    trainer = SimpleNamespace(asked_to_stop=asked_to_stop)
+    elsewhere = push.output_dir.parent / "elsewhere"  # where a new `HubPush` clears up
+    args = SimpleNamespace(output_dir=elsewhere, hub_strategy=push.strategy, hub_always_push=push.keep_all)
+    pushes = PushAtSaves(SimpleNamespace(args=args, asked_to_stop=asked_to_stop), push.repository, None, end_follows)
+    pushes.push = push
     nothing: Any = None
-    PushAtSaves(trainer, push, None, end_follows).on_train_end(nothing, nothing, nothing)
+    pushes.on_train_end(nothing, nothing, nothing)
 
 
 def test_the_last_checkpoint_is_pushed(
@@ -60,17 +62,22 @@ def test_a_push_that_waits_for_its_next_attempt_is_tried_at_once(
     hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path
 ) -> None:
     hub.fail("POST", "/commit/", status=503, times=1)
-    push = pushed(tmp_path / "run", steps=(1,))  # and then it would wait for 30 seconds
+    push = pushed(tmp_path / "run", steps=(1,))  # and then it would wait for 10 seconds
     while push.failure is None:
         time.sleep(0.01)
-    push._waiting.append(push._checkpoint_job(checkpoint(tmp_path / "run", 2), 2))  # without waking the thread
+    start = time.monotonic()
     stop(push)
-    assert set(hub.repos["models", "tester/run"].tags) == {"checkpoint-1", "checkpoint-2"}
+    assert set(hub.repos["models", "tester/run"].tags) == {"checkpoint-1"} and time.monotonic() - start < 5
 
 
-def test_a_hub_that_is_away_is_tried_once_more_and_the_command_told(
-    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_hub_that_is_away_is_tried_again_and_the_command_told(
+    hub: hub_server.Hub,
+    pushed: Callable[..., HubPush],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(hub_push, "FIRST_WAIT", 0.1)
     hub.fail("POST", "/commit/", status=503, times=100)
     push = pushed(tmp_path / "run")
     while push.failure is None:
@@ -83,9 +90,10 @@ def test_a_hub_that_is_away_is_tried_once_more_and_the_command_told(
     assert told[2].startswith("Not pushed to tester/run: checkpoint-1, checkpoint-2 (") and "503" in told[2]
 
 
-def test_an_attempt_that_was_under_way_does_not_count(
-    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path
+def test_an_attempt_that_was_under_way_is_not_the_last(
+    hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hub_push, "FIRST_WAIT", 0.1)
     push = pushed(tmp_path / "run", steps=())
     begun = []
 
@@ -99,13 +107,14 @@ def test_an_attempt_that_was_under_way_does_not_count(
     push.checkpoint(checkpoint(tmp_path / "run", 1), 1)
     while not begun:
         time.sleep(0.01)
-    assert push.settle(10) == [] and begun == ["checkpoint-1", "checkpoint-1"]
+    stop(push)
+    assert push.waiting == [] and begun == ["checkpoint-1", "checkpoint-1"]
 
 
 def test_the_time_is_bounded(
     hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_saves, "SETTLING", 0.1)
+    monkeypatch.setattr(hub_trainer, "SETTLING", 0.1)
     push = pushed(tmp_path / "run", steps=())
     push._upload = lambda job: time.sleep(1)  # type: ignore[method-assign]
     push.checkpoint(checkpoint(tmp_path / "run", 1), 1)
@@ -121,7 +130,7 @@ def test_a_second_ctrl_c_ends_the_waiting(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupted(seconds: float) -> list[str]:
+    def interrupted(*args: Any, **options: Any) -> list[str]:
         raise KeyboardInterrupt
 
     push = pushed(tmp_path / "run", steps=())
@@ -136,8 +145,9 @@ def test_a_run_that_ends_leaves_it_to_its_end(
     hub: hub_server.Hub, pushed: Callable[..., HubPush], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push = pushed(tmp_path / "run")
-    monkeypatch.setattr(push, "settle", lambda seconds: pytest.fail("waited"))
-    stop(push, asked_to_stop=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(push, "settle", lambda *args, **options: pytest.fail("waited"))
+        stop(push, asked_to_stop=False)
     finished(tmp_path / "run")
     push.end()
 

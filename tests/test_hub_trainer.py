@@ -101,7 +101,7 @@ def test_a_hub_that_is_away(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(hub_push, "WAITS_AT_THE_END", (0.01,))
+    monkeypatch.setattr(hub_push, "FIRST_WAIT", 0.01)
     trainer = sft(tiny_llava_dir, tmp_path, **PUSH)
     hub.fail("POST", "/commit/", status=503, times=100)
     trainer.train()

@@ -103,10 +103,10 @@ def test_wilson(share: float, count: int, interval: tuple[float, float]) -> None
 
 def test_samples_are_text(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
-    sample = {"picture": "samples/1.jpg", "question": "![x](http://a/b.png) <img src=x>\n# hi", "answer": "*a* `b`"}
+    sample = {"image": "samples/1.jpg", "prompt": "![x](http://a/b.png) <img src=x>\n# hi", "completion": "*a* `b`"}
     (tmp_path / "samples" / "samples.json").write_text(json.dumps([sample]))
     _, text = card(tmp_path, "sft")
-    assert "![picture](samples/1.jpg)" in text
+    assert "![image](samples/1.jpg)" in text
     assert "> \\!\\[x\\](http://a/b.png) &lt;img src=x&gt; \\# hi\n\n\\*a\\* \\`b\\`" in text
 
 

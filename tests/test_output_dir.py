@@ -109,7 +109,7 @@ def test_it_does_so_on_the_hub_too(hub: hub_server.Hub, tmp_path: Path) -> None:
     (tmp_path / "run" / "completions").mkdir()
     again = begin("--resume_from_checkpoint")  # the repository is its own
     assert again.checkpoint is None and again.repository is not None and again.repository.verified
-    hub.fail("GET", "whoami", status=503, times=1)
+    hub.fail("POST", "/repos/create", status=503, times=1)
     unreached = begin("--resume_from_checkpoint")
     assert unreached.repository is not None and not unreached.repository.verified
 

@@ -23,7 +23,7 @@ from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.models.gpu_kernels import check_gpu_kernels
 from trl_llava.publish.model_card import card_facts, write_card_of
 from trl_llava.publish.repository import Repository, claim_repository
-from trl_llava.publish.saves import push_saves
+from trl_llava.publish.trainer import PushAtSaves
 from trl_llava.run import output_dir
 from trl_llava.run.console import quiet_libraries
 
@@ -69,7 +69,10 @@ class StageRun:
         """Trains, and leaves in the folder and on the Hub what belongs there; `base` is for the model card."""
         trainer.create_model_card = functools.partial(write_card_of, trainer, self.stage, base, self.recipe.values)
         samples = functools.partial(write_samples, trainer, self.script_args.card_samples)
-        push = push_saves(trainer, self.repository, write_samples=samples, end_follows=True)
+        push = None
+        if self.repository is not None:
+            push = PushAtSaves(trainer, self.repository, samples, end_follows=True)
+            trainer.add_callback(push)
         output_dir.record(self.training_args, self.recipe)
         if trainer.is_world_process_zero():  # `trl-llava push` reads them when this process is gone
             card_facts(trainer, self.stage, base, self.recipe.values).save(Path(self.training_args.output_dir))

@@ -16,7 +16,7 @@ CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "ppo": {
         "Score": ("objective/scores",),
         "KL to the reference": ("objective/kl",),
-        "Length of answers (tokens)": ("completions/mean_length",),
+        "Completion length (tokens)": ("completions/mean_length",),
     },
     "dpo": {
         "Loss": ("loss", "eval_loss"),
@@ -27,9 +27,9 @@ CURVES: dict[str, dict[str, tuple[str, ...]]] = {
 CURVES["grpo"] = CURVES["rloo"] = {
     "Reward": ("reward", "eval_reward"),
     "KL to the reference": ("kl",),
-    "Length of answers (tokens)": ("completions/mean_length",),
+    "Completion length (tokens)": ("completions/mean_length",),
 }
-"""Stage -> panel -> what the log calls it: in training, and on held-out rows."""
+"""Stage -> panel -> its names in the log: in training, and on held-out rows."""
 
 # Okabe and Ito's palette: colour-blind readers tell the two apart.
 _STYLES: tuple[dict[str, Any], ...] = (
@@ -39,25 +39,16 @@ _STYLES: tuple[dict[str, Any], ...] = (
 
 
 def plot_curves(stage: str, log_history: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw the curves of a stage.
-
-    Args:
-        stage: "sft", "reward", "ppo", "dpo", "grpo" or "rloo".
-        log_history: The entries of trainer_state.json.
-        path: The PNG file.
-
-    Returns:
-        Whether there was anything to draw.
-    """
-    panels = []
-    for title, names in CURVES[stage].items():
-        curves = [_points(log_history, name) for name in names]
-        if any(curves):
-            panels.append((title, curves))
+    """Draw the curves of a stage into a PNG file; whether there was anything to draw."""
+    panels = {
+        title: [[(entry["step"], entry[name]) for entry in log_history if name in entry] for name in names]
+        for title, names in CURVES[stage].items()
+    }
+    panels = {title: curves for title, curves in panels.items() if any(curves)}
     if not panels:
         return False
     figure = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
-    for place, (title, curves) in enumerate(panels, start=1):
+    for place, (title, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), place)
         for points, style in zip(curves, _STYLES, strict=False):
             if points:
@@ -69,7 +60,3 @@ def plot_curves(stage: str, log_history: Sequence[dict[str, Any]], path: Path) -
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     return True
-
-
-def _points(log_history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[name]) for entry in log_history if name in entry]

@@ -1,6 +1,6 @@
-"""The model card of a finished run: what it is, how to load it, what it was made of, how it went, and its limits.
+"""The model card of a run: what it is, how to load it, what it was made of, how it went, and its limits.
 
-TRL's card shows a text pipeline, which none of our three stages can be loaded with.
+TRL's card shows a text pipeline, which none of our stages can be loaded with.
 """
 
 import html
@@ -21,8 +21,8 @@ from trl_llava.run.atomic_files import write_atomically
 from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE, versions
 
 CURVES_FILE = "curves.png"
-_TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model", "ppo": "policy after PPO"}
-_TITLES |= {name: f"policy after {name.upper()}" for name in ("grpo", "rloo", "dpo")}
+_TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model"}
+_TITLES |= {name: f"policy after {name.upper()}" for name in ("ppo", "grpo", "rloo", "dpo")}
 _POLICY = """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     {peft}
@@ -35,35 +35,31 @@ _REWARD = """
     reward = FactualReward.from_pretrained("{name}")
     scores = reward(prompts, completions, images=images, captions=captions)
 """
-_DATA_FIELDS = ("dataset_name", "dataset_config", "dataset_train_split", "captions_file", "test_split_size")
-_TERM_FIELDS = (
+_MADE_OF = (
+    *("dataset_name", "dataset_config", "dataset_train_split", "captions_file", "test_split_size"),
     *("sft_model_path", "reward_model_path", "value_model_path", "reward_funcs", "reward_weights"),
     *("correctness_coef", "yes_no", "length_coef", "missing_eos_penalty", "kl_coef", "beta"),
     *("with_captions", "reward_centering", "center_rewards_coefficient"),
 )
 _LIMITS = {
     "policy": (
-        "Answers may state what is not in the picture; training lowers how often, it does not end it. What its reward "
-        "does not see, it may have learnt to exploit: watch the length of answers and the share of things left out."
+        "Completions may state what is not in the image; training lowers how often, it does not end it. What its "
+        "reward does not see, it may have learnt to exploit: watch the length of completions and the share of things "
+        "left out."
     ),
     "reward": (
-        "Its scores compare answers to one question; they mean nothing across questions, and nothing when it is read "
-        "with another prompt than the one in factual_reward.json. It is no judge of facts that neither the picture "
-        "nor the captions show."
+        "Its scores compare completions of one prompt; they mean nothing across prompts, and nothing when it is used "
+        "with another judging prompt than the one in factual_reward.json. It is no judge of facts that neither the "
+        "image nor the captions show."
     ),
 }
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says that neither the log nor the folder's files say.
+    """What a card says that neither the log nor the folder's files say: recipe fields, Hub IDs of data, held-out rows.
 
-    Attributes:
-        stage: "sft", "reward", "ppo", "dpo", "grpo" or "rloo".
-        base_model: Hub ID or folder of the base model.
-        made_of: Fields of recipe or config, and their values.
-        datasets: Hub IDs of the data.
-        held_out: How many rows were held out.
+    It lies in card.json, so that the card can be written when the process is gone.
     """
 
     stage: str
@@ -73,41 +69,19 @@ class CardFacts:
     held_out: int
 
     def save(self, folder: Path) -> None:
-        """Keep them, so that the card can be written when the process is gone.
-
-        Args:
-            folder: The run's folder.
-        """
+        """Write card.json into the folder of the run."""
         write_atomically(folder / FACTS_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "CardFacts":
-        """Read them again.
-
-        Args:
-            folder: The run's folder.
-
-        Returns:
-            The facts.
-        """
+        """Read card.json."""
         return cls(**json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
 
 
 def card_facts(trainer: Any, stage: str, base_model: str, values: dict[str, Any]) -> CardFacts:
-    """Collect what a trainer and its recipe know.
-
-    Args:
-        trainer: The trainer of the run.
-        stage: The name of the stage.
-        base_model: Hub ID or folder of the base model.
-        values: Fields of its recipe or config.
-
-    Returns:
-        The facts.
-    """
-    made_of = {field: values.get(field) for field in _DATA_FIELDS + _TERM_FIELDS}
+    """Collect what a trainer and the fields of its recipe or config know."""
     sources = [source["path"] for source in values.get("datasets") or []]
-    made_of |= {"datasets": sources or None}
+    made_of = {field: values.get(field) for field in _MADE_OF} | {"datasets": sources or None}
     known = {field: value for field, value in made_of.items() if value is not None}
     held_out = trainer.eval_dataset
     rows = 0 if held_out is None or isinstance(held_out, dict) else len(held_out)
@@ -123,17 +97,7 @@ def write_card_of(
     dataset_name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> None:
-    """Writes the card of a run that a trainer is in; takes the place of its `create_model_card`.
-
-    Args:
-        trainer: The trainer.
-        stage: The name of the stage.
-        base_model: Hub ID or folder of the base model.
-        values: Fields of its recipe or config.
-        model_name: Name in the title; by default the folder's.
-        dataset_name: Hub ID of the data, by default the recipe's.
-        tags: Further tags.
-    """
+    """Write the card of a trainer's run; takes the place of its `create_model_card`, with that one's arguments."""
     if not trainer.is_world_process_zero():
         return
     facts = card_facts(trainer, stage, base_model, values)
@@ -152,16 +116,7 @@ def write_model_card(
     model_name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> None:
-    """Writes README.md into the folder of a run; if it is pushed also the curves, and no paths of this machine.
-
-    Args:
-        folder: The run's folder.
-        facts: What else there is to say.
-        log_history: The entries of trainer_state.json.
-        hub_id: Where it is pushed to, or None.
-        model_name: Name in the title; by default the folder's.
-        tags: Further tags.
-    """
+    """Write README.md into the folder of a run; if it is pushed also the curves, and no paths of this machine."""
     pushed, stage = hub_id is not None, facts.stage
     adapter, on_hub = _adapter_config(folder), not Path(facts.base_model).is_dir()
     has_curves = pushed and plot_curves(stage, log_history, folder / CURVES_FILE)
@@ -171,37 +126,27 @@ def write_model_card(
         f"# {title}\n\nA {_TITLES[stage]}, trained from `{shown}` with trl-llava.",
         _loading(stage, shown, hub_id or str(folder), adapter),
         _made_of(without_paths(facts.made_of) if pushed else facts.made_of),
-        _how_it_went(log_history if has_curves else [], stage, facts.held_out),
-        _samples(folder) if pushed else "",
+        _how_it_went(log_history, stage, facts.held_out) if has_curves else "",
+        _samples(folder / SAMPLES / "samples.json") if pushed else "",
         f"## Limits\n\n{_LIMITS['reward' if stage == 'reward' else 'policy']}",
         _repeating(folder, stage),
     ]
     body = "\n\n".join(part for part in parts if part)
-    names = [tags] if isinstance(tags, str) else list(tags or [])
-    metadata = _metadata(facts, adapter is not None, on_hub, names)
+    metadata = ModelCardData(
+        base_model=facts.base_model if on_hub else None,
+        base_model_relation=("finetune" if adapter is None else "adapter") if on_hub else None,
+        datasets=facts.datasets or None,
+        library_name="transformers" if adapter is None else "peft",
+        pipeline_tag=None if stage == "reward" else "image-text-to-text",
+        tags=sorted({"trl", "trl-llava", stage, *([tags] if isinstance(tags, str) else tags or [])}),
+    )
     write_atomically(folder / "README.md", str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")))
 
 
-def _metadata(facts: CardFacts, has_adapter: bool, on_hub: bool, tags: list[str]) -> ModelCardData:
-    return ModelCardData(
-        base_model=facts.base_model if on_hub else None,
-        base_model_relation=("adapter" if has_adapter else "finetune") if on_hub else None,
-        datasets=facts.datasets or None,
-        library_name="peft" if has_adapter else "transformers",
-        pipeline_tag=None if facts.stage == "reward" else "image-text-to-text",
-        tags=sorted({"trl", "trl-llava", facts.stage, *tags}),
-    )
-
-
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, which also holds near 0 and 1 and for few observations.
+    """The 95 % interval of a share of `count` observations, which also holds near 0 and 1 and for few of them.
 
-    Args:
-        share: Observed share.
-        count: Number of observations, at least 1.
-
-    Returns:
-        Lower and upper end (Wilson 1927, doi:10.1080/01621459.1927.10502953, without continuity correction).
+    Wilson 1927, doi:10.1080/01621459.1927.10502953, without continuity correction.
 
     Example:
         >>> tuple(round(end, 4) for end in wilson_interval(0.8, 10))
@@ -224,48 +169,44 @@ def _loading(stage: str, base_model: str, name: str, adapter: dict[str, Any] | N
 
 
 def _made_of(values: dict[str, Any]) -> str:
-    """Data, terms and weights: what the recipe says about them, beside what it leaves out."""
     lines = []
     for field, value in values.items():
-        told = [html.escape(str(one)).replace("|", "\\|") for one in (value if isinstance(value, list) else [value])]
-        lines.append(f"| `{field}` | {', '.join(told)} |")
+        cells = [html.escape(str(one)).replace("|", "\\|") for one in (value if isinstance(value, list) else [value])]
+        lines.append(f"| `{field}` | {', '.join(cells)} |")
     return "" if not lines else "\n".join(["## Made of", "", "| field | value |", "|---|---|", *lines])
 
 
 def _how_it_went(history: Sequence[dict[str, Any]], stage: str, held_out: int) -> str:
-    if not history:
-        return ""
-    lines = ["## How it went", "", f"![curves]({CURVES_FILE})"]
+    text = f"## How it went\n\n![curves]({CURVES_FILE})"
     accuracies = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
     if stage == "reward" and accuracies and held_out:
         low, high = wilson_interval(accuracies[-1], held_out)
-        lines += [
-            "",
-            f"Prefers the better answer in {accuracies[-1]:.1%} of {held_out} held-out pairs "
-            f"(95 % interval {low:.1%} to {high:.1%}, Wilson).",
-        ]
-    return "\n".join(lines)
+        text += (
+            f"\n\nPrefers the chosen completion in {accuracies[-1]:.1%} of {held_out} held-out pairs "
+            f"(95 % interval {low:.1%} to {high:.1%}, Wilson)."
+        )
+    return text
 
 
-def _samples(folder: Path) -> str:
-    file = folder / SAMPLES / "samples.json"
+def _samples(file: Path) -> str:
     if not file.is_file():
         return ""
     samples = json.loads(file.read_text(encoding="utf-8"))
-    what = "answered greedily" if all("answer" in sample for sample in samples) else "both answers scored"
-    lines = ["## Samples", "", f"Not chosen: the first rows with a picture, {what}."]
+    scored = any("chosen" in sample for sample in samples)
+    how = "both completions scored" if scored else "completed greedily"
+    lines = ["## Samples", "", f"Not selected: the first rows with an image, {how}."]
     for sample in samples:
-        lines += ["", f"![picture]({sample['picture']})", "", f"> {_quoted(sample['question'])}", ""]
-        if "answer" in sample:
-            lines.append(_quoted(sample["answer"]))
+        lines += ["", f"![image]({sample['image']})", "", f"> {_quoted(sample['prompt'])}", ""]
+        if "completion" in sample:
+            lines.append(_quoted(sample["completion"]))
         for side in ("chosen", "rejected"):
             if side in sample:
-                lines.append(f"- {side}, score {sample[side]['score']:.3f}: {_quoted(sample[side]['answer'])}")
+                lines.append(f"- {side}, score {sample[side]['score']:.3f}: {_quoted(sample[side]['completion'])}")
     return "\n".join(lines)
 
 
 def _quoted(text: str) -> str:
-    """Text of a data set or model as text: no markup, no picture from elsewhere, in one line."""
+    """Text of a data set or model as text: no markup, no image from elsewhere, in one line."""
     return html.escape(" ".join(text.split())).translate({ord(mark): f"\\{mark}" for mark in "\\`*_[]!#|~"})
 
 
@@ -293,11 +234,8 @@ def _adapter_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _hub_data(names: Iterable[str | None]) -> list[str]:
+    """Those of the names that are Hub IDs, without their revisions."""
     found = [split_revision("dataset_name", name)[0] for name in names if name]
-    return [name for name in found if _is_hub_id(name)]
-
-
-def _is_hub_id(name: Any) -> bool:
-    return (
-        isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
-    )
+    return [
+        name for name in found if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    ]

@@ -1,21 +1,23 @@
-"""Pushes a run to the Hub while it trains: from a thread, tried again until they succeed, told once when they fail."""
+"""Pushes a run to the Hub while it trains: from a thread, again until it succeeds, with one warning when it fails.
+
+huggingface_hub's background jobs (`run_as_future`, `CommitScheduler`) are not tried again, and a Hub that hangs keeps
+the process from ending.
+"""
 
 import logging
 import shlex
 import shutil
 import threading
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars
 from transformers.trainer_utils import HubStrategy
 
 from trl_llava.errors import ExplainedError
 from trl_llava.publish.repository import Repository, cause
-from trl_llava.publish.shareable import stage_run, stage_whole
+from trl_llava.publish.shareable import lay_out, lay_out_resumable, put
 from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE
 
 logger = logging.getLogger(__name__)
@@ -23,26 +25,22 @@ logger = logging.getLogger(__name__)
 STAGING = ".hub"
 """Folder in `output_dir` with what waits to be pushed: a checkpoint may be deleted before it is."""
 
-FIRST_WAIT, LONGEST_WAIT = 30.0, 600.0
-"""Seconds between two attempts while training goes on; each attempt has huggingface_hub's own retries inside."""
+FIRST_WAIT, LONGEST_WAIT = 10.0, 600.0
+"""Seconds between two attempts, doubled from one to the next."""
 
-WAITS_AT_THE_END = (5.0, 15.0, 45.0)
+LAST_ATTEMPTS = 4
+"""How often a push may fail at the end of a run before it is given up."""
+
+_BESIDE = ("README.md", "curves.png", RECIPE_FILE, VERSIONS_FILE)
 
 
 class PushError(ExplainedError, RuntimeError):
     """A run that could not be pushed; it is whole in its folder."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One commit.
-
-    Attributes:
-        folder: What the commit holds, laid out.
-        message: Its title.
-        tag: The tag it gets, if any.
-        replaces: Folder in the repository whose old files go.
-    """
+    """One commit: the folder that it holds, its title, its tag, and the folder on the Hub whose old files go."""
 
     folder: Path
     message: str
@@ -51,146 +49,79 @@ class Job:
 
 
 class HubPush:
-    """The pushes of one run.
-
-    Args:
-        repository: Where to.
-        output_dir: The run's folder.
-        strategy: transformers' `hub_strategy`.
-        keep_all: transformers' `hub_always_push`: a push that waits is not given up for a newer one.
-    """
+    """The pushes of one run; with `keep_all` (`hub_always_push`) none is left out because a newer one waits."""
 
     def __init__(self, repository: Repository, output_dir: Path, strategy: HubStrategy, keep_all: bool) -> None:
         self.repository, self.output_dir, self.strategy, self.keep_all = repository, output_dir, strategy, keep_all
         self.failure: str | None = None
+        """Why the last attempt failed; None once one has succeeded."""
         self.url: str | None = None
-        self._waiting: deque[Job] = deque()
+        self._waiting: list[Job] = []
         self._changed = threading.Condition()
-        self._ending = self._at_once = False
-        self._begun = self._last_failed = 0  # attempts, counted from 1
+        self._failures = 0  # in a row
         self._thread: threading.Thread | None = None
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its own retries; what fails is told here, once
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # of a run that was killed
 
     @property
     def command(self) -> str:
-        """How the user pushes this run once the process is gone.
-
-        Returns:
-            A command line.
-        """
+        """The command line that pushes this run once the process is gone."""
         return shlex.join(["trl-llava", "push", str(self.output_dir), "--hub_model_id", self.repository.name])
 
+    @property
+    def waiting(self) -> list[str]:
+        """Names of the checkpoints that have not been pushed yet."""
+        return [job.folder.name for job in self._waiting]
+
     def checkpoint(self, folder: Path, step: int) -> None:
-        """Take a finished checkpoint, to be pushed from the thread; nothing here waits for the Hub.
-
-        Args:
-            folder: The checkpoint.
-            step: Its step.
-        """
-        try:
-            job = self._checkpoint_job(folder, step)
-        except (ExplainedError, OSError) as error:  # a token in a file, a full disk: the training is worth more
-            self._failed(error)
-            return
-        self._submit(job)
-
-    def _checkpoint_job(self, folder: Path, step: int) -> Job:
+        """Push a finished checkpoint from the thread, without waiting for the Hub; `InputError` if it has a token."""
+        whole = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        inside = whole.get(self.strategy)
         staged = self._stage(folder, folder.name)
-        for name in ("README.md", "curves.png", RECIPE_FILE, VERSIONS_FILE):
-            if (self.output_dir / name).is_file():
-                shutil.copyfile(self.output_dir / name, staged / name)
-        whole = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}.get(
-            self.strategy
-        )
-        if whole is not None:
-            stage_whole(folder, staged / whole)
-        self._write_recipe(staged)
-        return Job(staged, f"Training in progress, step {step}", folder.name, whole)
+        if inside is not None:
+            lay_out_resumable(folder, staged / inside)
+        self._submit(Job(staged, f"Training in progress, step {step}", folder.name, inside))
 
     def end(self, message: str = "End of training") -> str:
-        """Push the finished run, and wait for all that is still under way.
-
-        Args:
-            message: Title of the commit.
-
-        Returns:
-            Where it is now.
-
-        Raises:
-            PushError: If the Hub does not take it.
-        """
-        staged = self._stage(self.output_dir, "end")
-        self._write_recipe(staged)
-        with self._changed:
-            self._ending = True
-        self._submit(Job(staged, message))
+        """Push the finished run, wait for all that is under way, and return where it is: `PushError` if it fails."""
+        self._submit(Job(self._stage(self.output_dir, "end"), message))
         return self.finish()
 
     def finish(self) -> str:
-        """Wait for all that is still under way; what the Hub does not take after some more attempts is given up.
-
-        Returns:
-            Where it is now.
-
-        Raises:
-            PushError: If the Hub does not take it.
-        """
+        """Wait for all that is under way, and return where it is; what fails too often is given up: `PushError`."""
+        left = self.settle(LAST_ATTEMPTS)
         with self._changed:
-            self._ending = True
+            self._waiting.clear()
             self._changed.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
         shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)
-        if self.failure is not None:
+        if left:
             raise PushError(
                 f"the run is whole in {self.output_dir}, but {self.repository.name} did not take it: {self.failure}. "
                 f"Push it with:\n    {self.command}"
             )
         return str(self.url)
 
-    def settle(self, seconds: float) -> list[str]:
-        """Give what is under way some time, where the process may end before the run does.
-
-        Args:
-            seconds: The longest to wait. A Hub that fails one more attempt, begun from now on, is not waited for.
-
-        Returns:
-            Checkpoints that are still not there.
-        """
+    def settle(self, attempts: int, seconds: float | None = None) -> list[str]:
+        """Wait until all is pushed, or `attempts` have failed, or the time is over; returns what is still waiting."""
         with self._changed:
-            before, self._at_once = self._begun, True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._waiting or self._last_failed > before, timeout=seconds)
+            self._failures = 0
+            self._changed.notify_all()  # an attempt at once
+            self._changed.wait_for(lambda: not self._waiting or self._failures >= attempts, timeout=seconds)
             return self.waiting
-
-    @property
-    def waiting(self) -> list[str]:
-        """What has not been pushed yet.
-
-        Returns:
-            Names of checkpoints.
-        """
-        return [job.folder.name for job in self._waiting]
 
     def _stage(self, source: Path, name: str) -> Path:
         staged = self.output_dir / STAGING / name
         shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        stage_run(source, staged)
-        return staged
-
-    def _write_recipe(self, staged: Path) -> None:
+        lay_out(source, staged)
+        for beside in _BESIDE:
+            if (self.output_dir / beside).is_file():
+                put(str(self.output_dir / beside), str(staged / beside))
         if self.repository.recipe is not None:
             (staged / RECIPE_FILE).write_text(self.repository.recipe.to_yaml(), encoding="utf-8")
+        return staged
 
     def _submit(self, job: Job) -> None:
         with self._changed:
-            # The first one may be under way; of those behind it only the newest matters, unless all shall be kept.
-            while len(self._waiting) > 1 and not self.keep_all:
-                dropped = self._waiting.pop()
-                logger.info("%s is not pushed: a newer one came first.", dropped.tag)
-                shutil.rmtree(dropped.folder, ignore_errors=True)
             self._waiting.append(job)
             self._changed.notify_all()
             if self._thread is None:
@@ -199,57 +130,51 @@ class HubPush:
                 self._thread.start()
 
     def _work(self) -> None:
-        failures, last_waits = 0, iter(WAITS_AT_THE_END)
         while (job := self._next()) is not None:
-            done = self._push(job)
-            failures = 0 if done else failures + 1
-            with self._changed:
-                wait = next(last_waits, None) if self._ending and not done else None
-                if done or (self._ending and wait is None):  # given up, but the next one gets its try too
-                    self._waiting.popleft()
-                    self._changed.notify_all()
-                    shutil.rmtree(job.folder, ignore_errors=True)
-                elif self._ending:
-                    self._changed.wait(wait)
-                elif self._at_once:
-                    self._at_once = False
-                else:  # a newer checkpoint, or the end of the run, is a reason to try at once
-                    self._changed.wait(min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT))
+            try:
+                self._upload(job)
+            except Exception as error:  # whatever it is, it must not end the training; at the end it is raised
+                self._failed(error)
+            else:
+                self._done(job)
 
     def _next(self) -> Job | None:
         with self._changed:
+            while len(self._waiting) > 1 and not self.keep_all:
+                left_out = self._waiting.pop(0)
+                logger.info("%s is not pushed: a newer one waits.", left_out.folder.name)
+                shutil.rmtree(left_out.folder, ignore_errors=True)
             if not self._waiting:
                 self._thread = None
                 return None
-            self._begun += 1
             return self._waiting[0]
-
-    def _push(self, job: Job) -> bool:
-        try:
-            self._upload(job)
-        except Exception as error:  # whatever it is, it must not end the training; at the end it is raised
-            self._failed(error)
-            return False
-        if self.failure is not None:
-            logger.warning("Pushing to %s works again.", self.repository.name)
-        self.failure = None
-        return True
 
     def _failed(self, error: Exception) -> None:
         with self._changed:
-            told, self.failure, self._last_failed = self.failure, cause(error.__cause__ or error), self._begun
+            first, self.failure = self.failure is None, cause(error.__cause__ or error)
+            if first:
+                name = self.repository.name
+                logger.warning("Pushing to %s failed (%s). It is tried again; training goes on.", name, self.failure)
+            self._failures += 1
             self._changed.notify_all()
-        if told is None:
-            goes_on = "" if self._ending else "Training goes on; "
-            goes_on += "the push is tried again until it succeeds"
-            logger.warning("Pushing to %s failed (%s). %s.", self.repository.name, self.failure, goes_on)
+            # A newer checkpoint, or the end of the run, is a reason to try at once.
+            self._changed.wait(min(FIRST_WAIT * 2 ** (self._failures - 1), LONGEST_WAIT))
+
+    def _done(self, job: Job) -> None:
+        with self._changed:
+            if self.failure is not None:
+                logger.warning("Pushing to %s works again.", self.repository.name)
+            self.failure, self._failures = None, 0
+            shutil.rmtree(job.folder, ignore_errors=True)
+            if job in self._waiting:  # not if it was given up meanwhile
+                self._waiting.remove(job)
+            self._changed.notify_all()
 
     def _upload(self, job: Job) -> None:
         repository = self.repository
         if not repository.verified:
             repository.verify()
-        api = repository.api()
-        commit = api.upload_folder(
+        commit = repository.api.upload_folder(
             repo_id=repository.name,
             folder_path=job.folder,
             commit_message=job.message,
@@ -257,18 +182,12 @@ class HubPush:
             delete_patterns=None if job.replaces is None else f"{job.replaces}/*",
         )
         if job.tag is not None:
-            _tag(api, repository.name, job.tag, commit.oid)
+            _tag(repository.api, repository.name, job.tag, commit.oid)
         self.url = commit.commit_url
 
 
-def quiet_client() -> None:
-    """Keep the client's bars out of the training's, and its retries untold: a push that fails is told once, here."""
-    disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
 def _tag(api: HfApi, name: str, tag: str, commit: str) -> None:
-    """Names a commit; a tag of an earlier attempt, or of a run that was taken up again before it, moves."""
+    """Tags a commit; the tag of an earlier attempt, or of a run that was resumed from before it, moves."""
     try:
         api.create_tag(name, tag=tag, revision=commit)
     except HfHubHTTPError as error:

@@ -10,7 +10,6 @@ is finished, its end.
 
 import argparse
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,45 +23,35 @@ from trl_llava.errors import InputError
 from trl_llava.hub.lookup import UNREACHABLE
 from trl_llava.publish.model_card import CardFacts, write_model_card
 from trl_llava.publish.push import HubPush
-from trl_llava.publish.repository import HubError, Repository, cause
-from trl_llava.publish.shareable import FACTS_FILE, shareable_recipe
+from trl_llava.publish.repository import HubError, Repository, cause, shareable_recipe
+from trl_llava.publish.shareable import FACTS_FILE
 from trl_llava.run.checkpoint_folders import checkpoints, step_of
 from trl_llava.run.manifest import check_manifest
 from trl_llava.run.output_dir import FINISHED_FILE, RECIPE_FILE
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command.
-
-    Args:
-        argv: Command line behind `trl-llava push`.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        InputError: If the folder is no run, or holds nothing to push.
-        HubError: If the run cannot be pushed there.
-        PushError: If the Hub does not take it.
-    """
+    """Runs the command with the words behind `trl-llava push`; returns its exit status."""
     args = make_parser().parse_args(argv)
     folder = Path(args.folder).absolute()
-    named = folder if step_of(folder) >= 0 else None
-    run = folder.parent if named else folder
+    one_checkpoint = step_of(folder) >= 0
+    run = folder.parent if one_checkpoint else folder
     if not (run / FACTS_FILE).is_file():
         raise InputError(f"{args.folder} is neither the folder of a run nor one of its checkpoints: no {FACTS_FILE}")
-    recipe = _recipe(run)
-    repository = _repository(args, run, recipe)
-    strategy = HubStrategy(recipe.given.get("hub_strategy", "every_save"))
-    finished = named is None and (run / FINISHED_FILE).is_file()
-    found = [named] if named else _to_push(run, strategy, finished, repository)
+    recipe = run / RECIPE_FILE  # a run from Python has none
+    values = yaml.load(recipe.read_text(encoding="utf-8"), Loader=RecipeLoader) if recipe.is_file() else {}
+    strategy = HubStrategy(values.get("hub_strategy", "every_save"))
+    finished = not one_checkpoint and (run / FINISHED_FILE).is_file()
+    try:
+        repository = _repository(args, run, values)
+        found = [folder] if one_checkpoint else _to_push(run, strategy, finished, repository)
+    except UNREACHABLE as error:
+        raise HubError(f"the Hub cannot be reached ({cause(error)}): try again later") from error
     if not found and not finished:
         print(f"{repository.name} has the last checkpoint of {args.folder} already.")
         return 0
     for checkpoint in found:
         check_manifest(checkpoint)
-    # Errors of the client's own retries are told once, by HubPush.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     push = HubPush(repository, run, strategy, keep_all=True)
     for checkpoint in found:
         _write_card(run, checkpoint, repository.name)
@@ -75,11 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line.
-
-    Returns:
-        The parser.
-    """
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(prog="trl-llava push", description="Push a run that lies in a folder.")
     parser.add_argument("folder", metavar="FOLDER", help="output_dir of a run, or one of its checkpoints")
     parser.add_argument("--hub_model_id", help="where to; by default as the recipe says, or the folder's name")
@@ -90,25 +75,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe(run: Path) -> Recipe:
-    file = run / RECIPE_FILE  # a run from Python has none
-    return Recipe(yaml.load(file.read_text(encoding="utf-8"), Loader=RecipeLoader) if file.is_file() else {}, {})
-
-
-def _repository(args: argparse.Namespace, run: Path, recipe: Recipe) -> Repository:
-    values = recipe.values
-    name = args.hub_model_id or values.get("hub_model_id") or run.name
-    revision = args.hub_revision or values.get("hub_revision")
-    private = values.get("hub_private_repo") if args.hub_private_repo is None else args.hub_private_repo
-    onto = args.hub_onto_existing or values.get("hub_onto_existing", False)
-    # Without a recipe there is nothing that tells one run from another.
+def _repository(args: argparse.Namespace, run: Path, values: dict[str, Any]) -> Repository:
     repository = Repository(
-        name, revision, private, shareable_recipe(recipe) if values else None, onto_existing=onto or not values
+        args.hub_model_id or values.get("hub_model_id") or run.name,
+        args.hub_revision or values.get("hub_revision"),
+        values.get("hub_private_repo") if args.hub_private_repo is None else args.hub_private_repo,
+        shareable_recipe(Recipe(values, {})) if values else None,
+        # Without a recipe there is nothing that tells one run from another.
+        onto_existing=args.hub_onto_existing or values.get("hub_onto_existing", False) or not values,
     )
-    try:
-        repository.verify()
-    except UNREACHABLE as error:
-        raise HubError(f"the Hub cannot be reached ({cause(error)}): try again later") from error
+    repository.verify()
     return repository
 
 
@@ -118,10 +94,7 @@ def _to_push(run: Path, strategy: HubStrategy, finished: bool, repository: Repos
         raise InputError(f"{run} holds no checkpoint-* and no finished run yet: there is nothing to push")
     if strategy is HubStrategy.END:
         return [] if finished else found[-1:]
-    try:
-        tags = [step_of(Path(tag.name)) for tag in repository.api().list_repo_refs(repository.name).tags]
-    except UNREACHABLE as error:
-        raise HubError(f"the Hub does not say what {repository.name} holds ({cause(error)})") from error
+    tags = [step_of(Path(tag.name)) for tag in repository.api.list_repo_refs(repository.name).tags]
     return [checkpoint for checkpoint in found if step_of(checkpoint) > max(tags, default=-1)]
 
 

@@ -1,4 +1,4 @@
-"""The repository that a run is pushed to: who may write there and what it holds, asked before training."""
+"""The repository that a run is pushed to: before training, whether we may write there and what it holds."""
 
 import logging
 import re
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, get_token, hf_hub_download, is_offline_mode
+from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainingArguments
 
 from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import InputError
-from trl_llava.hub.lookup import UNREACHABLE
-from trl_llava.publish.shareable import is_machine_path, shareable_recipe
+from trl_llava.hub.lookup import UNREACHABLE, first_line
+from trl_llava.publish.shareable import is_machine_path, without_paths
 from trl_llava.run.output_dir import RECIPE_FILE, differences
 
 logger = logging.getLogger(__name__)
@@ -33,63 +33,46 @@ class HubError(InputError):
 
 @dataclass
 class Repository:
-    """Where a run is pushed to.
-
-    Attributes:
-        name: Hub ID.
-        revision: Branch.
-        private: Whether it is to be private; None is what account or organisation have as default.
-        recipe: The run's recipe, as it is pushed; None if it has none.
-        onto_existing: Whether a repository that holds another run, or something else, gets a new commit.
-        token: What to log in with; None for what the machine is logged in with.
-        verified: Whether the Hub has been asked.
-    """
+    """Where a run is pushed to, with its recipe as it is pushed (None for a run from Python)."""
 
     name: str
     revision: str | None
     private: bool | None
     recipe: Recipe | None
     onto_existing: bool
+    """Whether a repository that holds another run, or something else, gets a new commit."""
     token: str | None = field(default=None, repr=False)
     verified: bool = False
 
+    @property
     def api(self) -> HfApi:
-        """A client.
-
-        Returns:
-            It, with the repository's token.
-        """
+        """A client with the repository's token, by default the one that the machine is logged in with."""
         return HfApi(token=self.token)
 
     def verify(self) -> None:
-        """Ask who we are, make the repository if it is not there, and look what it holds.
-
-        Raises:
-            HubError: If we may not write there, or it holds something else.
-        """
-        api = self.api()
-        user = _who_am_i(api)
-        if "/" not in self.name:
-            self.name = f"{user}/{self.name}"
+        """Create the repository if it is not there, and make sure that we may write there: `HubError` if not."""
+        if self.token is None and get_token() is None:
+            raise HubError(f"`push_to_hub` needs a token with write access, and there is none: {_LOGIN}")
+        api = self.api
         try:
-            url = api.create_repo(self.name, private=self.private, exist_ok=True)
+            self.name = api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
+            api.auth_check(self.name, write=True)  # a token may read what is there already, and no more
         except HFValidationError as error:
             raise HubError(f"`push_to_hub`: {self.name!r} is no name for a repository. Set `hub_model_id`") from error
         except HfHubHTTPError as error:
             if error.response.status_code not in (401, 403, 404):
                 raise
             raise HubError(
-                f"`push_to_hub`: '{user}' may not write to {self.name} ({cause(error)}). Set `hub_model_id` to a "
-                f"name of your own, or use a token with write access: {_LOGIN}"
+                f"`push_to_hub`: the token may not write to {self.name} ({cause(error)}). Use one with write access: "
+                f"{_LOGIN}; or set `hub_model_id` to a name of your own"
             ) from error
-        self.name = url.repo_id
-        self._check_content(api)
+        self._check_content()
         if self.revision is not None:
             api.create_branch(self.name, branch=self.revision, exist_ok=True)
         self.verified = True
 
-    def _check_content(self, api: HfApi) -> None:
-        info = api.model_info(self.name)
+    def _check_content(self) -> None:
+        info = self.api.model_info(self.name)
         if self.private and not info.private:
             raise HubError(
                 f"`hub_private_repo: true`, but {self.name} is there already and public. Make it private in its "
@@ -98,23 +81,19 @@ class Repository:
         files = {sibling.rfilename for sibling in info.siblings or []} - {".gitattributes", "README.md"}
         if not files or self.onto_existing:
             return
-        other = f"{self.name} is there already and holds "
-        fix = (
-            "Choose another `hub_model_id`, or push onto it as a new commit with `hub_onto_existing: true`. Nothing "
-            "in it was touched"
-        )
-        if RECIPE_FILE not in files:
-            raise HubError(f"`push_to_hub`: {other}something else (it has no {RECIPE_FILE}). {fix}")
-        path = hf_hub_download(self.name, RECIPE_FILE, token=self.token)
-        with open(path, encoding="utf-8") as file:
-            there = yaml.load(file, Loader=RecipeLoader) or {}
-        changes = differences(_compared(there), _compared({} if self.recipe is None else self.recipe.values))
-        if changes:
+        what = f"something else (it has no {RECIPE_FILE})"
+        if RECIPE_FILE in files:
+            path = hf_hub_download(self.name, RECIPE_FILE, token=self.token)
+            there = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader) or {}
+            changes = differences(_compared(there), _compared({} if self.recipe is None else self.recipe.values))
+            if not changes:
+                return
             more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-            raise HubError(
-                f"`push_to_hub`: {other}another run; its {RECIPE_FILE} differs in {'; '.join(changes[:5])}{more}. "
-                f"{fix}"
-            )
+            what = f"another run; its {RECIPE_FILE} differs in {'; '.join(changes[:5])}{more}"
+        raise HubError(
+            f"`push_to_hub`: {self.name} is there already and holds {what}. Choose another `hub_model_id`, or push "
+            "onto it as a new commit with `hub_onto_existing: true`. Nothing in it was touched"
+        )
 
 
 def claim_repository(
@@ -125,20 +104,10 @@ def claim_repository(
     *,
     resuming: bool,
 ) -> Repository | None:
-    """Makes sure, before anything heavy is loaded, that the run can be pushed; from here on the pushing is ours.
+    """Make sure, before anything heavy is loaded, that the run can be pushed; None on other processes than the first.
 
-    Args:
-        args: Training arguments; `push_to_hub` is turned off in them, because transformers loses what fails.
-        script_args: `hub_onto_existing`.
-        model_args: The base, to say at once if nobody else will find it.
-        recipe: The resolved recipe.
-        resuming: Whether the run goes on from a checkpoint: then a Hub that is out of reach does not stop it.
-
-    Returns:
-        The repository, on the first process of a run that is pushed; else None.
-
-    Raises:
-        HubError: If there is no token, or it is refused or too weak, or the repository holds something else.
+    `args.push_to_hub` is turned off: transformers would forget what fails. If the Hub is out of reach, a run that is
+    `resuming` goes on, and a new one ends with a `HubError`.
     """
     wanted, args.push_to_hub = args.push_to_hub, False
     if not wanted or args.process_index != 0:
@@ -156,48 +125,24 @@ def claim_repository(
                 "be pushed. Try again later, or start without `push_to_hub` and push with `trl-llava push` afterwards"
             ) from error
         logger.warning("The Hub cannot be reached (%s). The run goes on, and is pushed when it can be.", cause(error))
-    base_model = model_args.model_name_or_path
-    if base_model is not None and is_machine_path(base_model):
+    base = model_args.model_name_or_path
+    if base is not None and is_machine_path(base):
         logger.warning(
-            "The base model is the folder %s, which others do not have: what is pushed will call it '%s'. Give a Hub "
-            "ID as `model_name_or_path` if there is one.",
-            base_model,
-            base_model.rstrip("/").split("/")[-1],
+            "Others do not have the base model, the folder %s. Give a Hub ID as `model_name_or_path` if there is one.",
+            base,
         )
     return repository
 
 
-def _who_am_i(api: HfApi) -> str:
-    if is_offline_mode():
-        raise HubError("`push_to_hub` needs the network, but HF_HUB_OFFLINE is set: unset one of the two")
-    if api.token is None and get_token() is None:
-        raise HubError(f"`push_to_hub` needs a token with write access, and there is none: {_LOGIN}")
-    try:
-        me = api.whoami()
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        raise HubError(f"`push_to_hub`: the Hub refuses the token (wrong or expired): {_LOGIN}") from error
-    token = (me.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
-        raise HubError(
-            f"`push_to_hub`: the token of '{me['name']}' may only read. Use one with write access: {_LOGIN}"
-        )
-    return str(me["name"])
+def shareable_recipe(recipe: Recipe) -> Recipe:
+    """The recipe as it is pushed: without paths of this machine."""
+    return Recipe(without_paths(recipe.given), without_paths(recipe.defaults))
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in one line for anybody: addresses without their query, which may hold a signature."""
+    return re.sub(r"\?[^\s'\"]+", "", first_line(error))
 
 
 def _compared(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith(_NOT_COMPARED)}
-
-
-def cause(error: BaseException) -> str:
-    """What went wrong, in one line that can be shown to anybody.
-
-    Args:
-        error: What was raised on the way to the Hub.
-
-    Returns:
-        Its first line; addresses without their query, which may hold a signature.
-    """
-    text = str(error).strip()
-    return re.sub(r"\?[^\s'\"]+", "", text.splitlines()[0]) if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""What of a run's folder may leave this machine: weights and descriptions, no pickles, no paths, no tokens."""
+"""What of a run's folder may leave this machine: weights and descriptions; no pickles, no paths, no tokens."""
 
 import json
 import os
@@ -7,73 +7,49 @@ import shutil
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from trl_llava.configs.recipe import Recipe
 from trl_llava.errors import InputError
 from trl_llava.run.manifest import MANIFEST, write_manifest
 
 SUFFIXES = (".safetensors", ".json", ".yaml", ".jinja", ".model", ".txt", ".md", ".png", ".jpg")
-"""Files that are pushed; all else that a folder holds stays, pickles above all."""
+"""Files that are pushed; all else in a folder stays, pickles above all."""
 
 SAMPLES = "samples"
-"""Folder of a run with the pictures that its card shows, and samples.json."""
+"""Folder of a run with the images that its card shows, and samples.json."""
 
 FACTS_FILE = "card.json"
 """What the card says beside log and files, with the paths of this machine."""
 
-STAYS = ("checkpoint-*", "completions", "runs", MANIFEST, FACTS_FILE)
-ARGUMENTS = "training_args.bin"
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+# PEFT writes a README.md into every folder; ours, with its curves, is put beside what is laid out.
+_STAYS = {"completions", "runs", MANIFEST, FACTS_FILE, "README.md", "curves.png"}
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 # Vocabularies may hold anything, also what looks like a path.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
 
 
-def stage_run(source: Path, target: Path) -> None:
-    """Lay out what is pushed of a checkpoint or a finished run: what loads it, and what describes it.
+def lay_out(source: Path, target: Path) -> None:
+    """Fill `target` with what loads and describes a checkpoint or finished run; weights are linked, not copied."""
 
-    Args:
-        source: The folder. Its weights are linked, not copied, where the file system allows that.
-        target: The folder to fill.
+    def stays(folder: str, names: list[str]) -> set[str]:
+        return {
+            name
+            for name in names
+            if name.startswith((".", "_", "checkpoint-"))
+            or name in _STAYS
+            or (Path(name).suffix not in SUFFIXES and not Path(folder, name).is_dir())
+        }
 
-    Raises:
-        InputError: If a file has a token in it.
-    """
-    for folder, inside, files in os.walk(source):
-        place = Path(folder).relative_to(source)
-        if place == Path("."):  # what is pushed just now is in a hidden folder, and may vanish while we look
-            inside[:] = [name for name in inside if not any(Path(name).match(pattern) for pattern in STAYS)]
-        inside[:] = sorted(name for name in inside if not name.startswith((".", "_")))
-        for name in sorted(files):
-            # PEFT writes a README.md of its own into each folder.
-            peft = name == "README.md" and (place != Path(".") or source.name.startswith("checkpoint-"))
-            if Path(name).suffix in SUFFIXES and not name.startswith((".", "_")) and name not in STAYS and not peft:
-                _put(Path(folder, name), target / place / name)
+    shutil.copytree(source, target, ignore=stays, copy_function=put, dirs_exist_ok=True)
 
 
-def stage_whole(source: Path, target: Path) -> None:
-    """Lay out a checkpoint with all that a run needs to go on from it.
-
-    Args:
-        source: The checkpoint.
-        target: The folder to fill.
-
-    Raises:
-        InputError: If a file has a token in it.
-    """
-    for path in sorted(source.rglob("*")):
-        stays = path.name in (ARGUMENTS, "README.md", MANIFEST) or path.name.startswith(".")
-        if path.is_file() and not stays:
-            _put(path, target / path.relative_to(source))
-    write_manifest(target)
+def lay_out_resumable(source: Path, target: Path) -> None:
+    """Fill `target` with all of a checkpoint that a run needs to go on from it, pickles of torch among it."""
+    stays = shutil.ignore_patterns("training_args.bin", "README.md", MANIFEST, ".*")
+    shutil.copytree(source, target, ignore=stays, copy_function=put)
+    write_manifest(target)  # of the files without their paths
 
 
 def without_paths(value: Any) -> Any:
-    """Leave of every absolute path its last part.
-
-    Args:
-        value: Anything that JSON or YAML can hold.
-
-    Returns:
-        The same, with names in the place of paths.
+    """Leave of every absolute path in JSON or YAML values its last part.
 
     Example:
         >>> without_paths({"dataset_name": "/home/me/rows.json", "model_name_or_path": "org/base"})
@@ -89,50 +65,15 @@ def without_paths(value: Any) -> Any:
 
 
 def is_machine_path(text: str) -> bool:
-    """Whether a text is a path that means something on this machine only.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        True for absolute paths and those that begin in a home folder.
-    """
+    """Whether a text is a path that means something on this machine only: absolute, or in a home folder."""
     if "\n" in text or not text.strip("/\\"):
         return False
     return text.startswith(("/", "~/")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
 
 
-def shareable_recipe(recipe: Recipe) -> Recipe:
-    """The recipe as it is pushed.
-
-    Args:
-        recipe: The run's.
-
-    Returns:
-        The same without paths of this machine.
-    """
-    return Recipe(without_paths(recipe.given), without_paths(recipe.defaults))
-
-
-def check_no_token(name: str, text: str) -> None:
-    """Refuse to push a file with a token in it.
-
-    Args:
-        name: The file, for the message.
-        text: Its content.
-
-    Raises:
-        InputError: If there is one.
-    """
-    if match := TOKEN.search(text):
-        raise InputError(
-            f"{name} is not pushed: it holds what looks like a token of the Hub ({match[0][:5]}...). Take it out of "
-            "the recipe or data, and revoke it"
-        )
-
-
-def _put(path: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
+def put(source: str, target: str) -> None:
+    """Link or copy a file; a text without paths, and only if it holds no token (else `InputError`)."""
+    path, place = Path(source), Path(target)
     if path.suffix not in (".json", ".yaml", ".jinja", ".md", ".txt") or path.name in _VOCABULARIES:
         try:
             os.link(path, place)
@@ -144,5 +85,9 @@ def _put(path: Path, place: Path) -> None:
         values = json.loads(text)
         clean = without_paths(values)
         text = text if clean == values else json.dumps(clean, indent=2, ensure_ascii=False) + "\n"
-    check_no_token(str(path), text)
+    if match := _TOKEN.search(text):
+        raise InputError(
+            f"{path} is not pushed: it holds what looks like a token of the Hub ({match[0][:5]}...). Take it out of "
+            "the recipe or data, and revoke it"
+        )
     place.write_text(text, encoding="utf-8")

@@ -1,13 +1,81 @@
-"""`push_to_hub` of a trainer that is used from Python: what it pushes is what the commands push."""
+"""How a trainer pushes: each checkpoint as it is saved, and with `push_to_hub` what the commands push."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from huggingface_hub.utils import disable_progress_bars
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
+from trl_llava.errors import ExplainedError
 from trl_llava.publish.model_card import write_card_of
+from trl_llava.publish.push import HubPush
 from trl_llava.publish.repository import Repository
-from trl_llava.publish.saves import PushAtSaves, push_saves
+
+logger = logging.getLogger(__name__)
+
+SETTLING = 60.0
+"""Seconds that a training that ends early gives the push of its last checkpoint."""
+
+
+class PushAtSaves(TrainerCallback):
+    """Hands each finished checkpoint of a trainer to `HubPush`; `end` pushes the finished run.
+
+    `end_follows` says that `end` is called after a training that no signal has ended, so that nothing waits before.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        repository: Repository,
+        write_samples: Callable[[], None] | None = None,
+        end_follows: bool = False,
+    ) -> None:
+        args = trainer.args
+        self.trainer, self.write_samples, self.end_follows = trainer, write_samples, end_follows
+        self.push = HubPush(repository, Path(args.output_dir), HubStrategy(args.hub_strategy), args.hub_always_push)
+        trainer.hub_model_id = repository.name
+        disable_progress_bars()  # they would run into the training's
+
+    def end(self) -> None:
+        """Push the finished run, with samples in its card; everything else is in `output_dir` already."""
+        if self.write_samples is not None:
+            self.write_samples()
+        self.trainer.create_model_card()
+        logger.info("Pushed to %s", self.push.end())
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Pushes the checkpoint, which has its final name by now."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.push.strategy is not HubStrategy.END and folder.is_dir():
+            self.trainer.create_model_card()
+            try:
+                self.push.checkpoint(folder, state.global_step)
+            except (ExplainedError, OSError) as error:  # a token in a file, a full disk: the training is worth more
+                logger.warning("%s is not pushed: %s. Training goes on.", folder.name, error)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives the last checkpoint some time, also if a signal has ended the training."""
+        push, waiting = self.push, self.push.waiting
+        if not waiting or (self.end_follows and not self.trainer.asked_to_stop):
+            return
+        name = push.repository.name
+        # First the command: whoever sent the signal may not leave us the time for more.
+        print(
+            f"{waiting[-1]} is saved; pushing it to {name} for up to {SETTLING:.0f} seconds. If that is cut short, "
+            f"push it with:\n    {push.command}",
+            flush=True,
+        )
+        try:
+            left = push.settle(attempts=2, seconds=SETTLING)
+        except KeyboardInterrupt:  # the second Ctrl-C: no more waiting, but the run still says how it goes on
+            left = push.waiting
+        because = f" ({push.failure})" if push.failure else ""
+        print(f"Pushed to {name}." if not left else f"Not pushed to {name}: {', '.join(left)}{because}.", flush=True)
 
 
 class PushesSafely(Trainer):
@@ -25,17 +93,7 @@ class PushesSafely(Trainer):
     _pushes: PushAtSaves | None = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make sure that the repository is there, and that we may write to it.
-
-        As upstream, one that is there already gets new commits, whatever it holds.
-
-        Args:
-            token: what to log in with; by default `args.hub_token`, or what the machine is logged in with.
-            private: whether a new repository is private; `args.hub_private_repo` by default.
-
-        Raises:
-            HubError: if there is no token, or it is refused or too weak.
-        """
+        """Make sure that we may write to the repository, as upstream whatever it holds: `HubError` if not."""
         if not self.is_world_process_zero() or self._pushes is not None:
             return
         args = self.args
@@ -44,7 +102,8 @@ class PushesSafely(Trainer):
         token = args.hub_token if token is None else token
         repository = Repository(name, args.hub_revision, private, recipe=None, onto_existing=True, token=token)
         repository.verify()
-        self._pushes = push_saves(self, repository)
+        self._pushes = PushAtSaves(self, repository)
+        self.add_callback(self._pushes)
 
     def push_to_hub(
         self,
@@ -60,9 +119,9 @@ class PushesSafely(Trainer):
         Args:
             commit_message: title of the commit.
             blocking: must be true: what fails would not be known.
-            token: as for `init_hf_repo`.
+            token: what to log in with; by default `args.hub_token`, or what the machine is logged in with.
             revision: branch; `args.hub_revision` by default.
-            private: as for `init_hf_repo`.
+            private: whether a new repository is private; `args.hub_private_repo` by default.
             **kwargs: for `create_model_card`.
 
         Returns:
@@ -70,6 +129,7 @@ class PushesSafely(Trainer):
 
         Raises:
             ValueError: if `blocking` is false.
+            HubError: if there is no token, or it is refused or too weak.
             PushError: if the Hub does not take it, which is then in `output_dir`.
         """
         if not blocking:
