@@ -21,41 +21,22 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def tree() -> dict[str, str]:
-    """Path -> phrase of the annotated tree; a folder's files stand indented below it."""
-    found: dict[str, str] = {}
-    above: list[tuple[int, str]] = []
-    for line in blocks("text")[0].splitlines():
-        name, _, phrase = line.strip().partition(" ")
-        indent = len(line) - len(line.lstrip())
-        above = [(depth, folder) for depth, folder in above if depth < indent]
-        path = "".join(folder for _, folder in above) + name
-        found[path] = phrase.strip()
-        if name.endswith("/"):
-            above.append((indent, name))
-    return found
-
-
 def commands() -> list[list[str]]:
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
     return [shlex.split(line, comments=True) for line in joined.splitlines() if line.strip()]
 
 
-def test_every_path_of_the_tree_exists_with_a_phrase() -> None:
-    for path, phrase in tree().items():
-        assert (ROOT / path).exists(), path
-        assert phrase or path == "trl_llava/", path
+def test_contributing_shows_every_room() -> None:
+    (tree,) = re.findall(r"```text\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    shown = {line.split()[0].rstrip("/") for line in tree.splitlines() if not line.startswith(" ")}
+    rooms = {path.name for path in (ROOT / "trl_llava").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert shown == rooms - {"__init__.py", "__pycache__", "card_samples.py"}
 
 
-def test_every_module_is_in_the_tree() -> None:
-    package = ROOT / "trl_llava"
-    modules = {path for path in package.rglob("*.py") if path.name != "__init__.py" and "demo" not in path.parts}
-    assert {str(path.relative_to(ROOT)) for path in modules} - set(tree()) == set()
-
-
-def test_every_file_named_in_the_text_exists() -> None:
-    named = set(re.findall(r"`((?:trl_llava|recipes|tests|accelerate_configs)/[\w./-]+)`", README))
-    assert named
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/deviations.md", "docs/vllm.md"])
+def test_every_file_named_in_the_text_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"`((?:trl_llava|recipes|tests|benchmarks|accelerate_configs|docs)/[\w./-]+)`", text))
     assert {path for path in named if not (ROOT / path).exists()} == set()
 
 
