@@ -36,7 +36,7 @@ def test_contributing_shows_every_room() -> None:
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/deviations.md", "docs/vllm.md"])
 def test_every_file_named_in_the_text_exists(page: str) -> None:
     text = (ROOT / page).read_text()
-    named = set(re.findall(r"`((?:trl_llava|recipes|tests|benchmarks|accelerate_configs|docs)/[\w./-]+)`", text))
+    named = set(re.findall(r"`((?:trl_llava|recipes|tests|benchmarks|accelerate_configs|docs)/[\w./-]+\.\w+)`", text))
     assert {path for path in named if not (ROOT / path).exists()} == set()
 
 
