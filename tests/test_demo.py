@@ -19,7 +19,7 @@ from trl_llava.demo.true_score import true_score
 from trl_llava.demo.weak_eyes import make_weak_eyed
 
 TINY = Plan(
-    Sizes(pictures=20, sft=32, preference=32, preference_test=8, prompts=16, unseen=16),
+    Sizes(images=20, sft=32, preference=32, preference_test=8, prompts=16, unseen=16),
     {
         "reward": ("--per_device_eval_batch_size", "8", "--logging_steps", "1"),
         "sft": ("--logging_steps", "1"),

@@ -147,7 +147,7 @@ def test_invented_objects_are_marked_where_they_stand():
 
 
 def test_the_rows_load_like_any_others_and_repeat_with_their_seed(tmp_path):
-    sizes = Sizes(pictures=6, sft=20, preference=20, preference_test=4, prompts=12, unseen=3)
+    sizes = Sizes(images=6, sft=20, preference=20, preference_test=4, prompts=12, unseen=3)
     for name in ("a", "b"):
         write_data(tmp_path / name, 7, sizes)
     folder = tmp_path / "a"

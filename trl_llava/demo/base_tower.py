@@ -1,4 +1,4 @@
-"""The eyes of the demo's base model: a small CLIP tower, taught to tell what is in each cell of a picture."""
+"""The eyes of the demo's base model: a small CLIP tower, taught to tell what is in each cell of an image."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -20,15 +20,7 @@ BLURRED = 0.005
 def train(
     parameters: Iterable[nn.Parameter], loss_of: Callable[[], torch.Tensor], *, steps: int, lr: float, name: str
 ) -> None:
-    """AdamW with a short warm-up and a linear decay to 0.
-
-    Args:
-        parameters: What is trained.
-        loss_of: Makes the next batch and returns its loss.
-        steps: Number of updates.
-        lr: Highest learning rate.
-        name: Printed before losses.
-    """
+    """AdamW with a short warm-up and a linear decay to 0; `loss_of` makes the next batch and returns its loss."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, (steps - i) / steps))
@@ -50,17 +42,7 @@ def train(
 
 
 def train_tower(scenes: list[Scene], pixels: torch.Tensor, steps: int, generator: torch.Generator) -> CLIPVisionModel:
-    """Teach a CLIP tower to tell what is in each cell.
-
-    Args:
-        scenes: What the pictures show.
-        pixels: (I, 3, SIZE, SIZE), normalised.
-        steps: Number of updates.
-        generator: Draws the batches.
-
-    Returns:
-        The tower, without the head that was trained with it.
-    """
+    """Teach a CLIP tower what is in each cell of `pixels` (I, 3, SIZE, SIZE); its head is thrown away."""
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=64,

@@ -15,67 +15,34 @@ _OBJECT = re.compile("|".join(OBJECTS))
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one scene.
+    """A question about one scene."""
 
-    Attributes:
-        kind: "describe", "yes_no" or "choice".
-        text: The question.
-        answer_type: "general", "yes", "no", or the letter of the right option, as the correctness term knows them.
-        options: The objects asked for: none, one or four.
-    """
-
-    kind: str
+    kind: str  # "describe", "yes_no" or "choice"
     text: str
-    answer_type: str
-    options: tuple[str, ...] = ()
+    answer_type: str  # "general", "yes", "no", or the letter of the right option, as the correctness term knows them
+    options: tuple[str, ...] = ()  # the objects it names: none, one or four
 
 
 def listing(names: Sequence[str]) -> str:
-    """Join object names: "a red circle, a blue square and a white cross".
-
-    Args:
-        names: At least one object name.
-
-    Returns:
-        The names with articles.
-    """
+    """Join object names: "a red circle, a blue square and a white cross"."""
     things = [f"a {name}" for name in names]
     return f"{', '.join(things[:-1])} and {things[-1]}" if len(things) > 1 else things[0]
 
 
 def description(names: Sequence[str]) -> str:
-    """An answer to "Describe the picture.".
-
-    Args:
-        names: The objects it mentions, in this order.
-
-    Returns:
-        One sentence.
-    """
+    """A completion of "Describe the picture." that mentions these objects in this order."""
     return f"I see {listing(names)}."
 
 
 def mentioned(text: str) -> list[str]:
-    """The object names in a text, in the order in which they appear; repeated if they are.
-
-    Args:
-        text: A caption or an answer.
-
-    Returns:
-        Names out of `OBJECTS`.
-    """
+    """The object names in a text, in the order in which they appear; repeated if they are."""
     return _OBJECT.findall(text)
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
     """Ground truth about a scene: each caption is partial, together they are complete.
 
-    Args:
-        scene: The scene.
-        rng: Decides which caption mentions what.
-
-    Returns:
-        Two captions, or three for a scene of four or five objects.
+    There are two, or three for a scene of four or five objects.
     """
     names = rng.sample(scene.names, len(scene.names))
     count = 2 if len(names) < 4 else 3
@@ -84,16 +51,7 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def absent(scene: Scene, rng: random.Random, count: int) -> list[str]:
-    """Objects that the scene does not show; every other one shares its colour or its shape with one that it does.
-
-    Args:
-        scene: The scene.
-        rng: Source of the choice.
-        count: How many.
-
-    Returns:
-        Different names.
-    """
+    """Objects that the scene does not show; every other one has a colour and a shape that the scene shows."""
     present = set(scene.names)
     colours, shapes = ({name.split()[i] for name in present} for i in (0, 1))
     rest = [name for name in OBJECTS if name not in present]
@@ -110,19 +68,7 @@ def absent(scene: Scene, rng: random.Random, count: int) -> list[str]:
 
 
 def ask(kind: str, scene: Scene, rng: random.Random) -> Question:
-    """Make up a question of one kind.
-
-    Args:
-        kind: "describe", "yes_no" or "choice".
-        scene: The scene that is asked about.
-        rng: Source of every choice.
-
-    Returns:
-        The question; yes and no are equally likely, and so is each letter.
-
-    Raises:
-        ValueError: If there is no such kind.
-    """
+    """Make up a question of the kind "describe", "yes_no" or "choice"; all right answers are equally likely."""
     if kind == "describe":
         return Question(kind, DESCRIBE, "general")
     if kind == "yes_no":
@@ -139,16 +85,7 @@ def ask(kind: str, scene: Scene, rng: random.Random) -> Question:
 
 
 def answer(question: Question, scene: Scene, rng: random.Random) -> str:
-    """A true and complete answer.
-
-    Args:
-        question: The question.
-        scene: The scene.
-        rng: Decides the order in which a description mentions the objects.
-
-    Returns:
-        The answer.
-    """
+    """A true and complete answer; the order in which a description mentions the objects is drawn."""
     if question.kind == "describe":
         return description(rng.sample(scene.names, len(scene.names)))
     if question.kind == "yes_no":
@@ -159,13 +96,7 @@ def answer(question: Question, scene: Scene, rng: random.Random) -> str:
 def false_answer(question: Question, scene: Scene, rng: random.Random) -> str:
     """An answer that invents: one or two absent objects in a description, or the wrong option.
 
-    Args:
-        question: The question.
-        scene: The scene.
-        rng: Source of every choice.
-
-    Returns:
-        The answer. A false description is otherwise as complete as it is, or swaps present objects for the invented.
+    A false description is otherwise as complete as a true one, or swaps present objects for the invented.
     """
     if question.kind == "yes_no":
         return _yes_or_no(question, question.answer_type != "yes")
@@ -177,28 +108,12 @@ def false_answer(question: Question, scene: Scene, rng: random.Random) -> str:
 
 
 def incomplete_answer(scene: Scene, rng: random.Random) -> str:
-    """A description that is true and leaves something out.
-
-    Args:
-        scene: The scene.
-        rng: Decides how many of the objects it mentions and which; at least one is left out.
-
-    Returns:
-        The description.
-    """
+    """A description that is true and leaves at least one object out."""
     return description(rng.sample(scene.names, rng.randrange(1, len(scene.names))))
 
 
 def option_text(question: Question, letter: str) -> str:
-    """A multiple-choice answer, as the correctness term expects it: "B. a blue square".
-
-    Args:
-        question: A question of kind "choice".
-        letter: A to D.
-
-    Returns:
-        Letter and option.
-    """
+    """A multiple-choice answer, as the correctness term expects it: "B. a blue square"."""
     return f"{letter}. a {question.options[LETTERS.index(letter)]}"
 
 

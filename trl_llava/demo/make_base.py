@@ -7,7 +7,7 @@ from scratch never reached the questions:
 1. the tower learns which object is in each cell (the head is thrown away),
 2. the language model learns yes/no questions about captions in the text, then every kind,
 3. `assemble_llava` joins the two, and the new projector alone learns to speak the language model's words,
-4. language model and projector learn together, from pictures and from captions.
+4. language model and projector learn together, from images and from captions.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trl_llava.demo import language
-from trl_llava.demo.answering import generate_answers
 from trl_llava.demo.base_tower import IMAGE_TOKENS, train, train_tower
+from trl_llava.demo.evaluate import generate_answers
 from trl_llava.demo.metrics import Answered, Truthfulness, measure
 from trl_llava.demo.tokenizer import make_tokenizer
 from trl_llava.demo.world import SIZE, Scene, draw, make_scene
@@ -41,14 +41,7 @@ KINDS = ("describe", "yes_no", "choice")
 
 
 def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of four layers that knows nothing yet.
-
-    Args:
-        tokenizer: Gives the vocabulary and the special tokens.
-
-    Returns:
-        The model, its weights drawn from torch's current seed.
-    """
+    """A Llama of four layers that knows nothing yet, its weights drawn from torch's current seed."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -67,7 +60,7 @@ def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 class Lessons:
-    """Batches of questions with true answers, about pictures or about captions in the text."""
+    """Batches of questions with true answers, about images or about captions in the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene], seed: int) -> None:
         self.tokenizer = tokenizer
@@ -75,26 +68,20 @@ class Lessons:
         self.rng = random.Random(seed)
 
     def batch(
-        self, kinds: tuple[str, ...], size: int, from_picture: bool
+        self, kinds: tuple[str, ...], size: int, from_image: bool
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Make up a batch.
+        """Make up B = `size` rows about images, or about captions in the text.
 
-        Args:
-            kinds: Kinds of question, equally often.
-            size: B, number of rows.
-            from_picture: `True` shows the picture, `False` puts the captions into the text.
-
-        Returns:
-            `input_ids`, `attention_mask` and `labels`, each (B, L) and right-padded, labels -100 except on the answers
-            and their ends; and the rows' indices into the scenes (B,).
+        Returns `input_ids`, `attention_mask` and `labels`, each (B, L) and right-padded, labels -100 except on the
+        completions and their ends; and the rows' indices into the scenes (B,).
         """
         indices = [self.rng.randrange(len(self.scenes)) for _ in range(size)]
         rows = []
         for index in indices:
             scene, kind = self.scenes[index], self.rng.choice(kinds)
             question = language.ask(kind, scene, self.rng)
-            told = "<image>" * IMAGE_TOKENS if from_picture else self._told(scene)
-            prompt = f"USER: {told}\n{question.text} ASSISTANT:"
+            shown = "<image>" * IMAGE_TOKENS if from_image else self._captions(scene)
+            prompt = f"USER: {shown}\n{question.text} ASSISTANT:"
             rows.append((prompt, f" {language.answer(question, scene, self.rng)}</s>"))
         prompts = self.tokenizer([prompt for prompt, _ in rows])["input_ids"]
         answers = self.tokenizer([reply for _, reply in rows])["input_ids"]
@@ -109,22 +96,16 @@ class Lessons:
             mask[row, :end] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}, torch.tensor(indices)
 
-    def _told(self, scene: Scene) -> str:
+    def _captions(self, scene: Scene) -> str:
         return "\n".join(f"- {caption}" for caption in language.captions(scene, self.rng))
 
 
 def train_text(model: LlamaForCausalLM, lessons: Lessons, steps: tuple[int, int]) -> None:
-    """Teach the language model to answer from captions: yes/no first, then every kind.
-
-    Args:
-        model: Trained in place.
-        lessons: Makes the batches.
-        steps: Number of updates of each part.
-    """
+    """Teach the language model in place to answer from captions: yes/no first, then every kind."""
     for kinds, count in ((("yes_no",), steps[0]), (KINDS, steps[1])):
 
         def loss_of(kinds: tuple[str, ...] = kinds) -> torch.Tensor:
-            batch, _ = lessons.batch(kinds, 64, from_picture=False)
+            batch, _ = lessons.batch(kinds, 64, from_image=False)
             return model(**batch).loss
 
         train(model.parameters(), loss_of, steps=count, lr=3e-3, name=f"text {'+'.join(kinds)}")
@@ -135,11 +116,8 @@ def train_joint(
 ) -> None:
     """Align the projector alone on descriptions, then teach it and the language model every kind of question.
 
-    Args:
-        model: Trained in place; the tower stays as it is, so its features are computed once.
-        lessons: Makes the batches; three of four joint ones show pictures, the fourth keeps captions in use.
-        pixels: (I, 3, SIZE, SIZE), the pictures of the lessons' scenes.
-        steps: Number of updates of each part.
+    The tower stays as it is, so the features of `pixels` (I, 3, SIZE, SIZE) are computed once. Three of four joint
+    batches show images, the fourth keeps captions in use.
     """
     projector = model.model.multi_modal_projector
     with torch.no_grad():
@@ -150,9 +128,9 @@ def train_joint(
             ]
         )
 
-    def loss_of(kinds: tuple[str, ...], from_picture: bool) -> torch.Tensor:
-        batch, rows = lessons.batch(kinds, 64, from_picture)
-        if not from_picture:
+    def loss_of(kinds: tuple[str, ...], from_image: bool) -> torch.Tensor:
+        batch, rows = lessons.batch(kinds, 64, from_image)
+        if not from_image:
             return model(**batch).loss
         seen = BaseModelOutputWithPooling(pooler_output=list(projector(features[rows])))
         return model(**batch, mm_encoder_outputs={"image": seen}).loss
@@ -162,56 +140,40 @@ def train_joint(
     train(projector.parameters(), lambda: loss_of(("describe",), True), steps=steps[0], lr=3e-3, name="projector")
     model.requires_grad_(True)
     freeze_vision(model, projector=False)
-    pictured = cycle((True, True, True, False))
+    with_image = cycle((True, True, True, False))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    train(parameters, lambda: loss_of(KINDS, next(pictured)), steps=steps[1], lr=2e-3, name="together")
+    train(parameters, lambda: loss_of(KINDS, next(with_image)), steps=steps[1], lr=2e-3, name="together")
 
 
 def evaluate(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int, count: int = 300
 ) -> Truthfulness:
-    """Ask about unseen pictures, each kind of question `count` times, sampled at temperature 1.
-
-    Args:
-        model: The model.
-        processor: Its processor.
-        seed: Seed of pictures, questions and sampling.
-        count: Number of pictures.
-
-    Returns:
-        How true the answers are.
-    """
+    """How true a model is about unseen images: each kind of question `count` times, sampled at temperature 1."""
     rng = random.Random(f"unseen {seed}")
     scenes = [make_scene(rng) for _ in range(count)]
-    asked = [(scene, language.ask(kind, scene, rng)) for scene in scenes for kind in KINDS]
-    pictures = [draw(scene) for scene, _ in asked]
-    replies = generate_answers(model, processor, pictures, [question.text for _, question in asked], seed=seed)
+    pairs = [(scene, language.ask(kind, scene, rng)) for scene in scenes for kind in KINDS]
+    images = [draw(scene) for scene, _ in pairs]
+    replies = generate_answers(model, processor, images, [question.text for _, question in pairs], seed=seed)
     return measure(
         [
             Answered(question.kind, question.answer_type, scene.names, *reply)
-            for (scene, question), reply in zip(asked, replies, strict=True)
+            for (scene, question), reply in zip(pairs, replies, strict=True)
         ]
     )
 
 
 def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
-    """Make the base model and save it.
+    """Make the base model in an empty folder and save it; returns how true its answers about unseen images are.
 
-    Args:
-        output_dir: Must be empty or absent.
-        seed: Seed of everything.
-        scale: Factor on the number of updates and of pictures; 1 is what ships, the tests use less.
-
-    Returns:
-        How true its answers about unseen pictures are.
+    `scale` is a factor on the number of updates and of images; 1 is what ships, the tests use less.
     """
     steps = [max(1, round(scale * count)) for count in (600, 1000, 1500, 600, 1500)]
     rng = random.Random(f"base {seed}")
     scenes = [make_scene(rng) for _ in range(max(64, round(scale * 6000)))]
     size = {"height": SIZE, "width": SIZE}
     image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    pictures = [draw(scene) for scene in scenes]
-    pixels = image_processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [draw(scene) for scene in scenes]
+    pixels = image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)  # transformers draws initial weights from the global generator
         tower = train_tower(scenes, pixels, steps[0], torch.Generator().manual_seed(seed))
@@ -229,7 +191,7 @@ def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
             f"{folder}/joined",
             vision_feature_layer=-1,
             projector_init="whitened",
-            sample_images=pictures[:200],
+            sample_images=images[:200],
             seed=seed,
         )
     train_joint(model, lessons, pixels, (steps[3], steps[4]))
@@ -241,14 +203,7 @@ def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, make the base, print seed, time and quality.
-
-    Args:
-        arguments: The command line without the program's name; None takes `sys.argv`.
-
-    Raises:
-        SystemExit: If the folder is not empty.
-    """
+    """Read the command line, make the base, print seed, time and quality."""
     parser = argparse.ArgumentParser(description="Make the demo's base model (7 minutes of CPU when it was made).")
     parser.add_argument("--output_dir", type=Path, required=True, help="where to save it; must be empty or absent")
     parser.add_argument("--seed", type=int, default=0)
@@ -259,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     print(f"seed {args.seed}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     quality = make_base(args.output_dir, args.seed)
-    print(f"saved in {args.output_dir} after {time.perf_counter() - start:.0f} seconds; on 300 unseen pictures:")
+    print(f"saved in {args.output_dir} after {time.perf_counter() - start:.0f} seconds; on 300 unseen images:")
     for name, value in quality.as_dict().items():
         print(f"  {name:16} {value:.3f}")
 

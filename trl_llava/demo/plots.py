@@ -22,15 +22,10 @@ BEFORE = "#777777"
 
 
 def plot_outcome(summary: dict[str, Any], path: Path) -> None:
-    """Bars: invented objects, recall and reward-model accuracy, before and after each PPO run.
-
-    Args:
-        summary: What `summarise` returned.
-        path: The PNG file.
-    """
+    """Bars: invented objects, recall and reward-model accuracy, before and after each PPO run."""
     figure, (chair, recall, accuracy) = pyplot.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     before = summary["ppo"]["plain"]["before"]
-    pictures = summary["unseen_pictures"]
+    images = summary["unseen_pictures"]
     for axes, name, title in (
         (chair, "chair", "Invented among mentioned objects"),
         (recall, "recall", "Present objects that are mentioned"),
@@ -40,10 +35,10 @@ def plot_outcome(summary: dict[str, Any], path: Path) -> None:
             (label, summary["ppo"][variant]["after"][name], STYLES[variant]["color"])
             for variant, label in (("plain", "PPO,\nplain"), ("with_captions", "PPO,\ncaptions"))
         ]
-        # About 3.5 objects in each picture are mentioned or could be.
-        _bars(axes, bars, 3.5 * pictures)
+        # About 3.5 objects in each image are mentioned or could be.
+        _bars(axes, bars, 3.5 * images)
         axes.set_title(title, fontsize=10)
-        axes.set_ylabel("share on unseen pictures")
+        axes.set_ylabel("share on unseen images")
     chair.set_ylim(0, before["chair"] * 1.25)
     recall.set_ylim(0, 1.08)
     shares = summary["reward_model_accuracy"]
@@ -58,12 +53,7 @@ def plot_outcome(summary: dict[str, Any], path: Path) -> None:
 
 
 def plot_ppo(records: dict[str, StageRecord], path: Path) -> None:
-    """Curves of stage 3: score, KL and length of the rollouts by step.
-
-    Args:
-        records: Variant -> what its PPO did.
-        path: The PNG file.
-    """
+    """Curves of stage 3: score, KL and length of the rollouts by step, of each variant."""
     figure, panels = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
     wanted = (
         ("objective/scores", "score (first batch = 0 +- 1)"),
@@ -83,12 +73,7 @@ def plot_ppo(records: dict[str, StageRecord], path: Path) -> None:
 
 
 def plot_unseen(summary: dict[str, Any], path: Path) -> None:
-    """Curves on unseen pictures: invented objects, recall and length of descriptions at checkpoints of PPO.
-
-    Args:
-        summary: What `summarise` returned.
-        path: The PNG file.
-    """
+    """Curves on unseen images: invented objects, recall and length of descriptions at checkpoints of PPO."""
     figure, panels = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
     labels = {
         "chair": "invented among mentioned",
@@ -110,13 +95,7 @@ def plot_unseen(summary: dict[str, Any], path: Path) -> None:
 
 
 def plot_training(sft: StageRecord, rewards: dict[str, StageRecord], path: Path) -> None:
-    """Curves of stages 1 and 2: losses by step.
-
-    Args:
-        sft: What stage 1 did.
-        rewards: Variant -> what its stage 2 did.
-        path: The PNG file.
-    """
+    """Curves of stages 1 and 2: losses by step, of each variant of stage 2."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     left.plot(*_losses(sft), color="#009E73", marker="o", markersize=3)
     left.set_title("Stage 1: SFT", fontsize=10)

@@ -1,4 +1,4 @@
-"""report.html: one page that needs nothing else, with pictures, answers before and after, charts and recipes."""
+"""report.html: one page that needs nothing else, with images, answers before and after, charts and recipes."""
 
 import base64
 import io
@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from trl_llava.demo.data import PICTURES
+from trl_llava.demo.data import IMAGES
 from trl_llava.demo.language import mentioned
-from trl_llava.demo.metrics import Answered, asked, invented_objects, is_right
+from trl_llava.demo.metrics import Answered, invented_objects, is_right, known
 from trl_llava.demo.stages import WEAK_EYES, Stages
 from trl_llava.demo.summary import VARIANTS, standard_error
 
@@ -20,14 +20,7 @@ SHOWN = {"describe": 12, "yes_no": 4, "choice": 4}
 
 
 def write_report(stages: Stages, summary: dict[str, Any], charts: dict[str, Path], path: Path) -> None:
-    """Write the page.
-
-    Args:
-        stages: All stages, run and evaluated.
-        summary: What `summarise` returned.
-        charts: Caption -> PNG file.
-        path: The HTML file.
-    """
+    """Write the page; `charts` are PNG files by caption."""
     environment = Environment(
         loader=PackageLoader("trl_llava.demo", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -43,15 +36,7 @@ def write_report(stages: Stages, summary: dict[str, Any], charts: dict[str, Path
 
 
 def marked(text: str, objects: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """Cut an answer at the objects it invents.
-
-    Args:
-        text: An answer.
-        objects: Names of the objects that are there.
-
-    Returns:
-        Pieces that join to the text, each with `True` if it is an invented object.
-    """
+    """Cut an answer at the objects it invents: pieces that join to the text, each with `True` if it is invented."""
     names = set(invented_objects(text, objects))
     if not names:
         return [(text, False)]
@@ -65,27 +50,27 @@ def _row(stages: Stages, result: str) -> dict[str, Any]:
     described = [a for a in found.answers if a.kind == "describe"]
     record = stages.records[result]
     return found.quality.as_dict() | {
-        "chair_error": standard_error(asked(found.quality.chair), sum(len(mentioned(a.text)) for a in described)),
-        "recall_error": standard_error(asked(found.quality.recall), sum(len(a.objects) for a in described)),
+        "chair_error": standard_error(known(found.quality.chair), sum(len(mentioned(a.text)) for a in described)),
+        "recall_error": standard_error(known(found.quality.recall), sum(len(a.objects) for a in described)),
         "kl": record.last("objective/kl") if result.startswith("ppo") else None,
     }
 
 
 def _examples(stages: Stages) -> list[dict[str, Any]]:
-    """The first unseen pictures of each kind of question: taken in order, not chosen."""
+    """The first unseen images of each kind of question: taken in order, not chosen."""
     left = dict(SHOWN)
     examples = []
     for index, row in enumerate(stages.unseen):
         if not left[row["kind"]]:
             continue
         left[row["kind"]] -= 1
-        picture = Image.open(stages.folder / "data" / PICTURES / row["images"][0])
+        image = Image.open(stages.folder / "data" / IMAGES / row["images"][0])
         answers = [stages.evaluations[result].answers[index] for result in POLICIES]
         examples.append(
             {
                 "kind": row["kind"],
-                "picture": _inline(_png(picture)),
-                "blurred": _inline(_png(picture.resize((WEAK_EYES, WEAK_EYES), Image.Resampling.BICUBIC))),
+                "image": _inline(_png(image)),
+                "blurred": _inline(_png(image.resize((WEAK_EYES, WEAK_EYES), Image.Resampling.BICUBIC))),
                 "question": row["prompt"][-1]["content"],
                 "objects": row["objects"],
                 "answers": [_judged(answer) for answer in answers],
@@ -102,9 +87,9 @@ def _judged(answer: Answered) -> dict[str, Any]:
     return {"pieces": [(answer.text, False)], "missing": [], "wrong": not is_right(answer)}
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

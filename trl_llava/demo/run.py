@@ -19,26 +19,13 @@ from trl_llava.demo.stages import BASE, FULL, QUICK, Plan, Stages, say
 from trl_llava.demo.summary import BONUSES, VARIANTS, summarise
 
 CHECKPOINT_DESCRIPTIONS = 100
-"""Descriptions that a checkpoint of PPO is asked for; they only draw a curve."""
+"""Descriptions that are sampled from a checkpoint of PPO; they only draw a curve."""
 BONUS_ALONE = ("--value_init", "policy", "--correctness_coef", "2.0", "--save_strategy", "no")
 """No reward model: what the paper's bonus does when nothing weighs against it."""
 
 
 def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BASE) -> dict[str, Any]:
-    """Run everything and write the report.
-
-    Args:
-        output_dir: Must be empty or absent.
-        seed: Seed of rows and stages.
-        plan: How much of everything.
-        base: The base model.
-
-    Returns:
-        What is in summary.json.
-
-    Raises:
-        FileExistsError: If `output_dir` is not empty.
-    """
+    """Run everything and write the report into an empty or absent folder; returns what is in summary.json."""
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(
             f"{output_dir} is not empty (report.html there shows its demo, if it was finished). "
@@ -46,7 +33,7 @@ def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BA
         )
     start = time.perf_counter()
     stages = Stages(output_dir, seed, plan, base)
-    say("Drawing pictures and writing questions, answers and captions ...")
+    say("Drawing images and writing questions, answers and captions ...")
     seconds = {"data": stages.prepare()}
     say("Stage 1: SFT on descriptions that mention too much ...")
     stages.train_sft()
@@ -59,15 +46,15 @@ def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BA
     for which, result in BONUSES.items():
         say(f"Stage 3 for comparison: nothing but a bonus for right answers (yes_no: {which}) ...")
         stages.train_ppo("ppo_plain", result, *BONUS_ALONE, "--yes_no", which)
-    say("Asking about unseen pictures, before and after ...")
-    before_asking = time.perf_counter()
+    say("Sampling answers about unseen images, before and after ...")
+    before_sampling = time.perf_counter()
     for result in ("sft", *(ppo for _, ppo in VARIANTS.values()), *BONUSES.values()):
         stages.evaluate(result)
     for _, ppo in VARIANTS.values():
         for folder in sorted((output_dir / ppo).glob("checkpoint-*")):
             if int(folder.name.partition("-")[2]) < stages.records[ppo].steps:
                 stages.evaluate(f"{ppo}/{folder.name}", CHECKPOINT_DESCRIPTIONS)
-    seconds["evaluation"] = time.perf_counter() - before_asking
+    seconds["evaluation"] = time.perf_counter() - before_sampling
     seconds["total"] = time.perf_counter() - start
     summary = summarise(stages, seconds, {"data": seed, "stages": seed})
     summary |= {"quick": plan is not FULL, "base": base.name, "threads": torch.get_num_threads()}
@@ -77,19 +64,11 @@ def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BA
 
 
 def draw_charts(stages: Stages, summary: dict[str, Any]) -> dict[str, Path]:
-    """Draw all charts.
-
-    Args:
-        stages: All stages, run and evaluated.
-        summary: What `summarise` returned.
-
-    Returns:
-        Title -> PNG file in the output folder.
-    """
+    """Draw the charts of the report into the output folder: title -> PNG file."""
     folder = stages.folder
     charts = {
-        "Before and after, on unseen pictures; lines show one standard error.": folder / "outcome.png",
-        "Checkpoints of PPO on unseen pictures.": folder / "unseen.png",
+        "Before and after, on unseen images; lines show one standard error.": folder / "outcome.png",
+        "Checkpoints of PPO on unseen images.": folder / "unseen.png",
         "PPO's own log: what the reward model says of the rollouts.": folder / "ppo.png",
         "Losses of the first two stages.": folder / "training.png",
     }
@@ -103,14 +82,7 @@ def draw_charts(stages: Stages, summary: dict[str, Any]) -> dict[str, Path]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The outcome in a few lines for the terminal.
-
-    Args:
-        summary: What `summarise` returned.
-
-    Returns:
-        A table of text.
-    """
+    """The outcome in a few lines for the terminal."""
     columns = ("chair", "invented", "recall", "yes_accuracy", "no_accuracy", "choice_accuracy", "length")
     rows = [("after SFT", summary["ppo"]["plain"]["before"])]
     rows += [(f"after PPO, {v.replace('_', ' ')}", summary["ppo"][v]["after"]) for v in ("plain", "with_captions")]
@@ -119,14 +91,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and run the demo.
-
-    Args:
-        argv: Words after `trl-llava demo`; None takes `sys.argv`.
-
-    Returns:
-        0, or 2 if the output folder cannot be used.
-    """
+    """Read the command line and run the demo; returns 0, or 2 if the output folder cannot be used."""
     parser = argparse.ArgumentParser(prog="trl-llava demo", description="Train the three stages on a drawn world.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="must be empty or absent")
     parser.add_argument("--seed", type=int, default=0, help="seed of rows and stages (default 0)")

@@ -8,76 +8,49 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl_llava.demo.data import PICTURES, Sizes, read_rows, write_data
+from trl_llava.demo.data import IMAGES, Sizes, read_rows, write_data
 from trl_llava.demo.evaluate import Evaluation, evaluate
 from trl_llava.demo.weak_eyes import make_weak_eyed
 
 BASE = Path(__file__).parent / "base"
 RECIPES = Path(__file__).parent / "recipes"
 WEAK_EYES = 12
-"""Side, in pixels, of the pictures that a weak-eyed reward model sees; the policy sees 48."""
+"""Side, in pixels, of the images that a weak-eyed reward model sees; the policy sees 48."""
 ROWS = {"sft": "sft", "reward": "preference", "ppo": "prompts"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything.
-
-    Attributes:
-        sizes: Numbers of rows.
-        shorter: Command-line words by entry point that cut its recipe short.
-    """
+    """How much of everything."""
 
     sizes: Sizes = field(default_factory=Sizes)
-    shorter: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    shorter: dict[str, tuple[str, ...]] = field(default_factory=dict)  # words by entry point that cut its recipe short
 
 
 FULL = Plan()
 QUICK = Plan(
-    Sizes(pictures=400, sft=960, preference=960, preference_test=200, prompts=512, unseen=60),
+    Sizes(images=400, sft=960, preference=960, preference_test=200, prompts=512, unseen=60),
     {"ppo": ("--total_episodes", "384", "--per_device_train_batch_size", "64", "--save_steps", "2")},
 )
 
 
 @dataclass
 class StageRecord:
-    """What one stage did.
+    """What one stage did."""
 
-    Attributes:
-        command: What does the same in a shell.
-        recipe: Text of its recipe.
-        seconds: How long it took.
-        steps: Optimizer steps, or PPO steps in stage 3.
-        log: The trainer's log.
-    """
-
-    command: str
-    recipe: str
+    command: str  # that does the same in a shell
+    recipe: str  # its text
     seconds: float
-    steps: int
+    steps: int  # optimizer steps, or PPO steps in stage 3
     log: list[dict[str, float]]
 
     def last(self, name: str) -> float:
-        """The last value logged under a name.
-
-        Args:
-            name: For example "eval_accuracy".
-
-        Returns:
-            The value.
-        """
+        """The last value logged under a name, for example "eval_accuracy"."""
         return next(entry[name] for entry in reversed(self.log) if name in entry)
 
 
 class Stages:
-    """The stages of one seed, each in its own folder.
-
-    Args:
-        folder: Where everything goes.
-        seed: Seed of rows and stages.
-        plan: How much of everything.
-        base: The base model.
-    """
+    """The stages of one seed, each in its own folder."""
 
     def __init__(self, folder: Path, seed: int, plan: Plan = FULL, base: Path = BASE) -> None:
         self.folder = folder
@@ -88,11 +61,7 @@ class Stages:
         self.evaluations: dict[str, Evaluation] = {}
 
     def prepare(self) -> float:
-        """Write the rows and the weak-eyed copy of the base.
-
-        Returns:
-            How many seconds it took.
-        """
+        """Write the rows and the weak-eyed copy of the base; returns how many seconds it took."""
         start = time.perf_counter()
         write_data(self.folder / "data", self.seed, self.plan.sizes)
         make_weak_eyed(self.base, self.folder / "weak_base", WEAK_EYES)
@@ -101,21 +70,11 @@ class Stages:
         return time.perf_counter() - start
 
     def run(self, kind: str, recipe: str, result: str, *words: str) -> StageRecord:
-        """Run one stage; its log lines go into a file, its progress bar stays on the terminal.
-
-        Args:
-            kind: The entry point: "sft", "reward" or "ppo".
-            recipe: Name of a recipe of the demo.
-            result: Name of the folder that gets the result.
-            *words: Further words of the command line.
-
-        Returns:
-            What it did; also kept in `records`.
-        """
+        """Run one stage; its log lines go into a file, its progress bar stays on the terminal."""
         data, recipe_file = self.folder / "data", RECIPES / f"{recipe}.yaml"
         words = (
             *("--config", str(recipe_file)),
-            *("--dataset_name", str(data / ROWS[kind]), "--image_folder", str(data / PICTURES)),
+            *("--dataset_name", str(data / ROWS[kind]), "--image_folder", str(data / IMAGES)),
             *("--output_dir", str(self.folder / result), "--seed", str(self.seed)),
             *words,
             *self.plan.shorter.get(kind, ()),
@@ -135,51 +94,21 @@ class Stages:
         return record
 
     def train_sft(self) -> StageRecord:
-        """Stage 1, on the base.
-
-        Returns:
-            What it did.
-        """
+        """Stage 1, on the base."""
         return self.run("sft", "sft", "sft", "--model_name_or_path", str(self.base))
 
     def train_reward(self, recipe: str, *, sharp: bool = False) -> StageRecord:
-        """Stage 2.
-
-        Args:
-            recipe: "reward" (with captions) or "reward_plain".
-            sharp: `True` lets the reward model see the pictures as the policy does.
-
-        Returns:
-            What it did; the result's name ends in "_sharp" if it is.
-        """
+        """Stage 2; a `sharp` reward model sees the images as the policy does, and its result ends in "_sharp"."""
         base = self.base if sharp else self.folder / "weak_base"
         return self.run("reward", recipe, recipe + "_sharp" * sharp, "--model_name_or_path", str(base))
 
     def train_ppo(self, recipe: str, result: str, *words: str, reward: str | None = None) -> StageRecord:
-        """Stage 3, from the result of stage 1.
-
-        Args:
-            recipe: "ppo" or "ppo_plain".
-            result: Name of the folder that gets the result.
-            *words: Further words of the command line.
-            reward: Which result of stage 2 is the reward model; None leaves the reward to `words`.
-
-        Returns:
-            What it did.
-        """
+        """Stage 3, from the result of stage 1, against a result of stage 2; None leaves the reward to `words`."""
         rewards = ("--reward_model_path", "null" if reward is None else str(self.folder / reward))
         return self.run("ppo", recipe, result, "--sft_model_path", str(self.folder / "sft"), *rewards, *words)
 
     def evaluate(self, result: str, limit: int | None = None) -> Evaluation:
-        """Ask the result of a stage about the unseen pictures.
-
-        Args:
-            result: Its folder's name, or a checkpoint in it.
-            limit: Only so many descriptions, to be quick; None asks everything.
-
-        Returns:
-            Answers and their truth; kept in `evaluations`.
-        """
+        """Measure the result of a stage, or a checkpoint in it, on unseen images, or on `limit` descriptions only."""
         rows = self.unseen
         if limit is not None:
             rows = [row for row in rows if row["kind"] == "describe"][:limit]
@@ -189,9 +118,5 @@ class Stages:
 
 
 def say(words: str) -> None:
-    """Tell the person at the terminal, also while a stage's output goes elsewhere.
-
-    Args:
-        words: One line.
-    """
+    """Tell the person at the terminal, also while a stage's output goes elsewhere."""
     print(words, file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from trl_llava.demo.metrics import Truthfulness, asked, measure
+from trl_llava.demo.metrics import Truthfulness, known, measure
 from trl_llava.demo.stages import WEAK_EYES, Stages
 from trl_llava.demo.world import SIZE
 from trl_llava.run.output_dir import versions
@@ -15,16 +15,7 @@ BONUSES = {"no_only": "ppo_bonus_no", "both": "ppo_bonus_both"}
 
 
 def summarise(stages: Stages, seconds: dict[str, float], seeds: dict[str, int]) -> dict[str, Any]:
-    """Collect what a finished demo measured.
-
-    Args:
-        stages: All stages, run and evaluated.
-        seconds: Wall time of everything that is no stage, and "total".
-        seeds: Seeds by what they seed.
-
-    Returns:
-        A JSON mapping.
-    """
+    """Collect what a finished demo measured for a JSON file; `seconds` are those of everything that is no stage."""
     before = stages.evaluations["sft"].quality
     runs = {variant: _ppo(stages, ppo, before) for variant, (_, ppo) in VARIANTS.items()}
     return {
@@ -49,45 +40,24 @@ def summarise(stages: Stages, seconds: dict[str, float], seeds: dict[str, int]) 
 
 
 def goals(before: Truthfulness, after: Truthfulness) -> dict[str, bool]:
-    """What PPO has to reach on unseen pictures.
-
-    Args:
-        before: The policy after stage 1.
-        after: The policy after stage 3.
-
-    Returns:
-        Goal -> whether it is reached.
-    """
+    """What PPO has to reach on unseen images, and whether it does."""
     return {
-        "invented_objects_at_most_half": asked(after.chair) <= asked(before.chair) / 2,
-        "recall_loses_at_most_5_points": asked(after.recall) >= asked(before.recall) - 0.05,
-        "length_at_least_two_thirds": asked(after.length) >= asked(before.length) * 2 / 3,
-        "yes_and_no_above_chance": min(asked(after.yes_accuracy), asked(after.no_accuracy)) > 0.5,
+        "invented_objects_at_most_half": known(after.chair) <= known(before.chair) / 2,
+        "recall_loses_at_most_5_points": known(after.recall) >= known(before.recall) - 0.05,
+        "length_at_least_two_thirds": known(after.length) >= known(before.length) * 2 / 3,
+        "yes_and_no_above_chance": min(known(after.yes_accuracy), known(after.no_accuracy)) > 0.5,
     }
 
 
 def standard_error(share: float, count: float) -> float:
-    """Standard error of a share.
-
-    Args:
-        share: Between 0 and 1.
-        count: Of how many.
-
-    Returns:
-        `sqrt(share * (1 - share) / count)`.
-    """
+    """Standard error of a share of `count`: `sqrt(share * (1 - share) / count)`."""
     return math.sqrt(share * (1 - share) / max(count, 1))
 
 
 def curve(stages: Stages, ppo: str) -> list[dict[str, float]]:
-    """How a policy does on unseen pictures, from stage 1 over its checkpoints to its end; descriptions only.
+    """How a policy does on unseen images, from stage 1 over its checkpoints to its end; descriptions only.
 
-    Args:
-        stages: All stages, evaluated.
-        ppo: Name of a result of stage 3.
-
-    Returns:
-        One entry per measured step with `step`, `chair`, `recall` and `length`; checkpoints saw fewer pictures.
+    Checkpoints saw fewer images.
     """
     points = {0: stages.evaluations["sft"], stages.records[ppo].steps: stages.evaluations[ppo]}
     for result, found in stages.evaluations.items():
@@ -95,7 +65,7 @@ def curve(stages: Stages, ppo: str) -> list[dict[str, float]]:
             points[int(result.rpartition("-")[2])] = found
     qualities = ((step, measure([a for a in points[step].answers if a.kind == "describe"])) for step in sorted(points))
     return [
-        {"step": step, "chair": asked(q.chair), "recall": asked(q.recall), "length": asked(q.length)}
+        {"step": step, "chair": known(q.chair), "recall": known(q.recall), "length": known(q.length)}
         for step, q in qualities
     ]
 

@@ -29,11 +29,7 @@ _UNSPACED = ("USER: ", "USER:", "ASSISTANT:", ".", ",", "?", ":", "-", "\n", " "
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer; nothing is learned, so it is always the same.
-
-    Returns:
-        A tokenizer with `<image>`, pad, unknown, start and end tokens and the chat template.
-    """
+    """Build the tokenizer, with its chat template; nothing is learned, so it is always the same."""
     words = [*_SPECIAL, *_UNSPACED, *(f" {word}" for word in _SPACED)]
     words += [word for word in _SPACED if word not in words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

@@ -13,27 +13,19 @@ def true_score(
     objects: list[list[str]],
     **columns: Any,
 ) -> list[float]:
-    """A reward function with TRL's signature.
+    """A reward function with TRL's signature, of B completions.
 
-    Args:
-        completions: B answers, one assistant message each.
-        kind: B kinds of question.
-        answer_type: B right answers.
-        objects: For each row the names of the objects in its picture.
-        **columns: Ignored.
-
-    Returns:
-        For a description, found minus invented and repeated objects, as a share of those present; else 1 or -1.
+    For a description, found minus invented and repeated objects, as a share of those present; else 1 or -1.
     """
     scores = []
-    for completion, asked, right, present in zip(completions, kind, answer_type, objects, strict=True):
+    for completion, question, right, present in zip(completions, kind, answer_type, objects, strict=True):
         text = completion[0]["content"]
-        if asked == "describe":
+        if question == "describe":
             names = mentioned(text)
             found = len(set(names) & set(present))
             repeated = len(names) - len(set(names))
             false = len(set(names) - set(present))
             scores.append((found - false - repeated) / len(present))
         else:
-            scores.append(1.0 if is_right(Answered(asked, right, tuple(present), text, 0)) else -1.0)
+            scores.append(1.0 if is_right(Answered(question, right, tuple(present), text, 0)) else -1.0)
     return scores

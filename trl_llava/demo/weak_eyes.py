@@ -1,4 +1,4 @@
-"""Make a copy of a LLaVA that sees less: the same weights behind a tower that takes smaller pictures."""
+"""Make a copy of a LLaVA that sees less: the same weights behind a tower that takes smaller images."""
 
 from pathlib import Path
 
@@ -9,18 +9,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 @torch.no_grad()
 def make_weak_eyed(base: str | Path, output_dir: str | Path, image_size: int) -> None:
-    """Save a LLaVA whose tower sees pictures of `image_size` pixels, with as many image tokens as before.
+    """Save a LLaVA whose CLIP tower sees images of `image_size` pixels, with as many image tokens as before.
 
-    The kernel that embeds a patch is summed over blocks, which is the same as blowing the small picture up to the old
+    The kernel that embeds a patch is summed over blocks, which is the same as blowing the small image up to the old
     size before the old kernel. So colours and places stay and shapes blur, as details of a photo do at 224 pixels.
-
-    Args:
-        base: Hub ID or folder of a LLaVA with a CLIP tower.
-        output_dir: Gets model and processor; both load with `from_pretrained`.
-        image_size: Side of the picture in pixels; divides the old patch size times the number of patches in a row.
-
-    Raises:
-        ValueError: If the patches cannot be divided so.
     """
     model = AutoModelForImageTextToText.from_pretrained(base)
     processor = AutoProcessor.from_pretrained(base)
@@ -30,7 +22,7 @@ def make_weak_eyed(base: str | Path, output_dir: str | Path, image_size: int) ->
     patch = old.kernel_size[0] // factor
     if rest or patch * factor != old.kernel_size[0]:
         raise ValueError(
-            f"image_size {image_size} does not divide the tower's: pictures of {tower.config.image_size} pixels in "
+            f"image_size {image_size} does not divide the tower's: images of {tower.config.image_size} pixels in "
             f"patches of {old.kernel_size[0]}."
         )
     new = nn.Conv2d(old.in_channels, old.out_channels, patch, patch, bias=old.bias is not None)

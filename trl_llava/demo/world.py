@@ -24,26 +24,18 @@ _ZOOM = 4
 
 @dataclass(frozen=True)
 class Placed:
-    """One object of a scene.
+    """One object of a scene."""
 
-    Attributes:
-        name: Colour and shape, one of `OBJECTS`.
-        cell: Its place, 0 to 8 in reading order.
-        x: Centre, pixels from the left edge of the picture.
-        y: Centre, pixels from the upper edge.
-        radius: Half its width in pixels.
-    """
-
-    name: str
-    cell: int
-    x: float
+    name: str  # colour and shape, one of `OBJECTS`
+    cell: int  # 0 to 8 in reading order
+    x: float  # centre, in pixels from the upper left corner
     y: float
-    radius: float
+    radius: float  # half its width
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows: two to five different objects on a grey ground, in reading order."""
+    """What one image shows: two to five different objects on a grey ground, in reading order."""
 
     objects: tuple[Placed, ...]
     ground: int
@@ -55,14 +47,7 @@ class Scene:
 
 
 def make_scene(rng: random.Random) -> Scene:
-    """Draw lots for a scene.
-
-    Args:
-        rng: Source of every choice.
-
-    Returns:
-        A scene of two to five different objects, each somewhere within its own cell.
-    """
+    """Draw lots for a scene of two to five different objects, each somewhere within its own cell."""
     names = rng.sample(OBJECTS, rng.randint(2, 5))
     cells = sorted(rng.sample(range(GRID * GRID), len(names)))
     placed = []
@@ -75,16 +60,9 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draw a scene.
-
-    Args:
-        scene: What to draw.
-
-    Returns:
-        An RGB picture of `SIZE` x `SIZE` pixels.
-    """
-    picture = Image.new("RGB", (SIZE * _ZOOM, SIZE * _ZOOM), (scene.ground,) * 3)
-    pen = ImageDraw.Draw(picture)
+    """Draw a scene as an RGB image of `SIZE` x `SIZE` pixels."""
+    image = Image.new("RGB", (SIZE * _ZOOM, SIZE * _ZOOM), (scene.ground,) * 3)
+    pen = ImageDraw.Draw(image)
     for placed in scene.objects:
         colour, shape = placed.name.split()
         x, y, r = placed.x * _ZOOM, placed.y * _ZOOM, placed.radius * _ZOOM
@@ -98,4 +76,4 @@ def draw(scene: Scene) -> Image.Image:
         else:
             pen.rectangle((x - r, y - 0.33 * r, x + r, y + 0.33 * r), fill=fill)
             pen.rectangle((x - 0.33 * r, y - r, x + 0.33 * r, y + r), fill=fill)
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)

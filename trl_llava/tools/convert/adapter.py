@@ -28,18 +28,10 @@ def convert_adapter(
     base_revision: str | None = None,
     head: Path | None = None,
 ) -> None:
-    """Write a LoRA adapter, with a score head if there is one.
+    """Write a LoRA adapter, with the score head of the file `head` if there is one.
 
-    Args:
-        folder: The original adapter.
-        output: Where it goes.
-        base: What adapter_config.json shall name as its base.
-        base_source: Where the base's config.json is read from, for the check of shapes.
-        base_revision: Branch, tag or commit of the base.
-        head: File with the `weight` and `bias` of a reward or value head.
-
-    Raises:
-        ValueError: If the adapter is of a kind that is not known here, or does not fit the base.
+    `base` is what adapter_config.json names as its base, `base_source` where the base's config.json is read from to
+    check the shapes.
     """
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     _check_settings(folder, settings)
@@ -68,14 +60,7 @@ def convert_adapter(
 
 
 def check_no_other_weights(folder: Path) -> None:
-    """Refuse an adapter that was trained together with weights an adapter cannot carry.
-
-    Args:
-        folder: The original checkpoint.
-
-    Raises:
-        ValueError: If its non_lora_trainables.bin holds any.
-    """
+    """Refuse an adapter whose non_lora_trainables.bin holds weights that an adapter cannot carry."""
     file = folder / "non_lora_trainables.bin"
     names = [name for name, _ in read_shard(file)] if file.is_file() else []
     if names:

@@ -25,36 +25,19 @@ _MODEL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder holds.
-
-    Args:
-        kind: Which of the layouts it is.
-        folder: The folder.
-        adapter: Folder of the adapter: of the policy, or of the reward model.
-        value_adapter: Folder of the value model's adapter (PPO checkpoints).
-        head: File of the reward or value head.
-    """
+    """What a folder holds."""
 
     kind: Kind
     folder: Path
-    adapter: Path | None = None
-    value_adapter: Path | None = None
-    head: Path | None = None
+    adapter: Path | None = None  # folder of the policy's or the reward model's adapter
+    value_adapter: Path | None = None  # folder of the value model's adapter (PPO checkpoints)
+    head: Path | None = None  # file of the reward or value head
 
 
 def find_source(source: str, revision: str | None = None) -> Path:
-    """Find a checkpoint, downloading it if it is on the Hub.
+    """Find a checkpoint, and download it if it is on the Hub.
 
-    Args:
-        source: A folder, or a Hub ID, with a folder inside the repository behind it where there is one
-            (`zhiqings/LLaVA-RLHF-7b-v1.5-224/sft_model`).
-        revision: Branch, tag or commit of a Hub repository.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, here or in the repository.
+    A Hub ID may have a folder inside the repository behind it (`zhiqings/LLaVA-RLHF-7b-v1.5-224/sft_model`).
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -76,17 +59,7 @@ def find_source(source: str, revision: str | None = None) -> Path:
 
 
 def detect(folder: Path) -> Layout:
-    """Tell which layout a folder has.
-
-    Args:
-        folder: The checkpoint.
-
-    Returns:
-        The layout, with all its parts there.
-
-    Raises:
-        ValueError: If it is none of them, or a part is missing.
-    """
+    """Tell which layout a folder has, all of whose parts must be there."""
     policy, value = (folder / "adapter_model" / name for name in ("lora_policy", "lora_value"))
     if (folder / "value_head.pt").is_file() or policy.is_dir():
         parts = {"the policy's adapter": policy / "adapter_config.json", "the value's": value / "adapter_config.json"}
@@ -124,17 +97,7 @@ def detect(folder: Path) -> Layout:
 
 
 def model_shards(folder: Path) -> list[Path]:
-    """List the weight files of a model.
-
-    Args:
-        folder: The model.
-
-    Returns:
-        The files, each to be read with `read_shard`.
-
-    Raises:
-        ValueError: If the index names a file that is not there.
-    """
+    """The weight files of a model, each to be read with `read_shard`."""
     for name in _MODEL_INDEXES:
         if (folder / name).is_file():
             index = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -147,17 +110,7 @@ def model_shards(folder: Path) -> list[Path]:
 
 
 def adapter_shard(folder: Path) -> Path:
-    """Find the weight file of an adapter.
-
-    Args:
-        folder: The adapter.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The weight file of an adapter."""
     for name in _ADAPTER_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -165,17 +118,10 @@ def adapter_shard(folder: Path) -> Path:
 
 
 def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read a weight file tensor by tensor, without running anything that a pickle may hold.
+    """Names and tensors of a weight file one by one, without running anything that a pickle may hold.
 
-    Args:
-        file: A `.safetensors` file, or one written by `torch.save`.
-
-    Yields:
-        Names and tensors. They are mapped from the file where its format allows that, so only what is used takes
-        memory; a `.bin` of PyTorch 1.5 or earlier is read whole.
-
-    Raises:
-        ValueError: If the file holds something else than tensors by name.
+    They are mapped from the file where its format allows that, so only what is used takes memory; a `.bin` of PyTorch
+    1.5 or earlier is read whole.
     """
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:

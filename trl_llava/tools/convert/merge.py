@@ -37,19 +37,12 @@ QUANTIZED_TOLERANCE = math.inf
 
 
 class MergeCheck(NamedTuple):
-    """How far the merged model is from base and adapter on the probe batch.
-
-    Args:
-        largest_difference: Largest difference of a logit (of a score, for a reward model).
-        largest_logit: Largest absolute logit, to compare it with.
-        adapter_effect: Largest difference that the adapter makes; 0 would mean that it does nothing.
-        dtype: Of the merged weights.
-    """
+    """How far the merged model is from base and adapter on the probe batch, in logits (a reward model's scores)."""
 
     largest_difference: float
-    largest_logit: float
-    adapter_effect: float
-    dtype: torch.dtype
+    largest_logit: float  # to compare it with
+    adapter_effect: float  # largest difference that the adapter makes; 0 would mean that it does nothing
+    dtype: torch.dtype  # of the merged weights
 
 
 def merge(

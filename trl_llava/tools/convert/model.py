@@ -7,11 +7,12 @@ activation between them, so it is exact.
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -38,13 +39,16 @@ from trl_llava.tools.convert.paper_tokenizer import (
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 SHARD_BYTES = 2 * 10**9
-"""How much is gathered before it is written; the peak of memory, as files are mapped."""
+"""Size of a file; the peak of memory, as what is read is mapped."""
 
-_LANGUAGE = "hidden_act hidden_size initializer_range intermediate_size max_position_embeddings num_attention_heads"
-_LANGUAGE += " num_hidden_layers num_key_value_heads rms_norm_eps rope_scaling rope_theta vocab_size head_dim"
-
-_TOWER = "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels image_size"
-_TOWER += " patch_size hidden_act layer_norm_eps attention_dropout initializer_range initializer_factor"
+_LANGUAGE = (
+    "hidden_act hidden_size initializer_range intermediate_size max_position_embeddings num_attention_heads "
+    "num_hidden_layers num_key_value_heads rms_norm_eps rope_scaling rope_theta vocab_size head_dim"
+)
+_TOWER = (
+    "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels image_size "
+    "patch_size hidden_act layer_norm_eps attention_dropout initializer_range initializer_factor"
+)
 
 # From the names of a model in memory to those that checkpoints on the Hub have.
 _HUB_PREFIXES = {
@@ -60,32 +64,17 @@ _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 class VisionSource(NamedTuple):
-    """Where a model's eyes come from.
+    """The CLIP model that a checkpoint sees with."""
 
-    Args:
-        name: Hub ID or folder of the CLIP model.
-        title: What the checkpoint's config.json calls it.
-        config: The tower's configuration.
-    """
-
-    name: str
-    title: str
+    name: str  # Hub ID or folder
+    title: str  # what the checkpoint's config.json calls it
     config: CLIPVisionConfig
 
 
 def convert_model(folder: Path, output: Path, *, vision_tower: str | None = None) -> list[str]:
-    """Write model, processor and configuration.
+    """Write model, processor and configuration; returns notes on where things came from.
 
-    Args:
-        folder: The original checkpoint.
-        output: Where they go.
-        vision_tower: Hub ID or folder of the CLIP model, where it is not at the place that config.json names.
-
-    Returns:
-        Notes on where things came from.
-
-    Raises:
-        ValueError: If the checkpoint is of a kind that is not known here, or incomplete.
+    `vision_tower` is the CLIP model, where it is not at the place that config.json names.
     """
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _check_settings(folder, settings)
@@ -109,9 +98,14 @@ def convert_model(folder: Path, output: Path, *, vision_tower: str | None = None
         notes.append(f"The checkpoint stores no vision weights; they are those of {vision.title}.")
     if reads_later_turns_as_unknown(load_sentencepiece(folder / "tokenizer.model"), is_legacy(folder)):
         notes.append("Its tokenizer gave <unk> for the USER of later turns; this one spells it.")
-    _write_shards(parts, output, expected, folder)
+    save_torch_state_dict(_checked(parts, expected, folder), output, max_shard_size=SHARD_BYTES)
     config.save_pretrained(output)
-    _generation_config(config, processor).save_pretrained(output)
+    GenerationConfig(
+        bos_token_id=config.text_config.bos_token_id,
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=[config.image_token_id],  # an image token in a completion would ask for an image
+    ).save_pretrained(output)
     processor.save_pretrained(output)
     return notes
 
@@ -205,15 +199,6 @@ def _config(
     return config
 
 
-def _generation_config(config: LlavaConfig, processor: LlavaProcessor) -> GenerationConfig:
-    return GenerationConfig(
-        bos_token_id=processor.tokenizer.bos_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        suppress_tokens=[config.image_token_id],  # an image token in an answer would ask for an image
-    )
-
-
 def _hub_name(name: str) -> str:
     prefix = next(prefix for prefix in _HUB_PREFIXES if name.startswith(prefix))
     return _HUB_PREFIXES[prefix] + name.removeprefix(prefix).removeprefix("vision_model.")
@@ -261,40 +246,18 @@ def _clip_weights(vision: VisionSource, expected: dict[str, tuple[int, ...]]) ->
             yield name, tensor
 
 
-def _write_shards(parts: list[Tensors], output: Path, expected: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Write safetensors files of limited size and their index; raise if a weight is missing, unknown or misshapen."""
-    remaining, weight_map, total = dict(expected), {}, 0
-    pending: dict[str, torch.Tensor] = {}
-    files: list[Path] = []
-
-    def flush() -> None:
-        files.append(output / f"part-{len(files)}.safetensors")
-        save_file(pending, files[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(pending, len(files) - 1))
-        pending.clear()
-
-    for part in parts:
-        for name, tensor in part:
-            if remaining.pop(name, None) != tuple(tensor.shape):
-                raise InputError(
-                    f"{folder}: the weight {name} has the shape {tuple(tensor.shape)}, but its config.json makes it "
-                    f"{expected.get(name, 'no part of the model')}"
-                )
-            if pending and sum(map(_size, pending.values())) + _size(tensor) > SHARD_BYTES:
-                flush()
-            pending[name] = tensor.contiguous()
-            total += _size(tensor)
-    flush()
-    if remaining:
-        raise InputError(f"{folder} lacks {len(remaining)} weights of its model, first {min(remaining)}")
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-        index = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
-        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file, name in zip(files, names, strict=True):
-        file.rename(output / name)
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _checked(parts: list[Tensors], expected: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors by name, mapped from their files; a weight that is missing, unknown or misshapen is an error."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in chain(*parts):
+        if name in tensors or expected.get(name) != tuple(tensor.shape):
+            found = "comes twice" if name in tensors else f"has the shape {tuple(tensor.shape)}"
+            raise InputError(
+                f"{folder}: the weight {name} {found}, but its config.json makes it "
+                f"{expected.get(name, 'no part of the model')}"
+            )
+        tensors[name] = tensor
+    missing = expected.keys() - tensors
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} weights of its model, first {min(missing)}")
+    return tensors

@@ -37,18 +37,7 @@ _UNUSED_BYTE = "<0xFF>"
 
 
 def load_sentencepiece(file: str | Path) -> "SentencePieceProcessor":
-    """Open a `tokenizer.model`.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The sentencepiece model.
-
-    Raises:
-        ImportError: If sentencepiece is not installed.
-        ValueError: If the file is something else.
-    """
+    """Open a `tokenizer.model`."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
@@ -62,17 +51,7 @@ def load_sentencepiece(file: str | Path) -> "SentencePieceProcessor":
 
 
 def load_paper_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Build the fast tokenizer of a checkpoint.
-
-    Args:
-        folder: It holds `tokenizer.model` and tokenizer_config.json, and added_tokens.json where there are any.
-
-    Returns:
-        The tokenizer, as `paper_tokenizer` makes it.
-
-    Raises:
-        ValueError: If there is no `tokenizer.model`.
-    """
+    """The fast tokenizer of a checkpoint's folder, which holds `tokenizer.model` and tokenizer_config.json."""
     folder = Path(folder)
     if not (folder / "tokenizer.model").is_file():
         raise InputError(f"{folder} has no tokenizer.model, which defines the ids its model was trained with")
@@ -86,14 +65,7 @@ def load_paper_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def is_legacy(folder: Path) -> bool:
-    """The flag of a checkpoint's tokenizer; transformers took a missing one for true.
-
-    Args:
-        folder: The checkpoint.
-
-    Returns:
-        The flag.
-    """
+    """The flag of a checkpoint's tokenizer; transformers took a missing one for true."""
     return bool(_read(folder / "tokenizer_config.json").get("legacy", True))
 
 
@@ -104,19 +76,9 @@ def _read(file: Path) -> dict[str, Any]:
 def paper_tokenizer(
     file: str | Path, *, legacy: bool = True, added_tokens: dict[str, int] | None = None, max_length: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """Build the fast tokenizer of a `tokenizer.model`.
+    """The fast tokenizer of a `tokenizer.model`, with `<image>`, and `<unk>` as pad token as in the paper.
 
-    Args:
-        file: The sentencepiece model.
-        legacy: The flag of tokenizer_config.json; transformers took a missing one for true.
-        added_tokens: Tokens that the checkpoint has beside the model's pieces (its added_tokens.json).
-        max_length: The longest sequence the model was made for.
-
-    Returns:
-        The tokenizer; its pad token is `<unk>`, as in the paper, and it has `<image>`.
-
-    Raises:
-        ValueError: If the pieces are not those of a LLaMA tokenizer, or the ids would differ from the original's.
+    `added_tokens` are those that the checkpoint has beside the model's pieces (its added_tokens.json).
     """
     source = load_sentencepiece(file)
     pieces = {source.id_to_piece(i): i for i in range(source.get_piece_size())}
@@ -174,13 +136,7 @@ def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]], legacy: 
 def original_ids(source: "SentencePieceProcessor", text: str, legacy: bool) -> list[int]:
     """Ids of a prompt as the original computes them: LLaVA's splitting, and the slow LLaMA tokenizer in each part.
 
-    Args:
-        source: The sentencepiece model.
-        text: The prompt, each image being one `<image>`.
-        legacy: The tokenizer's flag.
-
-    Returns:
-        The ids; an image is -200, as there.
+    An image, `<image>` in the prompt, is -200 as there.
     """
     ids = [source.bos_id()]
     for number, part in enumerate(text.split(IMAGE_TOKEN)):
@@ -198,16 +154,7 @@ def original_ids(source: "SentencePieceProcessor", text: str, legacy: bool) -> l
 
 
 def check_ids(tokenizer: PreTrainedTokenizerFast, source: "SentencePieceProcessor", legacy: bool) -> None:
-    """Compare a fast tokenizer with sentencepiece on what prompts are made of.
-
-    Args:
-        tokenizer: The fast tokenizer.
-        source: The sentencepiece model.
-        legacy: The tokenizer's flag.
-
-    Raises:
-        ValueError: If a text gets other ids; it is named with both.
-    """
+    """Compare a fast tokenizer with sentencepiece on what prompts are made of; other ids are an error."""
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     for text in _PROBES:
         if "</s>USER" in text and reads_later_turns_as_unknown(source, legacy):
@@ -224,17 +171,10 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, source: "SentencePieceProcesso
 
 
 def reads_later_turns_as_unknown(source: "SentencePieceProcessor", legacy: bool) -> bool:
-    """Whether the original gives `<unk>` for the `USER` of every turn but the first.
+    """Whether the original gives `<unk>` for the `USER` of every turn but the first, which the fast tokenizer spells.
 
     Without `legacy` it takes the word-start mark off the first piece behind `</s>`, and looks up what is left. LLaMA's
     own vocabulary has it.
-
-    Args:
-        source: The sentencepiece model.
-        legacy: The tokenizer's flag.
-
-    Returns:
-        `True` if what is left is no piece; the fast tokenizer then spells the word.
     """
     first = source.encode("USER:", out_type=str)[0].removeprefix(MARK)
     return not legacy and bool(first) and source.piece_to_id(first) == source.unk_id()
