@@ -12,7 +12,7 @@ from trl import ModelConfig, ScriptArguments
 
 from trl_llava.hub.names import split_fields
 
-# TRL's own use of names that transformers has renamed; nothing a user could change in a recipe silences it.
+# TRL's configs and PEFT use names that transformers 5.24 has renamed; nothing in a recipe would silence it.
 warnings.filterwarnings(
     "ignore", message="`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated", category=FutureWarning
 )
