@@ -160,7 +160,7 @@ def test_braces_in_captions_are_text(vicuna):
 
 @pytest.mark.parametrize("captions", [None, []])
 def test_missing_captions_are_an_error(captions):
-    with pytest.raises(ValueError, match="wants captions and there are none"):
+    with pytest.raises(ValueError, match="needs captions and there are none"):
         judging_messages([user("What?"), assistant("That.")], captions, JudgingPrompt())
 
 

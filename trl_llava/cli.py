@@ -74,16 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def launch_stage(stage: str, words: Sequence[str]) -> int:
     """Checks the recipe, then starts the stage with `accelerate launch`, as `trl` does.
 
-    Args:
-        stage: One of `STAGES`.
-        words: Recipe, overrides and launch options.
-
-    Returns:
-        0; 1 if one of several processes failed (a single one that fails ends this process, with 1 too); 128 + signal
-            after SIGTERM or Ctrl-C, once the processes have saved.
-
-    Raises:
-        RecipeError: If the recipe or an option cannot be used.
+    Returns 0; 1 if one of several processes failed (a single one that fails ends this process, with 1 too); 128 +
+    signal after SIGTERM or Ctrl-C, once the processes have saved.
     """
     from trl_llava.configs.recipe import make_parser
 

@@ -9,7 +9,7 @@ class ExplainedError(Exception):
     """An error whose message says what was expected, what was found, and what to do.
 
     Attributes:
-        exit_status: With what an entry point ends: 1, or 2 if the recipe or command line cannot be used.
+        exit_status: That of the entry point: 1, or 2 if the recipe or command line cannot be used.
     """
 
     exit_status = 1
@@ -19,17 +19,7 @@ class ExplainedError(Exception):
 
 
 def own_words(kind: type[Exception], message: str) -> str:
-    """Find an error's message in what torch makes of it.
-
-    A `DataLoader` raises what its worker process raised anew, from nothing but the text of the worker's traceback.
-
-    Args:
-        kind: The class of the error.
-        message: What the error holds.
-
-    Returns:
-        The message that the worker's error had; any other message as it is.
-    """
+    """An error's own message, also where a `DataLoader` has raised it anew from the text of its worker's traceback."""
     last_line = f"\n{kind.__module__}.{kind.__qualname__}: "
     if message.startswith(f"Caught {kind.__name__} in DataLoader worker process") and last_line in message:
         return message.rpartition(last_line)[2].rstrip()

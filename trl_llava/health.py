@@ -11,19 +11,11 @@ from trl_llava.errors import ExplainedError
 
 
 class UnhealthyRunError(ExplainedError, RuntimeError):
-    """A run that must not go on: the message says what was seen, what was expected and what to look at."""
+    """A run that must not go on: the message says what was found, what was expected and what to check."""
 
 
 def check_first_step_kl(kl: float, tolerance: float) -> None:
-    """Before the first update, policy and reference are the same model, so their KL must be 0.
-
-    Args:
-        kl: mean KL per response, in nats.
-        tolerance: largest absolute value that rounding explains.
-
-    Raises:
-        UnhealthyRunError: if it is larger.
-    """
+    """Before the first update, policy and reference are the same model: the mean KL in nats per response must be 0."""
     if not abs(kl) <= tolerance:
         raise UnhealthyRunError(
             f"objective/kl is {kl:.3g} at the first step, expected 0 (within first_step_kl_tolerance={tolerance:g}): "
@@ -37,14 +29,8 @@ def check_first_step_kl(kl: float, tolerance: float) -> None:
 def check_first_step_ratio(ratio: torch.Tensor, mask: torch.Tensor, tolerance: float) -> None:
     """In the first micro-batch of the first update nothing has moved, so every probability ratio must be 1.
 
-    Args:
-        ratio: (B, R) new over old probability.
-        mask: (B, R) bool, `True` at real tokens.
-        tolerance: largest mean distance from 1 that rounding explains; in 16 bit a single token may be far off, as
-            another number of rows makes another order of sums.
-
-    Raises:
-        UnhealthyRunError: if the mean distance is larger.
+    `ratio` (B, R) is new over old probability, `mask` (B, R) bool is `True` at real tokens. The mean distance from 1
+    counts: in 16 bit a single token may be far off, as another number of rows makes another order of sums.
     """
     distance = (ratio - 1).abs()[mask].mean().item()
     if not distance <= tolerance:
@@ -57,17 +43,7 @@ def check_first_step_ratio(ratio: torch.Tensor, mask: torch.Tensor, tolerance: f
 
 
 def check_finite(name: str, value: torch.Tensor | float, step: int, reached_weights: bool = False) -> None:
-    """Stop as soon as a number is not finite, where possible before it reaches the weights.
-
-    Args:
-        name: what the value is, as the user knows it ("loss", "gradient norm", the name of a reward function).
-        value: the numbers.
-        step: the PPO step, counted from 1.
-        reached_weights: `True` if the weights may already hold it.
-
-    Raises:
-        UnhealthyRunError: if any is NaN or infinite.
-    """
+    """Stops as soon as a number is not finite, where possible before it reaches the weights; steps count from 1."""
     finite = bool(torch.isfinite(value).all()) if isinstance(value, torch.Tensor) else math.isfinite(value)
     if not finite:
         where = ""
@@ -87,23 +63,13 @@ class FiniteSteps(Trainer):
     """
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Upstream's step, and the check of its loss.
-
-        Args:
-            model: the model.
-            inputs: a batch.
-            *args: passed on.
-            **kwargs: passed on.
-
-        Returns:
-            The loss.
-        """
+        """Upstream's step, and the check of its loss."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         check_finite("loss", loss, self.state.global_step + 1)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
-        # Upstream asks once per optimizer step, before it, also where nothing is clipped.
+        # Upstream calls this once per optimizer step, before it, also where nothing is clipped.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # The scaler of fp16 looks for the scale by overflowing, and leaves those steps out by itself.
         if norm is not None and self.accelerator.scaler is None:

@@ -80,7 +80,7 @@ CAPTION_LINE = "  - {caption}\n"
 
 @dataclass(frozen=True)
 class JudgingPrompt:
-    """What a reward model reads after the answer that it judges; it travels with the model's checkpoint.
+    """What a reward model reads after the completion that it judges; it travels with the model's checkpoint.
 
     Args:
         instruction: Text of the judging turn. `{factual_prompt}` marks the place of the captions; without captions the
@@ -111,7 +111,7 @@ class JudgingPrompt:
             raise InputError(f"JudgingPrompt.caption_line has no {CAPTION_PLACEHOLDER}: found {self.caption_line!r}.")
 
     def text(self, captions: Sequence[str]) -> str:
-        """Fill the instruction with captions, in the order given; an empty sequence gives the plain variant."""
+        """Fills the instruction with captions, in the order given; an empty sequence gives the plain variant."""
         if not captions:
             plain = self.instruction.replace(f" {FACTUAL_PLACEHOLDER}", "")
             return plain.replace(FACTUAL_PLACEHOLDER, "")
@@ -119,22 +119,12 @@ class JudgingPrompt:
         return self.instruction.replace(FACTUAL_PLACEHOLDER, self.factual_header + "".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
+        """The fields as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "JudgingPrompt":
-        """Build a prompt from `to_dict`.
-
-        Args:
-            values: Fields by name; those left out keep the paper's default.
-
-        Returns:
-            The prompt.
-
-        Raises:
-            ValueError: If there is a field this version does not know: scores under another prompt would be wrong.
-        """
+        """The prompt of `to_dict`; fields left out are the paper's, unknown ones an error: scores would be wrong."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise InputError(
@@ -147,14 +137,14 @@ class JudgingPrompt:
 def judging_messages(
     conversation: Sequence[Message], captions: Sequence[str] | None, prompt: JudgingPrompt, *, key: str | None = None
 ) -> list[Message]:
-    """Append the judging turn and the beginning of the judgement to a conversation that ends with an answer.
+    """Appends the judging turn and the beginning of the judgement to a conversation that ends with a completion.
 
     Render the result with `continue_final_message=True` and `judging_turn=True`.
 
     Args:
-        conversation: Messages; the last one is the candidate answer.
+        conversation: Messages; the last one is the completion to judge.
         captions: What is known about the image. Their order does not matter: they are sorted, then shuffled by a
-            generator of their own, so both candidates of a pair are read under one order that repeats.
+            generator of their own, so both completions of a pair are read under one order that repeats.
         prompt: The judging prompt.
         key: What seeds the order, beside `prompt.seed`; by default the user's turns and the captions.
 
@@ -162,28 +152,28 @@ def judging_messages(
         The conversation, a user message with the instruction, and an unfinished assistant message.
 
     Raises:
-        ValueError: If the conversation does not end with an answer, or captions are wanted and there are none.
+        ValueError: If the conversation does not end with a completion, or captions are wanted and there are none.
 
     Example:
-        >>> answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+        >>> completion = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
         >>> question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-        >>> judged = judging_messages([question, answer], ["A cat sleeps."], JudgingPrompt())
+        >>> judged = judging_messages([question, completion], ["A cat sleeps."], JudgingPrompt())
         >>> [message["role"] for message in judged]
         ['user', 'assistant', 'user', 'assistant']
     """
     if not conversation or conversation[-1]["role"] != "assistant":
-        raise InputError("The conversation to judge does not end with an assistant message: there is no answer.")
+        raise InputError("The conversation to judge does not end with an assistant message: there is no completion.")
     ordered: list[str] = []
     if prompt.with_captions:
         if not captions:
             raise InputError(
-                "The judging prompt wants captions and there are none. Give `captions`, or use a reward model trained "
+                "The judging prompt needs captions and there are none. Give `captions`, or use a reward model trained "
                 "with with_captions=False."
             )
         ordered = sorted(captions)
         if key is None:
-            asked = [message_text(message) for message in conversation if message["role"] == "user"]
-            key = "\n".join([*asked, *ordered])
+            questions = [message_text(message) for message in conversation if message["role"] == "user"]
+            key = "\n".join([*questions, *ordered])
         random.Random(f"{prompt.seed}\n{key}").shuffle(ordered)
     return [
         *conversation,
@@ -193,7 +183,7 @@ def judging_messages(
 
 
 def message_text(message: Message) -> str:
-    """Return the text of a message, its text parts joined."""
+    """The text of a message, its text parts joined."""
     content = message["content"]
     if isinstance(content, str):
         return content
@@ -208,15 +198,15 @@ def render(
     continue_final_message: bool = False,
     judging_turn: bool = False,
 ) -> str:
-    """Turn messages into text with the processor's own chat template; each image is one image token.
+    """Turns messages into text with the processor's own chat template; each image is one image token.
 
     Args:
         processor: A processor, or the tokenizer of a text-only model (it gets each message's text as a string).
         messages: The conversation.
         add_generation_prompt: End with what opens an assistant turn.
         continue_final_message: Leave the last message open: end with its last character.
-        judging_turn: Tell the template that the last user turn is a judging turn. Only templates that know the
-            variable (`VICUNA_V1_CHAT_TEMPLATE`) act on it.
+        judging_turn: The last user turn is a judging turn; only templates that know this variable
+            (`VICUNA_V1_CHAT_TEMPLATE`) act on it.
 
     Returns:
         The text, image tokens not yet multiplied.

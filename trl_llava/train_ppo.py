@@ -3,7 +3,7 @@
 In:  stage 1's adapter (or a full model), stage 2's reward model or reward functions of your own, and rows with
      `prompt` and `images`, where there are any with `captions`, `answer_type` and `length_multiplier`.
 Out: `output_dir` with the policy's adapter (or model), value_model/, processor, trainer state, recipe.yaml,
-     versions.json, a model card and completions/ (sample answers with their rewards).
+     versions.json, a model card and completions/ (sample completions with their rewards).
 
     accelerate launch -m trl_llava.train_ppo --config recipes/llava-1.5-7b-hf/ppo.yaml [--field value ...]
 """

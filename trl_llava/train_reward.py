@@ -1,4 +1,4 @@
-"""Stage 2: a reward model that reads image, question, answer and the captions of the image.
+"""Stage 2: a reward model that reads prompt, image, completion and the captions of the image.
 
 In:  a base model (or stage 1's adapter on it), and rows with `prompt`, `chosen`, `rejected`, `images` and `captions`.
 Out: `output_dir` with adapter and head (or model), processor, factual_reward.json (the judging prompt, without which

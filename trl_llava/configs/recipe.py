@@ -40,7 +40,6 @@ FIELD_GROUPS = {
     "transformers": "fields of transformers",
 }
 SECRETS = frozenset({"hub_token", "token", "use_auth_token", "push_to_hub_token"})
-_UNIONS = (Union, types.UnionType)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -127,6 +126,7 @@ class RecipeParser(TrlParser):
         for action in self._actions:
             if action.default is None and bool in get_args(self._hints.get(action.dest)):
                 action.nargs, action.const = "?", True  # `--disable_tqdm` alone, like every other flag
+        self.field_names = frozenset(self._hints)
         self._group_fields()
 
     def _group_fields(self) -> None:
@@ -141,11 +141,6 @@ class RecipeParser(TrlParser):
         for action in [action for action in self._optionals._group_actions if action.dest in self._hints]:
             self._optionals._group_actions.remove(action)
             groups[origins[action.dest]]._group_actions.append(action)
-
-    @property
-    def field_names(self) -> frozenset[str]:
-        """The keys that a recipe of this stage may have."""
-        return frozenset(self._hints)
 
     def parse(self, args: Sequence[str]) -> ParsedRecipe:
         """Reads `--config FILE` and the overrides, into the dataclasses and the `Recipe`."""
@@ -261,14 +256,17 @@ def _build(kind: Any, values: dict[str, Any], source: str) -> Any:
         raise RecipeError(f"{source}: {error}") from error
 
 
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; any other type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
 def _strict(hint: Any, choices: Sequence[Any], default: Any) -> Any:
     """A field's type with the values that it may have, where upstream also allows free text, and None as a default."""
-    parts = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
-    for members in (part for part in parts if isinstance(part, enum.EnumMeta)):
+    for members in (part for part in _parts(hint) if isinstance(part, enum.EnumMeta)):
         choices = [member.value for member in members]  # type: ignore[var-annotated]
-    if choices:
-        hint = Literal[tuple(choices)]
-    return hint | None if default is None or type(None) in parts else hint
+    strict = Literal[tuple(choices)] if choices else hint
+    return strict | None if default is None or type(None) in _parts(hint) else strict
 
 
 def _checked(where: str, value: Any, hint: Any) -> Any:
@@ -283,7 +281,7 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
 
 def _converted(value: Any, hint: Any) -> Any:
     """A YAML value as the command line would give it: 1 as a number, a single value as a list of one."""
-    parts = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    parts = _parts(hint)
     entries = [get_args(part)[0] for part in parts if get_origin(part) is list]
     if type(value) is int and float in parts and int not in parts:
         return float(value)
@@ -298,12 +296,11 @@ def _converted(value: Any, hint: Any) -> Any:
 
 def _name(hint: Any) -> str:
     """A type in the words of a recipe: `float or null`."""
-    if get_origin(hint) in _UNIONS:
-        return " or ".join(map(_name, get_args(hint)))
+    if len(parts := _parts(hint)) > 1:
+        return " or ".join(map(_name, parts))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
-    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-    return "null" if hint is type(None) else name
+    return "null" if hint is type(None) else str(hint) if get_args(hint) else hint.__name__
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,9 @@ class LlavaRewardConfig(RewardConfig):
 
     chat_template_path: str | None = option(None, TEMPLATE_HELP)
     with_captions: bool = option(True, "Show the captions of the image to the reward model in the judging turn.")
-    caption_seed: int = option(0, "Seed of the order of the captions, which is the same for both answers of a pair.")
+    caption_seed: int = option(
+        0, "Seed of the order of the captions, which is the same for both completions of a pair."
+    )
     judging_prompt: dict[str, Any] | str | None = option(
         None,
         "Texts of the judging turn: a mapping with any of instruction, answer_prefix, factual_header, caption_line. "
@@ -41,7 +43,7 @@ class LlavaRewardConfig(RewardConfig):
     overlong: Overlong = option("error", OVERLONG_HELP)
     share_prefix: bool = option(
         True,
-        "Run what both answers of a pair have in common (image and question) once. Where the model's attention takes "
+        "Run what both completions of a pair share (image and prompt) once. Where the model's attention takes "
         "no mask of packed rows (all but sdpa, eager and flex), both run whole, which is logged.",
     )
     reward_centering: Literal["trl", "paper", "none"] = option(

@@ -19,7 +19,7 @@ from trl_llava.configs.stages import (
 
 @dataclass
 class LlavaSFTConfig(SFTConfig):
-    """TRL's SFT config with labels on the answers of all turns by default.
+    """TRL's SFT config, with labels on all assistant messages by default.
 
     Raises:
         ValueError: If a field is set that cannot work with images.
@@ -27,8 +27,8 @@ class LlavaSFTConfig(SFTConfig):
 
     assistant_only_loss: bool = option(
         True,
-        "Compute the loss on the assistant's answers of all turns and their end-of-turn tokens. If False, "
-        "`completion_only_loss` decides: the last answer (True or None) or the whole text (False).",
+        "Compute the loss on all assistant messages and their end-of-turn tokens. If False, `completion_only_loss` "
+        "decides: the last one (True or None) or the whole text (False).",
     )
     chat_template_path: str | None = option(None, TEMPLATE_HELP)
     overlong: Overlong = option("error", OVERLONG_HELP)
@@ -52,13 +52,10 @@ class LlavaSFTConfig(SFTConfig):
 
     @property
     def labels_on(self) -> Literal["answers", "completion", "all"]:
-        """Which tokens carry labels, as `SFTCollator` calls them.
+        """Which tokens carry labels: "answers" (all assistant messages), "completion" (the last one) or "all".
 
-        `assistant_only_loss` and `completion_only_loss` together mean the answers inside the completion, and the
-        completion is one answer.
-
-        Returns:
-            "answers" (all turns), "completion" (the last answer) or "all".
+        `assistant_only_loss` and `completion_only_loss` together mean the assistant messages inside the completion,
+        which is one.
         """
         if self.assistant_only_loss and not self.completion_only_loss:
             return "answers"

@@ -25,33 +25,17 @@ OVERLONG_HELP = (
 )
 TEMPLATE_HELP = (
     "Chat template instead of the saved one, saved with the processor: 'vicuna_v1' (LLaVA-1.5's, with an </s> after "
-    "each answer), a .jinja file, or Hub ID or folder of a model."
+    "each assistant message), a .jinja file, or Hub ID or folder of a model."
 )
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field that a recipe can set.
-
-    Args:
-        default: Its default.
-        text: What `--help` says about it.
-
-    Returns:
-        The field; typed `Any` so that the annotation of the field holds.
-    """
+    """A dataclass field with its text for `--help`; typed `Any`, so that the annotation of the field holds."""
     return field(default=default, metadata={"help": text})
 
 
 def refuse(config: Any, neutral: dict[str, tuple[Any, str]]) -> None:
-    """Raises for the first field that is not at the only value that works.
-
-    Args:
-        config: A config object.
-        neutral: Field name -> (the only value that works, why).
-
-    Raises:
-        ValueError: If a field has another value.
-    """
+    """Raises for the first field that is not at the only value that works; `neutral` is field -> (that value, why)."""
     for name, (value, reason) in neutral.items():
         found = getattr(config, name)
         if found != value:
@@ -59,15 +43,7 @@ def refuse(config: Any, neutral: dict[str, tuple[Any, str]]) -> None:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raises for the first of these fields that is set and not above zero.
-
-    Args:
-        config: A config object.
-        *names: Names of number fields; None and words such as 'auto' pass.
-
-    Raises:
-        ValueError: If a field is zero or negative.
-    """
+    """Raises for the first of these fields that is a number and not above zero; None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, int | float) and value <= 0:
@@ -75,25 +51,18 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def keep_heads(config: Any) -> None:
-    """Keep liger's kernels out of a model's head and loss, where a stage computes them itself.
-
-    Args:
-        config: A config object; with `use_liger_kernel`, its `liger_kernel_config` says so from now on.
-
-    Raises:
-        ValueError: If `liger_kernel_config` asks for such a kernel.
-    """
+    """Keeps liger's kernels out of a model's head and loss, which a stage computes itself."""
     if not config.use_liger_kernel:
         return
-    asked = config.liger_kernel_config or {}
+    kernels = config.liger_kernel_config or {}
     for name in ("fused_linear_cross_entropy", "cross_entropy"):
-        if asked.get(name):
+        if kernels.get(name):
             raise ValueError(
                 f"`liger_kernel_config: {{{name}: true}}` replaces the model's head or loss, which this stage "
                 "computes itself: leave it out."
             )
-        asked = {**asked, name: False}
-    config.liger_kernel_config = asked
+        kernels = {**kernels, name: False}
+    config.liger_kernel_config = kernels
 
 
 ROWS_ARE_OURS = {
@@ -118,7 +87,7 @@ class LlavaScriptArguments(ScriptArguments):
         None, "JSON file {image name: [captions]} whose captions are joined to the rows by image name."
     )
     max_image_pixels: int = option(
-        89_478_485, "A picture of more pixels is a row that cannot be used: it may be a decompression bomb."
+        89_478_485, "An image of more pixels is a row that cannot be used: it may be a decompression bomb."
     )
     follow_image_links: bool = option(
         False, "Allow symbolic links that lead out of `image_folder`; a link in data from elsewhere may lead anywhere."
@@ -128,9 +97,9 @@ class LlavaScriptArguments(ScriptArguments):
     )
     on_damaged_checkpoint: Literal["error", "previous"] = option(
         "error",
-        "When resuming from the last checkpoint and a file of it is missing, cut short or changed: 'error' names it "
-        "and stops, because a kill leaves no such checkpoint, so the disk needs a look; 'previous' says so and goes "
-        "on from the last undamaged one before it.",
+        "When a file of the last checkpoint is missing, cut short or changed at a resume: 'error' names it and stops, "
+        "because a kill leaves no such checkpoint, so the disk needs a check; 'previous' says so and resumes from the "
+        "last undamaged one before it.",
     )
 
     hub_onto_existing: bool = option(
@@ -141,7 +110,7 @@ class LlavaScriptArguments(ScriptArguments):
 
     card_samples: int = option(
         4,
-        "With `push_to_hub`: how many held-out (else training) rows the model card shows, with their pictures. 0 "
+        "With `push_to_hub`: how many held-out (else training) rows the model card shows, with their images. 0 "
         "shows none of the data.",
     )
 
