@@ -48,7 +48,7 @@ def outcome(run: Path, trainer: Any) -> tuple[Any, ...]:
     numbers = [{k: v for k, v in entry.items() if k not in TIMED} for entry in trainer.state.log_history]
     weights = {name: weight.tolist() for name, weight in load_file(run / "adapter_model.safetensors").items()}
     last = sorted(run.glob("completions/*"))[-1:]
-    return numbers, weights, [pd.read_parquet(path).to_dict("list") for path in last]
+    return numbers, weights, [pd.read_parquet(path).to_json(orient="records") for path in last]
 
 
 def check(main: Callable[[list[str]], Any], words: list[str], folder: Path, steps: list[int]) -> None:
