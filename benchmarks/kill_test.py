@@ -162,8 +162,8 @@ class Runs:
             os.dup2(output, 2)
             for method, phase in PHASES.items():
                 if hasattr(TRAINERS[stage], method):
-                    setattr(TRAINERS[stage], method, _told(getattr(TRAINERS[stage], method), phase, writer))
-            output_dir.finish = _told(output_dir.finish, "end", writer)
+                    setattr(TRAINERS[stage], method, _reporting(getattr(TRAINERS[stage], method), phase, writer))
+            output_dir.finish = _reporting(output_dir.finish, "end", writer)
             MAINS[stage](words)
             status = 0
         except BaseException:
@@ -173,8 +173,8 @@ class Runs:
             os._exit(status)
 
 
-def _told(method: Callable[..., Any], phase: str, writer: int) -> Callable[..., Any]:
-    """The method, telling the parent when it begins and ends."""
+def _reporting(method: Callable[..., Any], phase: str, writer: int) -> Callable[..., Any]:
+    """The method, reporting to the parent when it begins and ends."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +189,7 @@ def _told(method: Callable[..., Any], phase: str, writer: int) -> Callable[..., 
 
 
 def _watch(process: int, lines: Any, kill: Moment | None) -> list[Event]:
-    """Read what a process tells until it ends, and kill it when its moment has come."""
+    """Read what a process reports until it ends, and kill it when its moment has come."""
     events: list[Event] = []
     deadline = time.monotonic() + kill.delay if kill is not None and kill.phase == "anywhere" else None
     while True:

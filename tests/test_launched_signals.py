@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C to a launcher reach the processes it has started, which save and say how the run goes on."""
+"""SIGTERM and Ctrl-C to a launcher reach the processes it has started, which save and say how to resume."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from trl_llava.run.manifest import check_manifest
 pytestmark = pytest.mark.xdist_group("launched")
 
 
-def test_ppo_on_two_processes_finishes_its_step_saves_and_goes_on(
+def test_ppo_on_two_processes_finishes_its_step_saves_and_resumes(
     one_process: Path, tiny_llava_dir: Path, tmp_path: Path
 ) -> None:
     """SIGTERM comes in the second of three steps, to the launcher, both processes and their data loaders' workers."""
@@ -26,14 +26,14 @@ def test_ppo_on_two_processes_finishes_its_step_saves_and_goes_on(
     own = ["--reward_funcs", "launched_stages:waiting_to_be_stopped", "--dataloader_num_workers", "1"]
     words = run_words(one_process, tiny_llava_dir, tmp_path, "ppo", 2, *own)
     launch = ["ppo", "--accelerate_config", config, *words]
-    asked = tmp_path / "asked"
+    marker = tmp_path / "marker"
 
     def run(words: list[str]) -> tuple[int, str, str, float]:
-        process = start_python(tmp_path, ["-m", "trl_llava.cli", *words], ASK_TO_STOP=str(asked))
-        teller = threading.Thread(target=tell_all, args=[process, asked])
-        teller.start()
+        process = start_python(tmp_path, ["-m", "trl_llava.cli", *words], ASK_TO_STOP=str(marker))
+        sender = threading.Thread(target=signal_all, args=[process, marker])
+        sender.start()
         end = end_of(process, since="finishing this step")
-        teller.join()
+        sender.join()
         return end
 
     status, printed, errors, seconds = run(launch)
@@ -44,20 +44,20 @@ def test_ppo_on_two_processes_finishes_its_step_saves_and_goes_on(
     check_manifest(tmp_path / "ppo" / "checkpoint-2")
     command = shlex.split(printed[printed.index("Resume with:\n") :].splitlines()[1])
     assert command == ["trl-llava", *launch, "--resume_from_checkpoint"]
-    asked.write_text("sent")
+    marker.write_text("sent")
     status, _, errors, _ = run(command[1:])
     assert status == 0, errors[-3000:]
     assert_same_logs(tmp_path / "ppo", one_process / "one" / "ppo", NOT_RESUMED)
 
 
-def tell_all(run: subprocess.Popen[str], asked: Path) -> None:
-    """Send SIGTERM to every process of a run once it has asked for it."""
+def signal_all(run: subprocess.Popen[str], marker: Path) -> None:
+    """Send SIGTERM to every process of a run once it has marker for it."""
     while run.poll() is None:
-        if asked.exists() and asked.read_text() == "now":
+        if marker.exists() and marker.read_text() == "now":
             launcher = psutil.Process(run.pid)
             for process in [*launcher.children(recursive=True), launcher]:
                 process.send_signal(signal.SIGTERM)
-            asked.write_text("sent")
+            marker.write_text("sent")
             return
         time.sleep(0.1)
 
@@ -67,7 +67,7 @@ def tell_all(run: subprocess.Popen[str], asked: Path) -> None:
     ("processes", "name", "workers"),
     [(1, "SIGTERM", 0), (2, "SIGTERM", 0), (2, "SIGINT", 0), (2, "SIGTERM", 1), (2, "SIGINT", 1)],
 )
-def test_a_launched_run_saves_and_goes_on(
+def test_a_launched_run_saves_and_resumes(
     one_process: Path, tiny_llava_dir: Path, tmp_path: Path, processes: int, name: str, workers: int
 ) -> None:
     """The signal goes to the launcher alone, or, where there are workers of data loaders, to every process."""

@@ -1,4 +1,4 @@
-"""Which checkpoint how many processes can go on from."""
+"""Which checkpoints another number of processes can resume from."""
 
 import json
 from pathlib import Path

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trl_llava import train_dpo, train_grpo, train_rloo
 from trl_llava.errors import InputError
-from trl_llava.run import generation_buffer
+from trl_llava.run.manifest import write_manifest
 
 TIMED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
 WORDS = [
@@ -79,16 +79,14 @@ def test_within_and_between_generations(
 
 
 def test_completions_of_other_processes_are_missed(
-    rows: Callable[[str], list[str]], tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+    rows: Callable[[str], list[str]], tmp_path: Path, caplog: Any
 ) -> None:
     words = [*rows("prompts"), *ONLINE]
     train_grpo.main([*words, "--output_dir", f"{tmp_path}/run"])
-    monkeypatch.setattr(
-        generation_buffer.ResumableGenerations, "_file", lambda self, folder: folder / "generation_0_of_2.pt"
-    )
-    train_grpo.main(
-        [*words, "--output_dir", f"{tmp_path}/more", "--resume_from_checkpoint", f"{tmp_path}/run/checkpoint-6"]
-    )
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    (checkpoint / "generation_0_of_1.pt").rename(checkpoint / "generation_0_of_2.pt")
+    write_manifest(checkpoint)
+    train_grpo.main([*words, "--output_dir", f"{tmp_path}/more", "--resume_from_checkpoint", str(checkpoint)])
     assert "saved between two generations by another number of processes" in caplog.text
 
 

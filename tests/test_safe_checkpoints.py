@@ -1,4 +1,4 @@
-"""A training that is told to stop saves and goes on exactly; a full disk costs no checkpoint."""
+"""A training that a signal stops saves and resumes exactly; a full disk costs no checkpoint."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ STEPS = {"sft": 4, "reward": 4, "ppo": 3}
 
 
 class At(TrainerCallback):
-    """Does something when a step begins (SFT and reward) or its rewards are asked for (PPO)."""
+    """Does something when a step begins (SFT and reward) or its completions are scored (PPO)."""
 
     def __init__(self, step: int, action: Callable[[], None]) -> None:
         self.left, self.action = step, action
@@ -66,7 +66,7 @@ def same(first: Trainer, second: Trainer) -> bool:
 
 
 @pytest.mark.parametrize(("stage", "name"), [("sft", "SIGTERM"), ("reward", "SIGINT"), ("ppo", "SIGTERM")])
-def test_a_signal_ends_the_run_after_the_step_and_it_goes_on_exactly(
+def test_a_signal_ends_the_run_after_the_step_and_it_resumes_exactly(
     tiny_llava_dir: Path, tmp_path: Path, capfd: Any, stage: str, name: str
 ) -> None:
     number = signal.Signals[name]
@@ -74,7 +74,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_goes_on_exactly(
     whole = build(stage, tiny_llava_dir, tmp_path / "whole")
     whole.train()
     at = At(2, lambda: os.kill(os.getpid(), number))
-    stopped = build(stage, tiny_llava_dir, tmp_path / "run", at, save_only_model=True)  # it shall go on all the same
+    stopped = build(stage, tiny_llava_dir, tmp_path / "run", at, save_only_model=True)  # resumable all the same
     with pytest.raises(Stopped) as raised:
         stopped.train()
     assert raised.value.code == 128 + number and signal.getsignal(number) == before
@@ -243,7 +243,7 @@ def test_a_limit_of_one_keeps_the_last_good_one_behind_a_damaged_one(
     check_manifest(tmp_path / "run" / f"checkpoint-{STEPS[stage]}")
 
 
-def test_transformers_own_answer_to_sigterm_is_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:
+def test_transformers_own_handling_of_sigterm_is_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         trainer = build("sft", tiny_llava_dir, tmp_path, enable_jit_checkpoint=True)

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -66,15 +66,26 @@ def start_all_processes(options: argparse.Namespace) -> None:
 
 
 @contextmanager
+def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handler` take SIGTERM and Ctrl-C in the block, if Python allows it: only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
+
+
+@contextmanager
 def signals_passed_on() -> Iterator[list[int]]:
     """Pass SIGTERM and Ctrl-C to the child processes and wait until they have saved; yields the signals received.
 
     `accelerate launch` itself leaves its one process behind when it is terminated, and kills several after 30 seconds.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
@@ -87,12 +98,8 @@ def signals_passed_on() -> Iterator[list[int]]:
             if name.startswith("torch.distributed.elastic"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signals_handled(pass_on):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def launched_by_accelerate() -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_llava.errors import InputError
@@ -57,23 +57,17 @@ class _AtStepEnds(TrainerCallback):
     stop: StopSignals
     checkpoint: str | None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.loop_started = time.time()
         if self.checkpoint is not None and hasattr(self.trainer, "_tr_loss"):
             self.trainer._restore_loop(Path(self.checkpoint))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.stop.agree():
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.stop.agreed:  # the epoch has not ended: what is due at its end would be logged at the wrong step
             control.should_save = control.should_evaluate = control.should_log = False
         return control

@@ -11,9 +11,8 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from trl_llava.run.launch import launched_by_accelerate
+from trl_llava.run.launch import launched_by_accelerate, signals_handled
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ONE_PRESS = 1.0
 """Seconds within which a second SIGINT is the same press: the terminal and the launcher both pass it on."""
 
@@ -42,17 +41,9 @@ class StopSignals:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Handle the signals in the block, where Python allows it: in the main thread."""
-        if threading.current_thread() is not threading.main_thread():
+        """Remember the signals that come in the block."""
+        with signals_handled(self._note), workers_shielded():
             yield
-            return
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        try:
-            with workers_shielded():
-                yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def agree(self) -> bool:
         """Whether any process has got a signal: the same on all of them, which call this at the end of a step."""
