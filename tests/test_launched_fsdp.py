@@ -16,7 +16,7 @@ from stage_runs import BACKENDS, CONFIGS, NOT_COMPARED, NOT_RESUMED, assert_same
 from transformers import AutoModelForImageTextToText
 
 from trl_llava.errors import InputError
-from trl_llava.models.fsdp_layers import layer_names, shard_by_layers
+from trl_llava.models.sharded_weights import layer_names, shard_by_layers
 
 pytestmark = pytest.mark.xdist_group("launched")
 

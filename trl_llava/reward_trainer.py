@@ -15,9 +15,9 @@ from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.health import FiniteSteps
 from trl_llava.models.base_model import base_of
 from trl_llava.models.blank_image import encode_on_every_process
-from trl_llava.models.fsdp_layers import shard_by_layers
 from trl_llava.models.gpu_kernels import check_liger_knows
 from trl_llava.models.sequence_classification import ImageTextForSequenceClassification
+from trl_llava.models.sharded_weights import shard_by_layers
 from trl_llava.models.shared_prefix import why_not
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.publish.trainer import PushesSafely

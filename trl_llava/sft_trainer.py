@@ -13,8 +13,8 @@ from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
 from trl_llava.health import FiniteSteps
 from trl_llava.models.blank_image import encode_on_every_process
-from trl_llava.models.fsdp_layers import shard_by_layers
 from trl_llava.models.gpu_kernels import check_liger_knows
+from trl_llava.models.sharded_weights import shard_by_layers
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.run.safe_checkpoints import SafeCheckpoints
 

@@ -26,8 +26,8 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
     """A score-head model that is an adapter on another model's base: what it computes, without a base of its own.
 
     It takes the place of a `...ForSequenceClassification`: `model` is the headless model, `score` the head, and
-    calling it gives scores. Its host's parameters are not its own: `parameters()`, `state_dict()` and `to()` reach the
-    head at most.
+    calling it gives scores. Its host's parameters are not its own: `parameters()` and `state_dict()` hold the head at
+    most.
     """
 
     def __init__(
@@ -75,6 +75,12 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         """The host's token embeddings."""
         return self.base.get_input_embeddings()
+
+    def to(self, *args: Any, **kwargs: Any) -> "AdapterRole":
+        """Move host and head."""
+        if not getattr(self.base, "is_quantized", False):  # a quantised one is placed on loading
+            self.host.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
 
     def weights(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """The weights of adapter and head, named as in an adapter's file.

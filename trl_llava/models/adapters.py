@@ -24,22 +24,11 @@ logger = logging.getLogger(__name__)
 def lora_config(
     model_args: LlavaModelConfig, model: nn.Module, *, task: Literal["CAUSAL_LM", "SEQ_CLS"]
 ) -> LoraConfig | None:
-    """The LoRA configuration for a model, by default on every linear layer of its language model.
+    """The LoRA configuration for a model, by default on every linear layer of its language model; None without LoRA.
 
     `lora_target_modules` may hold names (`[q_proj, v_proj]`), which mean layers of the language model: the tower has a
-    `q_proj` too. A regular expression is taken as it is.
-
-    Args:
-        model_args: TRL's `lora_*` fields; `use_peft`; a projector or tower that is not frozen is trained whole, beside
-            the adapter.
-        model: The model that the adapter will be put on.
-        task: SEQ_CLS for models with a score head, which then is trained and saved with the adapter.
-
-    Returns:
-        The configuration, or None without `use_peft`.
-
-    Raises:
-        ValueError: If the targets match nothing, or match a frozen vision tower or projector.
+    `q_proj` too. A regular expression is taken as it is. A projector or tower that is not frozen is trained whole,
+    beside the adapter; with task SEQ_CLS so is the score head.
     """
     config = get_peft_config(model_args)
     if config is None:
@@ -76,25 +65,10 @@ def load_adapter(
     is_trainable: bool,
     revision: str | None = None,
 ) -> PeftModel:
-    """Put a trained adapter on a model, with every weight accounted for.
+    """Put a trained adapter on a base model, or one more on a PEFT model; every weight must have its place.
 
     The first adapter of a model becomes the active one. What is trainable in adapters that are there already, and
     whether the model is in train mode, stays as it was.
-
-    Args:
-        model: The base model, or a PEFT model that gets one more adapter.
-        name: Hub ID or folder with `adapter_config.json`.
-        adapter_name: The name it gets in the model.
-        is_trainable: Whether its weights (and head) get gradients.
-        revision: Branch, tag or commit.
-
-    Returns:
-        The PEFT model; the same object if `model` was one.
-
-    Raises:
-        OSError: If there is no such adapter.
-        ValueError: If it was made for another base, or has no score head where the model has one, or the other way
-            round, or a weight is missing or left over.
     """
     check_there("adapter", name, revision)
     check_safe_adapter(name, revision)
@@ -128,15 +102,7 @@ def load_adapter(
 
 
 def check_safe_adapter(name: str, revision: str | None = None) -> None:
-    """Refuse an adapter whose weights are a pickle.
-
-    Args:
-        name: Hub ID or folder.
-        revision: Branch, tag or commit.
-
-    Raises:
-        InputError: If it has an adapter_model.bin and no adapter_model.safetensors.
-    """
+    """Refuse an adapter that has its weights as a pickle only."""
     safe, pickled = (find_file(name, f"adapter_model.{suffix}", revision) for suffix in ("safetensors", "bin"))
     if safe is None and pickled is not None:
         at = f" --revision {revision}" if revision else ""
@@ -146,22 +112,12 @@ def check_safe_adapter(name: str, revision: str | None = None) -> None:
         )
 
 
-def freeze_as_asked(
+def freeze_as_configured(
     model: PeftModel, name: str, model_args: LlavaModelConfig, adapter_name: str = "default"
 ) -> PeftModel:
-    """Make `freeze_vision_tower` and `freeze_projector` hold for an adapter that goes on being trained.
+    """Apply `freeze_vision_tower` and `freeze_projector` to a trainable adapter; others in the model are left alone.
 
-    Args:
-        model: A PEFT model whose adapter is trainable.
-        name: Hub ID or folder of the adapter, for the message.
-        model_args: The two fields.
-        adapter_name: The adapter's name in the model; others are left alone.
-
-    Returns:
-        The model; a part that the adapter holds and the fields freeze has no gradients any more.
-
-    Raises:
-        InputError: If a part shall be trained that is not in the adapter: only what is in it is trained and saved.
+    A part that shall be trained and is not in the adapter is an error: only what is in it is trained and saved.
     """
     for field, parts in (("freeze_vision_tower", TOWER_NAMES), ("freeze_projector", PROJECTOR_NAMES)):
         there = [(path, parameter) for path, parameter in model.named_parameters() if _within(path, parts)]
@@ -189,14 +145,7 @@ def _check_head(name: str, base: nn.Module, adapter_has_head: bool) -> None:
 
 
 def no_head(name: str) -> InputError:
-    """The error for an adapter that lacks a score head.
-
-    Args:
-        name: Hub ID or folder of the adapter.
-
-    Returns:
-        The error.
-    """
+    """The error for an adapter that lacks a score head."""
     return InputError(
         f"adapter '{name}' has no score head ({HEAD}.weight is not in its weights), so its scores would be random. "
         "Use a trained reward model's adapter; a policy's adapter has none"

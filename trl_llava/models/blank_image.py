@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.errors import ExplainedError
 from trl_llava.models.base_model import base_of
-from trl_llava.models.shared_weights import shares_weights
+from trl_llava.models.sharded_weights import shards_weights
 from trl_llava.models.vision_tower import takes_image_features, trains_vision
 
 
@@ -42,7 +42,7 @@ def encode_on_every_process(
     if accelerator.num_processes == 1 or image_processor is None or not hasattr(backbone, "get_image_features"):
         return False
     in_the_pass = not (encoded_before and takes_image_features(backbone))
-    if not trains_vision(base) and not (shares_weights(accelerator) and in_the_pass):
+    if not trains_vision(base) and not (shards_weights(accelerator) and in_the_pass):
         return False
     blank = image_processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")
     taken = inspect.signature(backbone.get_image_features).parameters

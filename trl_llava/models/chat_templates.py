@@ -14,18 +14,10 @@ VICUNA_V1 = "vicuna_v1"
 
 
 def set_chat_template(processor: ProcessorMixin, source: str, *, trust_remote_code: bool = False) -> None:
-    """Give a processor another chat template; it is saved with the processor, so that later stages have it.
+    """Give a processor, and its tokenizer, another chat template, which is saved with them for later stages.
 
-    Differs from TRL's `chat_template_path` for a model: only its template is taken, no tokens are added.
-
-    Args:
-        processor: The processor; its tokenizer gets the template too, so that both agree once they are saved.
-        source: `vicuna_v1`, a `.jinja` or `.j2` file, or Hub ID or folder of a model.
-        trust_remote_code: Run code that the model's repository brings along.
-
-    Raises:
-        OSError: If there is no such file or model.
-        ValueError: If the model has no chat template.
+    `source` is `vicuna_v1`, a `.jinja` or `.j2` file, or Hub ID or folder of a model. Unlike with TRL's
+    `chat_template_path`, only the model's template is taken, no tokens are added.
     """
     if source == VICUNA_V1:
         template = VICUNA_V1_CHAT_TEMPLATE

@@ -31,7 +31,7 @@ from trl_llava.errors import InputError, MissingPackageError, NotFoundError
 from trl_llava.hub.lookup import check_there, find_file, not_found
 from trl_llava.models.chat_templates import set_chat_template
 from trl_llava.models.quantization import keep_differentiable, quantization_config
-from trl_llava.models.shared_weights import whole
+from trl_llava.models.sharded_weights import whole
 from trl_llava.models.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
 
 HEAD = "score"
@@ -49,10 +49,10 @@ def load_processor(
     """The processor of an image-text model: tokenizer, image processor and chat template.
 
     Args:
-        name: Hub ID or folder, of a model or of what a stage of ours has written.
+        name: Hub ID or folder, of a model or of a stage's output.
         revision: Branch, tag or commit.
         trust_remote_code: Run code that the repository brings along.
-        pad_to_square: Pad pictures to a square as the paper does; None leaves the image processor as it was saved.
+        pad_to_square: Pad images to a square as the paper does; None leaves the image processor as it was saved.
         chat_template_path: Chat template instead of the saved one, as for `chat_templates.set_chat_template`.
         field: The recipe's field that names it, for the message if it is not there.
 
@@ -102,18 +102,18 @@ def load_processor(
 
 
 def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
-    """The image-text model that is trained: SFT's model and the policy of PPO, without any adapter.
-
-    A model that does not exist is an `OSError`, 4 or 8 bit without bitsandbytes an `ImportError`; both say what to do.
+    """The image-text model to train, without any adapter; vision tower and projector are frozen as configured.
 
     Args:
         model_args: `model_name_or_path`, `model_revision`, `dtype`, `attn_implementation`, quantisation,
             `trust_remote_code`, `freeze_vision_tower` and `freeze_projector` are used.
 
     Returns:
-        The model, with its vision tower and projector frozen as configured.
+        The model.
 
     Raises:
+        OSError: If there is no such model.
+        ImportError: If it is to be quantised without bitsandbytes.
         ValueError: If it is not an image-text model, or its checkpoint lacks weights.
     """
     name = model_args.model_name_or_path
@@ -143,9 +143,7 @@ def load_sequence_classifier(
     new_head: bool = True,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A model with a score head: the reward model to train or to score with, or a value model.
-
-    A model that does not exist is an `OSError`, 4 or 8 bit without bitsandbytes an `ImportError`; both say what to do.
+    """A model with a score head of one label; vision tower and projector are frozen as configured.
 
     Args:
         name: Hub ID or folder; a generation checkpoint of the family, or one saved with a head.
@@ -156,9 +154,11 @@ def load_sequence_classifier(
         seed: Seed of the new head.
 
     Returns:
-        The model with one label, with its vision tower and projector frozen as configured.
+        The model.
 
     Raises:
+        OSError: If there is no such model.
+        ImportError: If it is to be quantised without bitsandbytes.
         ValueError: If the family has no score-head model, or the checkpoint lacks weights, or the head with
             `new_head=False`.
     """
@@ -190,21 +190,7 @@ def load_sequence_classifier(
 
 
 def load_config(field: str, name: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration of a model.
-
-    Args:
-        field: The recipe's field that names it, for the message.
-        name: Hub ID or folder.
-        revision: Branch, tag or commit.
-        trust_remote_code: Run code that the repository brings along.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        InputError: If `name` holds an adapter.
-        NotFoundError: If it cannot be read.
-    """
+    """The configuration of a model, not of an adapter; `field` is the recipe's that names it, for the message."""
     name = check_there(field, name, revision)
     folder = Path(name)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -221,7 +207,7 @@ def load_config(field: str, name: str | None, revision: str | None, trust_remote
 
 
 def _refuse_pickles(field: str, name: str, revision: str | None) -> None:
-    """Raise for a model whose weights are only there as pickles; transformers would load them."""
+    """Raise for a model that has its weights as pickles only; transformers would load them."""
 
     def has(*files: str) -> bool:
         return any(find_file(name, file, revision) is not None for file in files)

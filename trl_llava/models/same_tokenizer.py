@@ -1,4 +1,4 @@
-"""Whether a value model reads the policy's token ids as the same tokens."""
+"""Whether a value model has the policy's token ids for the same tokens."""
 
 from transformers import ProcessorMixin
 
@@ -6,16 +6,7 @@ from trl_llava.errors import InputError
 
 
 def check_same_tokenizer(policy_processor: ProcessorMixin, other_processor: ProcessorMixin, other: str) -> None:
-    """Refuse a value model that reads the policy's token IDs as other tokens.
-
-    Args:
-        policy_processor: The policy's processor.
-        other_processor: The processor of the model that is handed the same token IDs.
-        other: What that model is, for the message ("value_model").
-
-    Raises:
-        ValueError: If vocabulary or special tokens differ; the first difference is named.
-    """
+    """Refuse a model that gets the policy's token ids and has other tokens for them; names the first difference."""
     ours, theirs = policy_processor.tokenizer, other_processor.tokenizer
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(ours, token) != getattr(theirs, token):

@@ -13,24 +13,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, RecipeError
 from trl_llava.hub.lookup import check_there
-from trl_llava.models.adapters import check_safe_adapter, freeze_as_asked, load_adapter
+from trl_llava.models.adapters import check_safe_adapter, freeze_as_configured, load_adapter
 from trl_llava.models.load import HEAD, load_sequence_classifier
-from trl_llava.models.shared_weights import whole
+from trl_llava.models.sharded_weights import whole
 
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
-    """Which base model an adapter was trained on.
-
-    Args:
-        name: Hub ID or folder.
-        revision: Branch, tag or commit.
-
-    Returns:
-        Hub ID or folder of the base, or None if `name` is not an adapter.
-
-    Raises:
-        OSError: If there is no such model or adapter.
-    """
+    """Hub ID or folder of the base that an adapter was trained on; None if `name` is not an adapter."""
     check_there("model or adapter", name, revision)
     folder = Path(name)
     if folder.is_dir():
@@ -41,24 +30,15 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
 
 
 def agreed_base(given: str | None, adapter: str, trained_on: str | None) -> str:
-    """The base model to load an adapter on.
+    """The base model to load an adapter on: the one it was trained on, which must be the recipe's if that names one.
 
-    Args:
-        given: `model_name_or_path` of the recipe, if any.
-        adapter: The adapter.
-        trained_on: The base that the adapter names.
-
-    Returns:
-        The base. One that the adapter names by a path that is not there gives way to the recipe's.
-
-    Raises:
-        RecipeError: If both name a base and they differ, or neither does.
+    A base that the adapter names by a path that is not there gives way to the recipe's.
     """
     if not given and not trained_on:
         raise RecipeError(f"adapter {adapter} names no base model: set `model_name_or_path`.")
     if not given or not trained_on:
         return given or str(trained_on)
-    # A path that is not here, or the mere name of one: that is what is pushed.
+    # A path that is not here, or the mere name of one: pushed adapters hold that.
     gone = Path(trained_on).is_absolute() or trained_on == Path(given).name
     gone = gone and not Path(trained_on).exists()
     if given == trained_on or gone or (Path(given).is_dir() and Path(given).resolve() == Path(trained_on).resolve()):
@@ -70,16 +50,9 @@ def agreed_base(given: str | None, adapter: str, trained_on: str | None) -> str:
 
 
 def revision_of_base(base: str, adapter: str, revision: str | None, model_args: LlavaModelConfig) -> str | None:
-    """Which revision of its base an adapter belongs on.
+    """Which revision of its base an adapter belongs on: the one it was trained on, if that is known.
 
-    Args:
-        base: Hub ID or folder of the base.
-        adapter: Hub ID or folder of the adapter.
-        revision: Branch, tag or commit of the adapter.
-        model_args: `model_revision` counts if the recipe names the same base, and says more than "main".
-
-    Returns:
-        The recipe's revision, else the one that the adapter was trained on, if it is known.
+    `model_revision` of the recipe comes first, if it names the same base and another revision than "main".
     """
     if base == model_args.model_name_or_path and model_args.model_revision not in (None, "main"):
         return model_args.model_revision
@@ -95,24 +68,10 @@ def load_score_model(
     seed: int = 0,
     new_head: bool = True,
 ) -> PreTrainedModel | PeftModel:
-    """Loads a model with a score head, trainable, from whatever `name` holds.
+    """Load a trainable model with a score head: a PEFT model if `name` is an adapter.
 
-    Args:
-        name: Base model, checkpoint with a head, or adapter: a reward model's, with its head, or a policy's, which
-            gets a new head.
-        model_args: dtype, quantisation and what is frozen.
-        base: Base model of an adapter, if the recipe names one.
-        revision: Branch, tag or commit of `name`.
-        seed: Seed of a new head.
-        new_head: Whether a start without a head gets a new one; False makes it an error.
-
-    Returns:
-        The model; a PEFT model if `name` is an adapter.
-
-    Raises:
-        OSError: If there is no such model.
-        ValueError: If the family has no score-head model, or the adapter is for another base, or a part shall be
-            trained that it does not hold, or a head is missing.
+    `name` is a base model, a checkpoint with a head, a reward model's adapter or a policy's. `base` is the recipe's
+    base model of an adapter. A start without a head gets a new one from `seed`, or is an error without `new_head`.
     """
     trained_on = adapter_base(name, revision)
     if trained_on is None:
@@ -123,7 +82,7 @@ def load_score_model(
     check_safe_adapter(name, revision)
     weights = load_peft_weights(name, device="cpu", revision=revision)
     if not new_head or any(HEAD in key.split(".") for key in weights):
-        return freeze_as_asked(load_adapter(model, name, is_trainable=True, revision=revision), name, model_args)
+        return freeze_as_configured(load_adapter(model, name, is_trainable=True, revision=revision), name, model_args)
     with whole(model.score.parameters()):
         head = {key: value.clone() for key, value in model.score.state_dict().items()}
     weights |= {f"base_model.model.{HEAD}.{key}": value for key, value in head.items()}
@@ -139,15 +98,11 @@ def load_score_model(
             f"adapter {name} does not fit {base} ({type(model).__name__}): {len(wrong)} weights have no counterpart, "
             f"first {wrong[0]}."
         )
-    return freeze_as_asked(peft_model, name, model_args)
+    return freeze_as_configured(peft_model, name, model_args)
 
 
 def zero_head(model: nn.Module) -> None:
-    """Sets the score head to zero, so that a value model starts at value 0 (paper, section on PPO).
-
-    Args:
-        model: A model with a head, with or without PEFT around it.
-    """
+    """Set the score head to zero, so that a value model starts at value 0 (paper, section on PPO)."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if HEAD in name.split("."):
@@ -156,16 +111,7 @@ def zero_head(model: nn.Module) -> None:
 
 
 def with_base(model_args: LlavaModelConfig, name: str, revision: str | None) -> LlavaModelConfig:
-    """The same model config for another checkpoint.
-
-    Args:
-        model_args: dtype, quantisation and what is frozen.
-        name: Hub ID or folder.
-        revision: Branch, tag or commit; None is the default branch.
-
-    Returns:
-        A copy.
-    """
+    """A copy of a model config for another checkpoint; `revision` None is the default branch."""
     changed = copy.copy(model_args)
     changed.model_name_or_path, changed.model_revision = name, revision or "main"
     return changed

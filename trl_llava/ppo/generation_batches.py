@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.models.base_model import base_of
-from trl_llava.models.shared_weights import shares_weights
+from trl_llava.models.sharded_weights import shards_weights
 
 GIB = 2**30
 CPU_GIB = 4.0
@@ -87,7 +87,7 @@ class GenerationBatches:
         if self.bound is None:
             self.bound = self._find_bound()
         found = rows_at_once(row, self.bound, self.args.local_rollout_forward_batch_size)
-        if shares_weights(self.accelerator):
+        if shards_weights(self.accelerator):
             counts = self.accelerator.gather(torch.tensor([found], device=self.accelerator.device))
             found = int(counts.min())
         if first:

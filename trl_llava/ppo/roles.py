@@ -11,7 +11,7 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import RecipeError
 from trl_llava.hub.lookup import check_there, find_file
 from trl_llava.models.adapter_role import AdapterRole
-from trl_llava.models.adapters import freeze_as_asked, load_adapter, lora_config
+from trl_llava.models.adapters import freeze_as_configured, load_adapter, lora_config
 from trl_llava.models.load import load_policy, load_processor
 from trl_llava.models.same_tokenizer import check_same_tokenizer
 from trl_llava.models.score_start import (
@@ -90,7 +90,7 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     model = load_policy(with_base(model_args, base, base_revision))
     model = load_adapter(model, start, adapter_name="default", is_trainable=True, revision=revision)
     load_adapter(model, start, adapter_name="reference", is_trainable=False, revision=revision)
-    freeze_as_asked(model, start, model_args)
+    freeze_as_configured(model, start, model_args)
     args.model_adapter_name, args.ref_adapter_name = "default", "reference"
     processor = _processor(start, args, model_args, revision, base)
     shared = _as_base(args, model, base, base_revision)
@@ -203,7 +203,7 @@ def _value_model(
         loaded = find_shared_base(policy.shared, "value model", name, base, base_revision, revision)
         if loaded is not None:
             role = add_role(loaded, name, "value_role", is_trainable=True, revision=revision, new_head=new_head)
-            freeze_as_asked(loaded.model, name, model_args, role.adapter_name)
+            freeze_as_configured(loaded.model, name, model_args, role.adapter_name)
             return role, []
     model = load_score_model(name, model_args, base=given, revision=revision, seed=args.seed, new_head=new_head)
     return model, _as_base(args, model, base, base_revision) if trained_on is not None else []

@@ -10,8 +10,8 @@ from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import RecipeError
 from trl_llava.hub.lookup import check_there
+from trl_llava.models.sharded_weights import loaded_whole
 from trl_llava.models.shared_base import SharedBase
-from trl_llava.models.shared_weights import loaded_whole
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.rewards.functions import RewardFunction
 
