@@ -42,7 +42,7 @@ from trl_llava.ppo.completions import Completions
 from trl_llava.ppo.data import collator_of_both, prompt_rows, rollout_loader
 from trl_llava.ppo.generation import Generator, suppressed_tokens
 from trl_llava.ppo.passes import PolicyAndValue, check_plain_head
-from trl_llava.ppo.report import PhaseClock, answered_table, report_samples, step_metrics
+from trl_llava.ppo.report import PhaseClock, completions_table, report_samples, step_metrics
 from trl_llava.ppo.role_passes import RolePasses, can_share_prefix
 from trl_llava.ppo.rollout import Rollout
 from trl_llava.ppo.scoring import Scorer
@@ -63,11 +63,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PPOState(TrainerState):
-    """transformers' trainer state, and how many completions the run has trained on.
-
-    Args:
-        episode: completions so far, over all processes.
-    """
+    """transformers' trainer state, and `episode`: on how many completions the run has trained, over all processes."""
 
     episode: int = 0
 
@@ -86,13 +82,13 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         processing_class: the policy's processor (or tokenizer, for text-only rows).
         model: the policy: a model with a language-modelling head, or a PEFT model around one.
         ref_model: the reference; `None` with a PEFT policy, whose reference is the adapter `args.ref_adapter_name`, or
-            the bare base when that is `None` too.
+            the bare base when that is `None` too. `None` with a whole model: a copy of it.
         reward_funcs: reward functions; called with `prompts`, `completions`, `completion_ids` and the rows' columns.
         train_dataset: rows with `prompt` and `images`, in the project's or in TRL's format.
         value_model: a `...ForSequenceClassification` with one label.
         value_processing_class: the value model's processor, if it differs from the policy's.
         data_collator: replaces `PromptCollator(processing_class)`.
-        eval_dataset: rows to answer for the table of samples.
+        eval_dataset: prompts whose completions are shown and saved.
         optimizers: optimizer and scheduler, instead of those that `args` describes.
         callbacks: further callbacks.
         peft_config: wraps the policy in a fresh adapter.
@@ -198,28 +194,18 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             self.ref_model = self.ref_model.to(accelerator.device)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The batches of the whole run, one a step.
-
-        Returns:
-            A loader of this process's rows.
-        """
+        """This process's batches of the whole run, one a step."""
         return self._batches_from(0)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The batches of evaluation prompts, the last one perhaps not full.
-
-        Args:
-            eval_dataset: rows, in place of the trainer's.
-
-        Returns:
-            A loader of this process's rows.
-        """
-        collator = getattr(self.data_collator, "policy", self.data_collator)
+        """This process's batches of evaluation prompts, the last one perhaps not full."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self.accelerator.prepare(DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collator))
+        collator = getattr(self.data_collator, "policy", self.data_collator)
+        loader = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collator)
+        return self.accelerator.prepare_data_loader(loader)
 
     def _make_phases(self) -> None:
-        """What generates, asks and updates, once the models are prepared."""
+        """Make what generates, passes and updates, once the models are prepared."""
         args = self.args
         self.sampling = Sampling(args.temperature, suppressed_tokens(self.policy_model), args.logits_chunk_size)
         recompute = args.recompute_logprobs
@@ -268,9 +254,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             self._end()
 
     def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
-        """Answer a batch of prompts, and ask policy, reference and value about every token of the completions.
+        """Generate completions of a batch of prompts, and compute what policy, reference and value model say of each token.
 
-        The policy is asked only where generation does not tell the log-probabilities that it drew with.
+        The policy runs once more only where generation does not return the log-probabilities that it drew with.
 
         Args:
             batch: what the collator returns, each prompt once.
@@ -320,13 +306,13 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     def generate(
         self, policy: nn.Module, inputs: ModelInputs, columns: dict[str, list], step: int | None
     ) -> Completions:
-        """Answer prompts: the one place where answers come from.
+        """Generate completions: the one place where they come from.
 
         Args:
             policy: the unwrapped policy, in eval mode and whole on this process.
-            inputs: B prompts as the policy sees them, each as often as it is answered.
+            inputs: B prompts as the policy sees them, each as often as it is completed.
             columns: the rows' columns (`prompts`, `images`, ...), each a list of B.
-            step: the PPO step that the draws depend on; `None` answers greedily.
+            step: the PPO step that the draws depend on; `None` generates greedily.
 
         Returns:
             The completions.
@@ -336,15 +322,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         return self.generator.generate(policy, inputs, step)
 
     def score(self, rollout: Rollout, step: int) -> None:
-        """Ask the reward functions for the score of every answer; fills `scores` and `terms`.
-
-        Args:
-            rollout: B completions.
-            step: the PPO step, counted from 1.
-
-        Raises:
-            UnhealthyRunError: if a reward is not finite.
-        """
+        """Score every completion with the reward functions; fills `scores` and `terms`."""
         with self.clock.phase("score"):
             ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -354,15 +332,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             )
 
     def compute_advantages(self, rollout: Rollout, step: int) -> None:
-        """Turn scores and KL into whitened advantages and returns; fills `kl`, `advantages` and `returns`.
-
-        Args:
-            rollout: B scored completions.
-            step: the PPO step, counted from 1.
-
-        Raises:
-            UnhealthyRunError: if the KL is not 0 before the first update.
-        """
+        """Turn scores and KL into whitened advantages and returns; fills `kl`, `advantages` and `returns`."""
         args, mask = self.args, rollout.mask
         rollout.kl = ppo_math.kl_per_token(
             rollout.logprobs, rollout.ref_logprobs, mask, args.kl_estimator, clamp=args.clamp_kl
@@ -381,18 +351,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         rollout.advantages = whiten(advantages)
 
     def update(self, rollout: Rollout, step: int) -> dict[str, float]:
-        """Train policy and value on the rollout.
-
-        Args:
-            rollout: B answers with advantages.
-            step: the PPO step, counted from 1.
-
-        Returns:
-            Metrics by TRL's names, over all processes.
-
-        Raises:
-            UnhealthyRunError: if a ratio is not 1 before the first update, or loss or gradient are not finite.
-        """
+        """Train policy and value model on the rollout; returns metrics by TRL's names, over all processes."""
         self.model.train()
         with self.clock.phase("update"):
             return self.updater.train_on(rollout, step, nothing_moved_yet=self.state.global_step == 0)
@@ -400,27 +359,14 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     # --- what the loop is made of -------------------------------------------------------------------------------
 
     def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all processes.
-
-        Args:
-            value: any tensor, of the same shape everywhere.
-
-        Returns:
-            The sum, on every process.
-        """
+        """The sum of a tensor, of the same shape on every process."""
         return self.accelerator.reduce(value, reduction="sum")
 
     @contextmanager
     def gathered(self, prepared: nn.Module | None = None) -> Iterator[Any]:
-        """A model unwrapped, in eval mode and whole on every process.
+        """A prepared model, by default policy and value model together: unwrapped, in eval mode, whole on every process.
 
         Inside, processes may run different numbers of passes, as when one of them has no image to encode.
-
-        Args:
-            prepared: a prepared model; by default policy and value model together.
-
-        Yields:
-            The model.
         """
         prepared = self.model if prepared is None else prepared
         prepared.eval()
@@ -429,7 +375,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             yield model
 
     def _connect_to_vllm(self) -> "VLLMGenerator":
-        from trl_llava.ppo.vllm_source import VLLMGenerator  # takes vLLM along, which takes its time and the GPU
+        from trl_llava.ppo.vllm_source import VLLMGenerator  # imports vLLM, which costs seconds and GPU memory
 
         policy = self.accelerator.unwrap_model(self.model).policy
         tokens = (self.stop_token_id, list(self.sampling.suppressed))
@@ -461,12 +407,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         return rollout_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, step)
 
     def log_step(self, rollout: Rollout, update_metrics: dict[str, float]) -> None:
-        """Log the step's metrics and where its time went.
-
-        Args:
-            rollout: the finished rollout.
-            update_metrics: what `update` returned.
-        """
+        """Log the step's metrics and where its time went."""
         gather = self.accelerator.gather
         metrics = step_metrics(rollout, update_metrics, self.args.kl_coef, gather, self.sum_over_processes)
         metrics |= self.clock.metrics() | ({} if self.vllm is None else self.vllm.differences)
@@ -492,7 +433,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def generate_completions(self, sampling: bool = False) -> None:
-        """Answer questions of the evaluation set greedily; print some, and save all with their rewards.
+        """Complete prompts of the evaluation set greedily; print some, and save all with their rewards.
 
         The table goes to `output_dir/completions/`, as TRL's `GRPOTrainer` does it.
 
@@ -501,24 +442,19 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         """
         if self.eval_dataset is None:
             return
-        table = answered_table(self.get_eval_dataloader(), self.answer, self.tokenizer, first_only=sampling)
+        table = completions_table(
+            self.get_eval_dataloader(), self.complete_greedily, self.tokenizer, first_only=sampling
+        )
         if table is not None and self.accelerator.is_main_process:
             report_samples(table, self.args, self.state.global_step)
 
-    def answer(self, batch: dict[str, Any]) -> Rollout:
-        """Answer a batch greedily and score it, without asking policy, reference or value about its tokens.
-
-        Args:
-            batch: what the collator returns, B rows.
-
-        Returns:
-            A rollout with responses, mask, scores and terms; log-probabilities and values are empty.
-        """
+    def complete_greedily(self, batch: dict[str, Any]) -> Rollout:
+        """Complete a batch greedily and score it; log-probabilities and values of the rollout stay empty."""
         inputs = ModelInputs.from_batch(batch, self.accelerator.device)
         with torch.no_grad(), self.gathered() as model:
             completions = self.generate(model.policy, inputs, batch["columns"], step=None)
         nothing = torch.zeros(len(inputs), 0, device=self.accelerator.device)
-        told = (completions.responses, completions.mask, completions.stopped)
-        rollout = Rollout(inputs, inputs, batch["columns"], *told, nothing, nothing, nothing)
+        known = (completions.responses, completions.mask, completions.stopped)
+        rollout = Rollout(inputs, inputs, batch["columns"], *known, nothing, nothing, nothing)
         self.score(rollout, self.state.global_step)
         return rollout

@@ -1,4 +1,4 @@
-"""Rows to the batches of PPO: which rows a step answers, and how policy and value model each see them."""
+"""Rows to the batches of PPO: which rows a step completes, and how policy and value model each see them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,25 +21,12 @@ from trl_llava.ppo.randomness import RolloutBatches
 
 @dataclass
 class PolicyAndValueCollator:
-    """Encode each batch twice: for the policy, and under "value" for a value model with a processor of its own.
-
-    Attributes:
-        policy: the policy's collator.
-        value: the value model's collator.
-    """
+    """Encodes each batch twice: for the policy, and under "value" for a value model with a processor of its own."""
 
     policy: PromptCollator
     value: PromptCollator
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Encode B rows.
-
-        Args:
-            rows: B rows.
-
-        Returns:
-            The policy's batch, and the value model's under "value".
-        """
         return {**self.policy(rows), "value": self.value(rows)}
 
 
@@ -48,16 +35,7 @@ def collator_of_both(
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     value_processing_class: ProcessorMixin | PreTrainedTokenizerBase | None,
 ) -> PromptCollator | PolicyAndValueCollator:
-    """Encode a batch as often as policy and value model see it differently.
-
-    Args:
-        collator: the policy's.
-        processing_class: the policy's processor.
-        value_processing_class: the value model's; `None` if it is the same.
-
-    Returns:
-        The policy's collator, or one for both.
-    """
+    """The policy's collator, or one for both roles where policy and value model (`None`: the same) have two processors."""
     if value_processing_class is None or value_processing_class is processing_class:
         return collator
     return PolicyAndValueCollator(collator, PromptCollator(value_processing_class, max_prompt_length=None))
@@ -66,21 +44,10 @@ def collator_of_both(
 def prompt_rows(
     dataset: Dataset, name: str, collator: PromptCollator, args: LlavaPPOConfig, *, require_captions: bool
 ) -> Dataset:
-    """The rows that a run can ask, checked before its first step.
+    """The rows that a run can train on, checked before its first step; `name` is what errors call the data set.
 
-    Args:
-        dataset: rows in the project's or in TRL's format.
-        name: what errors call the data set.
-        collator: knows how long a prompt may be.
-        args: what happens to longer ones.
-        require_captions: whether the reward cannot be computed without.
-
-    Returns:
-        The rows.
-
-    Raises:
-        RowError: if a row cannot be used, has no captions where they are needed, or has pictures that vLLM, if it
-            is to answer, would process otherwise than the policy does.
+    A row is refused that cannot be used, has no captions where a reward needs them, or has images that vLLM, where it
+    generates, would process otherwise than the policy does.
     """
     rows = rows_from(dataset, "prompt", name=name, require_captions=require_captions)
     if args.use_vllm and counts_images(collator.processor):
@@ -97,23 +64,10 @@ def rollout_loader(
     accelerator: Accelerator,
     first_step: int,
 ) -> DataLoader:
-    """The batches of this process, one for each step from `first_step` on.
+    """The batches of this process, one for each step from `first_step` (counted from 0) on.
 
     Differs from TRL's loader in that a batch depends on seed and step alone, so that a resumed run sees what the
-    uninterrupted one saw.
-
-    Args:
-        dataset: the rows.
-        collator: encodes a batch.
-        args: the config, its batch sizes computed.
-        accelerator: knows this process.
-        first_step: the first step, counted from 0.
-
-    Returns:
-        A loader of one batch per step.
-
-    Raises:
-        ValueError: if there are fewer rows than a batch takes.
+    uninterrupted one saw. Fewer rows than a batch are a ValueError.
     """
     assert args.batch_size is not None and args.num_total_batches is not None  # `compute_batch_sizes` has set them
     batches = RolloutBatches(

@@ -23,15 +23,7 @@ from trl_llava.ppo.rollout import Rollout
 
 
 def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Position ids that count real tokens only, for models that take plain ones.
-
-    Args:
-        model: the model that will run.
-        attention_mask: (B, L).
-
-    Returns:
-        `{"position_ids": (B, L)}`, or nothing for a model that derives its own multimodal positions.
-    """
+    """(B, L) position ids that count real tokens only; nothing for a model that derives its own multimodal positions."""
     return {} if derives_positions(model) else {"position_ids": attention_mask.cumsum(1) - attention_mask}
 
 
@@ -51,10 +43,10 @@ def response_logprobs(
 
     Args:
         policy: a model with a language-modelling head, or a PEFT model around one.
-        inputs: the prompts.
+        inputs: B prompts.
         responses: (B, R) token ids.
         mask: (B, R) bool, `True` at real tokens.
-        sampling: temperature, tokens that are never drawn, and how many positions the head takes at once.
+        sampling: temperature, tokens that are never drawn, and how many positions the head runs on at once.
         entropies: whether they are wanted; they carry no gradient.
         share_prefix: whether rows with the same prompt run as one.
 
@@ -79,18 +71,10 @@ def response_values(
     *,
     share_prefix: bool = False,
 ) -> torch.Tensor:
-    """The value of the state before each response token: the head on the hidden state of the token before it.
+    """The value of the state before each response token: (B, R) float32, 0 at padding.
 
-    Args:
-        value_model: a `...ForSequenceClassification` with one label, a PEFT model around one, or a role on another
-            model's base.
-        inputs: the prompts as this model sees them.
-        responses: (B, R) token ids.
-        mask: (B, R) bool, `True` at real tokens.
-        share_prefix: whether rows with the same prompt run as one.
-
-    Returns:
-        (B, R) float32, 0 at padding.
+    It is the head on the hidden state of the token before. `value_model` is a `...ForSequenceClassification` with one
+    label, a PEFT model around one, or a role on another model's base; arguments else as for `response_logprobs`.
     """
     with computing(value_model) as base:
         states = _states(base, inputs, responses, mask, share_prefix)
@@ -118,15 +102,8 @@ def _left_aligned(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Prompt and response of each row without a gap, all padding behind them.
 
-    Args:
-        inputs: B prompts.
-        responses: (B, R) token ids.
-        mask: (B, R) bool, `True` at real tokens.
-
-    Returns:
-        tokens: (B, L) `input_ids`, and what else the model takes for each token.
-        attention_mask: (B, L) long, 1 at real tokens.
-        before: (n,) the place of the token before each real response token among the B * L.
+    Returns (B, L) `input_ids` with whatever else the model has for each token, the (B, L) attention mask, and (n,) the
+    place of the token before each real response token among the B * L.
     """
     real = torch.cat((inputs.attention_mask.bool(), mask), 1)
     width = int(real.sum(1).max())
@@ -171,14 +148,7 @@ def _at_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def check_plain_head(policy: nn.Module) -> None:
-    """Raise for a model whose logits are more than its head's output, which `response_logprobs` would not see.
-
-    Args:
-        policy: the policy, whole on this process.
-
-    Raises:
-        InputError: if it scales or caps its logits.
-    """
+    """Refuse a policy that scales or caps its logits behind its head, which `response_logprobs` would not see."""
     base = base_of(policy)
     ids = torch.tensor([[1, 2]], device=base.device)  # not 0, whose embedding may be 0 for padding
     with torch.no_grad():
@@ -204,12 +174,6 @@ class PolicyAndValue(nn.Module):
     def __init__(
         self, policy: PreTrainedModel | PeftModel, value_model: PreTrainedModel | PeftModel | AdapterRole
     ) -> None:
-        """Wrap both; nothing is copied.
-
-        Args:
-            policy: the model that answers.
-            value_model: the model that predicts what an answer will earn.
-        """
         super().__init__()
         self.policy = policy
         self.value_model = value_model
@@ -220,21 +184,10 @@ class PolicyAndValue(nn.Module):
     def forward(
         self, rollout: Rollout, sampling: Sampling, share_prefix: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run both over a rollout.
-
-        Args:
-            rollout: B rows.
-            sampling: how the policy's logits become a distribution.
-            share_prefix: whether rows with the same prompt run as one.
-
-        Returns:
-            logprobs: (B, R) float32, 0 at padding, as all three.
-            entropies: (B, R) float32, without gradient.
-            values: (B, R) float32.
-        """
-        answers = (rollout.responses, rollout.mask)
+        """(B, R) float32 log-probabilities, entropies (without gradient) and values of a rollout; 0 at padding."""
+        responses = (rollout.responses, rollout.mask)
         logprobs, entropies = response_logprobs(
-            self.policy, rollout.inputs, *answers, sampling, entropies=True, share_prefix=share_prefix
+            self.policy, rollout.inputs, *responses, sampling, entropies=True, share_prefix=share_prefix
         )
-        values = response_values(self.value_model, rollout.value_inputs, *answers, share_prefix=share_prefix)
+        values = response_values(self.value_model, rollout.value_inputs, *responses, share_prefix=share_prefix)
         return logprobs, entropies, values

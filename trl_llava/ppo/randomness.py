@@ -31,15 +31,9 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def row_keys(seed: int, step: int, rows: torch.Tensor) -> torch.Tensor:
-    """One key for each row of a rollout.
+    """One key (B,) int64 for each row of a rollout.
 
-    Args:
-        seed: the run's seed.
-        step: the PPO step.
-        rows: (B,) indices of the answers in the batch of all processes, so that two answers to one prompt differ.
-
-    Returns:
-        (B,) int64.
+    `rows` (B,) are places in the batch of all processes, so that two completions of one prompt differ.
     """
     key = torch.tensor([seed], dtype=torch.int64, device=rows.device)
     for part in (torch.tensor([step], dtype=torch.int64, device=rows.device), rows.to(torch.int64)):
@@ -48,16 +42,7 @@ def row_keys(seed: int, step: int, rows: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(keys: torch.Tensor, position: int, size: int) -> torch.Tensor:
-    """Uniform numbers for each key.
-
-    Args:
-        keys: (B,) int64.
-        position: which draw of a key's sequence.
-        size: V, how many numbers.
-
-    Returns:
-        (B, V) float64 in (0, 1), the same on every device.
-    """
+    """(B, V) float64 uniform numbers in (0, 1), the same on every device: draw number `position` of each (B,) key."""
     place = torch.tensor(position, dtype=torch.int64, device=keys.device) * 7046029254386353131
     index = torch.arange(size, dtype=torch.int64, device=keys.device) * -7046029254386353131
     state = _mix(_mix(keys + place).unsqueeze(1) + index)
@@ -73,33 +58,18 @@ class RowNoise(LogitsProcessor):
     """
 
     def __init__(self, keys: torch.Tensor, prompt_length: int, temperature: float) -> None:
-        """Keep the keys of the rows of one call of `generate`.
-
-        Args:
-            keys: (B,) int64 from `row_keys`.
-            prompt_length: columns of `input_ids` before the first generated token.
-            temperature: the logits are divided by it.
-        """
         self.keys = keys
         self.prompt_length = prompt_length
         self.temperature = temperature
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Make the draw.
-
-        Args:
-            input_ids: (B, length so far).
-            scores: (B, V) logits.
-
-        Returns:
-            (B, V) logits / temperature + noise.
-        """
+        """(B, V) logits / temperature + noise, from (B, length so far) ids and (B, V) logits."""
         draws = uniform(self.keys, input_ids.shape[1] - self.prompt_length, scores.shape[1])
         return (scores / self.temperature).sub_(draws.log_().neg_().log_().to(scores.dtype))
 
 
 class RolloutBatches(Sampler[list[int]]):
-    """Which rows each step answers: every epoch a new order, of which each process takes its part.
+    """Which rows each step completes: every epoch a new order, of which each process has its part.
 
     Rows beyond the last whole batch of an epoch wait for the next one, as with TRL's `drop_last`.
     """
@@ -109,13 +79,13 @@ class RolloutBatches(Sampler[list[int]]):
 
         Args:
             rows: number of rows in the data set.
-            batch_size: rows a step takes on all processes together, whatever the number of answers to each.
+            batch_size: rows of a step on all processes together, whatever the number of completions of each.
             process: index of this process, and how many there are.
             seed: the run's seed.
             steps: which steps, counted from 0.
 
         Raises:
-            ValueError: if there are fewer rows than a batch takes.
+            ValueError: if there are fewer rows than a batch holds.
         """
         if rows < batch_size:
             raise InputError(
@@ -140,21 +110,10 @@ class RolloutBatches(Sampler[list[int]]):
 
 
 def mini_batch_order(rows: int, mini_batches: int, seed: int, process: int, step: int, epoch: int) -> np.ndarray:
-    """The order in which one pass of an update takes the rows of a rollout.
+    """(rows,) the order in which one pass of an update runs over a rollout: the first mini-batch, then the second, ...
 
-    Of every `mini_batches` neighbouring rows each mini-batch takes one, drawn for these rows alone. So a mini-batch of
+    Of every `mini_batches` neighbouring rows each mini-batch gets one, drawn for these rows alone. So a mini-batch of
     all processes holds the same rows whatever the number of processes is; only their order within it differs.
-
-    Args:
-        rows: number of rows of this process.
-        mini_batches: how many mini-batches they make; divides `rows`.
-        seed: the run's seed.
-        process: index of this process.
-        step: the PPO step.
-        epoch: which pass over the rollout.
-
-    Returns:
-        (rows,) a permutation: the first mini-batch, then the second, and so on.
     """
     order = np.random.default_rng([seed, process, step, epoch]).permutation(rows)
     if mini_batches == 1:

@@ -1,4 +1,4 @@
-"""What a PPO step says of itself: metrics under TRL's names, and a table of sample answers with their rewards."""
+"""What a PPO step logs: metrics under TRL's names, and a table of sample completions with their rewards."""
 
 import time
 from collections import defaultdict
@@ -25,11 +25,6 @@ class PhaseClock:
     """Measures the phases of a step, and shows the running one beside the progress bar."""
 
     def __init__(self, callback_handler: CallbackHandler) -> None:
-        """Start with nothing measured.
-
-        Args:
-            callback_handler: where the progress bar is, if there is one.
-        """
         self.callback_handler = callback_handler
         self.start()
 
@@ -40,14 +35,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure a block.
-
-        Args:
-            name: what the loop is doing.
-
-        Yields:
-            Nothing.
-        """
+        """Measure a block."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_postfix_str(name)
@@ -56,11 +44,7 @@ class PhaseClock:
         self.seconds[name] += time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """What was measured since `start`.
-
-        Returns:
-            `time/<phase>` and `time/step`, in seconds.
-        """
+        """`time/<phase>` and `time/step` in seconds, since `start`."""
         phases = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         return {**phases, "time/step": time.perf_counter() - self.step_start}
 
@@ -72,18 +56,11 @@ def step_metrics(
     gather: Callable[[torch.Tensor], torch.Tensor],
     reduce: Reduce,
 ) -> dict[str, float]:
-    """The metrics of one step, over all processes.
+    """The metrics of one step over all processes, under TRL's names.
 
-    Args:
-        rollout: the finished rollout.
-        update_metrics: what the update says of itself.
-        kl_coef: weight of the KL penalty.
-        gather: concatenates a tensor over all processes.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        Name -> value: TRL's names, `rewards/<term>/mean` and `/std` for each reward term, `completions/mean_length`
-        in tokens (stop token included), and `completions/clipped_ratio`, the share of answers without a stop token.
+    Also `rewards/<term>/mean` and `/std` for each reward term, `completions/mean_length` in tokens (stop token included)
+    and `completions/clipped_ratio`, the share of completions without a stop token. `gather` concatenates a tensor over
+    all processes, `reduce` sums it.
     """
     kl = gather(rollout.kl.sum(1))
     scores = gather(rollout.scores)
@@ -107,59 +84,37 @@ def step_metrics(
 
 
 def last_question(messages: list[dict[str, Any]]) -> str:
-    """The text of the last user turn.
-
-    Args:
-        messages: a conversation.
-
-    Returns:
-        Its text parts, joined.
-    """
+    """The text of the last user turn."""
     content = [message["content"] for message in messages if message["role"] == "user"][-1]
     return (
         content if isinstance(content, str) else " ".join(part["text"] for part in content if part["type"] == "text")
     )
 
 
-def sample_table(rollout: Rollout, answers: list[str]) -> pd.DataFrame:
-    """One row per answer: what was asked, what was said, and each reward term.
-
-    Args:
-        rollout: B scored answers.
-        answers: their texts.
-
-    Returns:
-        Columns `query`, `model response`, `score`, and one per reward term.
-    """
+def sample_table(rollout: Rollout, texts: list[str]) -> pd.DataFrame:
+    """One row per completion: `query`, `model response`, `score`, and each reward term."""
     table: dict[str, list] = {
         "query": [last_question(prompt) for prompt in rollout.columns["prompts"]],
-        "model response": answers,
+        "model response": texts,
         "score": rollout.scores.tolist(),
     }
     return pd.DataFrame({**table, **{name: values.tolist() for name, values in rollout.terms.items()}})
 
 
-def answered_table(
+def completions_table(
     batches: Iterable[dict[str, Any]],
-    answer: Callable[[dict[str, Any]], Rollout],
+    complete: Callable[[dict[str, Any]], Rollout],
     tokenizer: PreTrainedTokenizerBase,
     *,
     first_only: bool,
 ) -> pd.DataFrame | None:
-    """Answer batches of prompts, and put what was answered on all processes into one table.
+    """Generate for batches of prompts, and put the completions of all processes into one `sample_table`.
 
-    Args:
-        batches: what the collator returns, B rows each.
-        answer: gives the scored answers to a batch.
-        tokenizer: turns them into text.
-        first_only: stop after one batch.
-
-    Returns:
-        As `sample_table`, or `None` if there is no batch.
+    `None` if there is no batch; `first_only` stops after one.
     """
     tables = []
     for batch in batches:
-        rollout = answer(batch)
+        rollout = complete(batch)
         texts = tokenizer.batch_decode([row[mask] for row, mask in zip(rollout.responses, rollout.mask, strict=True)])
         tables += gather_object([sample_table(rollout, texts)])
         if first_only:
@@ -168,14 +123,8 @@ def answered_table(
 
 
 def report_samples(table: pd.DataFrame, args: LlavaPPOConfig, step: int) -> None:
-    """Print some sample answers, and save all to `output_dir/completions/`, as TRL's `GRPOTrainer` does.
-
-    Args:
-        table: what `sample_table` returns.
-        args: the config.
-        step: how many PPO steps were done.
-    """
-    shown = Table(*table.columns, title=f"Sample answers after step {step}", show_lines=True)
+    """Print some sample completions, and save all to `output_dir/completions/`, as TRL's `GRPOTrainer` does."""
+    shown = Table(*table.columns, title=f"Sample completions after step {step}", show_lines=True)
     for row in table.head(5).round(3).astype(str).itertuples(index=False):
         shown.add_row(*map(escape, row))
     Console().print(shown)

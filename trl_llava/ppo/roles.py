@@ -60,21 +60,7 @@ class Value(NamedTuple):
 
 
 def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Policy:
-    """Loads policy and reference; with an adapter, names both in `args`.
-
-    Args:
-        args: `sft_model_path`; `model_adapter_name` and `ref_adapter_name`, no choice of a recipe, are set if it
-            is an adapter.
-        model_args: The base model, dtype, quantisation, a fresh adapter's shape.
-
-    Returns:
-        The policy.
-
-    Raises:
-        RecipeError: If no model is named, adapter and recipe name different bases, or the recipe names a reference.
-        OSError: If there is no such model.
-        ValueError: If the adapter does not fit the base, or a part shall be trained that it does not hold.
-    """
+    """Load policy and reference; with an adapter, `args` gets the names of both (`model_adapter_name`, `ref_adapter_name`)."""
     if args.ref_adapter_name is not None:
         raise RecipeError(
             f"`ref_adapter_name` must stay null (found {args.ref_adapter_name!r}): the reference is what the policy "
@@ -98,19 +84,7 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
 
 
 def load_policy_processor(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> ProcessorMixin:
-    """Loads the policy's processor as `load_policy_roles` does, without the policy.
-
-    Args:
-        args: `sft_model_path`, and `chat_template_path`.
-        model_args: The base model.
-
-    Returns:
-        The processor.
-
-    Raises:
-        RecipeError: If no model is named, or adapter and recipe name different bases.
-        OSError: If there is no such model.
-    """
+    """The policy's processor as `load_policy_roles` loads it, without the policy."""
     start, revision = _policy_start(args, model_args)
     trained_on = adapter_base(start, revision)
     base = start if trained_on is None else agreed_base(model_args.model_name_or_path, start, trained_on)
@@ -118,20 +92,10 @@ def load_policy_processor(args: LlavaPPOConfig, model_args: LlavaModelConfig) ->
 
 
 def load_value_model(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy) -> Value:
-    """Loads the value model; on the policy's base where it may share it.
+    """Load the value model, on the policy's base where it may share it.
 
-    Args:
-        args: `value_model_path`, else `value_init` says where the backbone comes from; `value_head`.
-        model_args: dtype, quantisation, what is frozen.
-        policy: The policy, whose tokens the value model reads.
-
-    Returns:
-        The value model.
-
-    Raises:
-        RecipeError: If `value_init` is "reward" and there is no reward model.
-        ValueError: If the value model reads the policy's token IDs as other tokens, or its start lacks the head that
-            it shall keep.
+    It starts from `value_model_path`, else from what `value_init` says, with the head that `value_head` says. It must
+    read the policy's token ids as the same tokens.
     """
     name, revision, field = args.value_model_path, args.value_model_revision, "value_model_path"
     if name is None and args.value_init == "policy":

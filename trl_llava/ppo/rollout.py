@@ -1,4 +1,4 @@
-"""The rollout: prompts as a model sees them, what was answered, and what every role said of each token.
+"""The rollout: prompts, their completions, and what every role computes of each token.
 
 Letters: `B` batch, `Q` query length (image tokens included), `R` response length, `I` images.
 """
@@ -16,7 +16,7 @@ from trl_llava.models.model_inputs import ModelInputs
 
 @dataclass
 class Rollout:
-    """One batch of answers and what is known of them; a row's entries share one index everywhere.
+    """One batch of completions with all that is computed for them; a row's entries share one index everywhere.
 
     What the loop has not yet computed is empty.
 
@@ -56,25 +56,11 @@ class Rollout:
         return len(self.responses)
 
     def lengths(self, share_prefix: bool) -> Lengths:
-        """How long the rows are, for micro-batches.
-
-        Args:
-            share_prefix: whether rows with the same prompt run as one.
-
-        Returns:
-            The lengths.
-        """
+        """Lengths of the rows for micro-batches."""
         return lengths_of(self.inputs, self.value_inputs, self.mask, share_prefix)
 
     def select(self, rows: Sequence[int]) -> "Rollout":
-        """Pick rows for a micro-batch, cut to its longest response.
-
-        Args:
-            rows: indices into the rollout.
-
-        Returns:
-            A rollout of these rows, in this order.
-        """
+        """These rows, in this order, as a micro-batch cut to its longest response."""
         rows = list(rows)
         width = int(self.mask[rows].sum(1).max())
         picked: dict[str, Any] = {}
@@ -97,17 +83,7 @@ class Rollout:
 
 
 def lengths_of(inputs: ModelInputs, value_inputs: ModelInputs, mask: torch.Tensor, share_prefix: bool) -> Lengths:
-    """How long rows are, for micro-batches.
-
-    Args:
-        inputs: B prompts as the policy sees them.
-        value_inputs: the same as the value model sees them.
-        mask: (B, R) bool, `True` at real tokens of the responses.
-        share_prefix: whether rows with the same prompt run as one.
-
-    Returns:
-        The lengths.
-    """
+    """Lengths of B rows for micro-batches; `mask` is (B, R) bool, `True` at real tokens of the responses."""
     prompts = inputs.lengths
     if value_inputs is not inputs:
         prompts = [max(pair) for pair in zip(prompts, value_inputs.lengths, strict=True)]
@@ -116,28 +92,12 @@ def lengths_of(inputs: ModelInputs, value_inputs: ModelInputs, mask: torch.Tenso
 
 
 def chunks(total: int, size: int) -> Iterator[list[int]]:
-    """Split the indices 0..total-1 into consecutive lists of at most `size`.
-
-    Args:
-        total: number of indices.
-        size: length of each list but the last.
-
-    Yields:
-        Lists of indices.
-    """
+    """The indices 0..total-1 in consecutive lists of at most `size`."""
     for start in range(0, total, size):
         yield list(range(start, min(start + size, total)))
 
 
 def pad_right(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
-    """Stack chunks of rows whose widths differ.
-
-    Args:
-        tensors: each (b, r).
-        value: what fills the rows up.
-
-    Returns:
-        (sum of b, largest r).
-    """
+    """Stack chunks of rows (b, r) whose widths differ, filled up with `value`."""
     width = max(tensor.shape[1] for tensor in tensors)
     return torch.cat([nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tensors])

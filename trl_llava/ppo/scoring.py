@@ -23,16 +23,7 @@ class Scorer:
     """
 
     def __init__(self, args: LlavaPPOConfig, reward_funcs: Sequence[RewardFunction]) -> None:
-        """Check that functions and weights fit.
-
-        Args:
-            args: the fields of `LlavaPPOConfig` that begin with what a term is called.
-            reward_funcs: reward functions with TRL's signature.
-
-        Raises:
-            ValueError: if the number of weights differs from that of the functions, two functions share a name, or one
-                is asynchronous.
-        """
+        """Check that functions and weights fit: one weight for each, names that differ, none asynchronous."""
         self.args = args
         self.reward_funcs = list(reward_funcs)
         self.names = [function_name(function) for function in self.reward_funcs]
@@ -58,12 +49,12 @@ class Scorer:
         step: int,
         reduce: Reduce = one_process,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Score B responses.
+        """Score B completions.
 
         Args:
             completions: B conversations of one assistant message each.
             completion_ids: B lists of token ids, stop token included.
-            stopped: (B,) bool, `True` if the response holds its stop token.
+            stopped: (B,) bool, `True` if the completion holds its stop token.
             columns: the rows' columns, `prompts` among them, each a list of B.
             step: the PPO step, counted from 1, for error messages.
             reduce: sums a tensor over all processes.
@@ -109,7 +100,7 @@ class Scorer:
             spread = (reduce(((rewards - centre) ** 2).sum()) / count).sqrt()
             if spread <= 1e-6 * (1 + centre.abs()):
                 raise UnhealthyRunError(
-                    f"reward function {name} gave every answer of the first batch {centre.item():.6g}, so there is no "
+                    f"reward function {name} gave every completion of the first batch {centre.item():.6g}, so there is no "
                     "spread for `normalize_scores: first_batch` to scale by. Use a larger batch, or leave "
                     "`normalize_scores` out"
                 )

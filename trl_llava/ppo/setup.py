@@ -23,14 +23,7 @@ class UnsupportedLaunchError(ExplainedError, ValueError):
 
 
 def refuse_launches(args: LlavaPPOConfig) -> None:
-    """Stop before anything is placed on devices that could not train.
-
-    Args:
-        args: the config.
-
-    Raises:
-        UnsupportedLaunchError: if the process was launched for FSDP, or to compile the whole model.
-    """
+    """Refuse FSDP, and accelerate's compilation of whole models, before anything is placed on devices."""
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" and not args.torch_compile:
         raise UnsupportedLaunchError(
             "LlavaPPOTrainer does not run with accelerate's `dynamo_backend`: it would compile policy and value model "
@@ -45,16 +38,7 @@ def refuse_launches(args: LlavaPPOConfig) -> None:
 
 
 def compute_batch_sizes(args: LlavaPPOConfig, completions_per_epoch: int, num_processes: int) -> None:
-    """Fill in the fields that follow from others, as TRL 1.12's `PPOTrainer` does.
-
-    Args:
-        args: the config; its sizes and, where it is open, `total_episodes` are set.
-        completions_per_epoch: prompts times `num_generations_per_prompt`.
-        num_processes: how many train.
-
-    Raises:
-        ValueError: if an epoch holds less than one batch.
-    """
+    """Fill in the fields that follow from others, as TRL 1.12's `PPOTrainer` does."""
     args.world_size = num_processes
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size * num_processes
@@ -71,17 +55,7 @@ def compute_batch_sizes(args: LlavaPPOConfig, completions_per_epoch: int, num_pr
 def prepare_roles(
     policy: nn.Module, value_model: nn.Module, ref_model: nn.Module | None, args: LlavaPPOConfig
 ) -> None:
-    """Switch off what would make update and rollout differ, and on what the config asks for.
-
-    Args:
-        policy: the policy.
-        value_model: the value model.
-        ref_model: the reference, if it is a model of its own.
-        args: gradient checkpointing and `torch_compile`.
-
-    Raises:
-        InputError: if the value model is an adapter on another model, or checkpointing would mix the roles up.
-    """
+    """Switch off what would make update and rollout differ, and on what the config asks for."""
     if isinstance(value_model, AdapterRole) and value_model.host is not policy:
         raise InputError(
             "the value model is an adapter on another model than the policy, so its weights would not be "
@@ -118,14 +92,8 @@ def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool)
 def rounds_alike(policy: nn.Module, args: LlavaPPOConfig, accelerator: Accelerator) -> bool:
     """Whether generation and training passes give a token the same log-probability, but for float32's last digits.
 
-    Args:
-        policy: the policy.
-        args: `tf32` and `generation_cache_gib`.
-        accelerator: knows device and precision of passes.
-
-    Returns:
-        `False` in 16 bit, with tf32, and on a quantised base, whose rounding depends on what else is in the batch; and
-        where free memory says how many prompts run at once, which a resumed run may find otherwise.
+    Not in 16 bit, with tf32, and on a quantised base, whose rounding depends on what else is in the batch; and not where
+    free memory decides how many prompts run at once, since a resumed run may find another amount.
     """
     in_float32 = accelerator.mixed_precision == "no" and policy.dtype == torch.float32
     same_batches = accelerator.device.type == "cpu" or args.generation_cache_gib is not None
@@ -140,10 +108,6 @@ def compile_layers(model: nn.Module, args: LlavaPPOConfig) -> None:
 
     With gradient checkpointing, a layer's attention, MLP and norms are compiled one by one: transformers checkpoints
     inside a layer, and torch compiles no checkpointing whose recomputation has to switch to the role of its forward.
-
-    Args:
-        model: a role, or a PEFT model around one.
-        args: `torch_compile`, `torch_compile_backend`, `torch_compile_mode` and `gradient_checkpointing`.
     """
     if not args.torch_compile:
         return
@@ -160,10 +124,6 @@ def warm_up_above_zero(scheduler: LRScheduler, warmup_steps: int) -> None:
 
     transformers' warm-ups give step `k` the share `(k - 1) / warmup_steps`, so that a PPO run would throw its first
     rollout away; ours is `k / (warmup_steps + 1)`. From step `warmup_steps + 1` on, the peak, nothing changes.
-
-    Args:
-        scheduler: the schedule of one of transformers' `lr_scheduler_type`s, before its first step.
-        warmup_steps: length of the warm-up; 0 changes nothing.
     """
     if warmup_steps == 0 or not isinstance(scheduler, LambdaLR):
         return
