@@ -346,7 +346,7 @@ def test_rewards_without_spread_cannot_be_normalised(tiny_llava_dir, adapter_dir
         return [0.25] * len(completion_ids)
 
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, reward_funcs=constant, normalize_scores="first_batch")
-    with pytest.raises(UnhealthyRunError, match=r"constant gave every answer of the first batch 0\.25"):
+    with pytest.raises(UnhealthyRunError, match=r"constant gave every completion of the first batch 0\.25"):
         trainer.train()
 
 

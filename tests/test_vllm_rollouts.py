@@ -52,7 +52,7 @@ def on_server(server: TinyServer, **changes: Any) -> dict[str, Any]:
 def greedy(trainer: LlavaPPOTrainer, batch: dict[str, Any]) -> tuple[list, list]:
     """Greedy answers of vLLM, and of transformers with the same policy."""
     inputs = ModelInputs.from_batch(batch, trainer.accelerator.device)
-    theirs = trainer.answer(batch).responses.tolist()
+    theirs = trainer.complete_greedily(batch).responses.tolist()
     with torch.no_grad(), trainer.gathered() as model:
         ours = trainer.generator.generate(model.policy, inputs, step=None).responses.tolist()
     return theirs, ours

@@ -157,7 +157,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         if args.num_sample_generations > 0:
             steps = self.args.num_total_batches
             self.sample_generations_freq = max(1, steps // args.num_sample_generations)
-        self.clock = PhaseClock(self.callback_handler)
+        self.clock = PhaseClock(self.callback_handler, self.accelerator.device)
         self._batches_from(0)  # raises now where an epoch has less than a batch
         self._prepare()
         self._make_phases()
@@ -254,7 +254,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             self._end()
 
     def rollout(self, batch: dict[str, Any], step: int) -> Rollout:
-        """Generate completions of a batch of prompts, and compute what policy, reference and value model say of each token.
+        """Complete a batch of prompts, and compute log-probabilities and values of every token.
 
         The policy runs once more only where generation does not return the log-probabilities that it drew with.
 
@@ -364,7 +364,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
 
     @contextmanager
     def gathered(self, prepared: nn.Module | None = None) -> Iterator[Any]:
-        """A prepared model, by default policy and value model together: unwrapped, in eval mode, whole on every process.
+        """A prepared model (default: policy and value model together), unwrapped, in eval mode, whole everywhere.
 
         Inside, processes may run different numbers of passes, as when one of them has no image to encode.
         """

@@ -35,7 +35,7 @@ def collator_of_both(
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     value_processing_class: ProcessorMixin | PreTrainedTokenizerBase | None,
 ) -> PromptCollator | PolicyAndValueCollator:
-    """The policy's collator, or one for both roles where policy and value model (`None`: the same) have two processors."""
+    """The policy's collator, or one for both roles where policy and value model (`None`: the same) have two."""
     if value_processing_class is None or value_processing_class is processing_class:
         return collator
     return PolicyAndValueCollator(collator, PromptCollator(value_processing_class, max_prompt_length=None))

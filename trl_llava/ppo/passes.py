@@ -23,7 +23,7 @@ from trl_llava.ppo.rollout import Rollout
 
 
 def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """(B, L) position ids that count real tokens only; nothing for a model that derives its own multimodal positions."""
+    """(B, L) position ids that count real tokens only; nothing for a model that derives its own."""
     return {} if derives_positions(model) else {"position_ids": attention_mask.cumsum(1) - attention_mask}
 
 

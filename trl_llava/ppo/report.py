@@ -24,13 +24,19 @@ from trl_llava.ppo.rollout import Rollout
 class PhaseClock:
     """Measures the phases of a step, and shows the running one beside the progress bar."""
 
-    def __init__(self, callback_handler: CallbackHandler) -> None:
+    def __init__(self, callback_handler: CallbackHandler, device: torch.device) -> None:
         self.callback_handler = callback_handler
+        self.device = device
         self.start()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":  # else a phase would be charged with what the one before has only queued
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def start(self) -> None:
         """Begin a step."""
-        self.step_start = time.perf_counter()
+        self.step_start = self._now()
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -39,14 +45,14 @@ class PhaseClock:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_postfix_str(name)
-        start = time.perf_counter()
+        start = self._now()
         yield
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += self._now() - start
 
     def metrics(self) -> dict[str, float]:
         """`time/<phase>` and `time/step` in seconds, since `start`."""
         phases = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        return {**phases, "time/step": time.perf_counter() - self.step_start}
+        return {**phases, "time/step": self._now() - self.step_start}
 
 
 def step_metrics(
@@ -58,9 +64,9 @@ def step_metrics(
 ) -> dict[str, float]:
     """The metrics of one step over all processes, under TRL's names.
 
-    Also `rewards/<term>/mean` and `/std` for each reward term, `completions/mean_length` in tokens (stop token included)
-    and `completions/clipped_ratio`, the share of completions without a stop token. `gather` concatenates a tensor over
-    all processes, `reduce` sums it.
+    Also `rewards/<term>/mean` and `/std` for each reward term, `completions/mean_length` in tokens (stop token
+    included) and `completions/clipped_ratio`, the share of completions without a stop token. `gather` concatenates a
+    tensor over all processes, `reduce` sums it.
     """
     kl = gather(rollout.kl.sum(1))
     scores = gather(rollout.scores)

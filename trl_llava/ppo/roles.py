@@ -60,7 +60,7 @@ class Value(NamedTuple):
 
 
 def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Policy:
-    """Load policy and reference; with an adapter, `args` gets the names of both (`model_adapter_name`, `ref_adapter_name`)."""
+    """Load policy and reference; where they are adapters, `args` gets their names."""
     if args.ref_adapter_name is not None:
         raise RecipeError(
             f"`ref_adapter_name` must stay null (found {args.ref_adapter_name!r}): the reference is what the policy "

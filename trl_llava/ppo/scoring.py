@@ -100,8 +100,8 @@ class Scorer:
             spread = (reduce(((rewards - centre) ** 2).sum()) / count).sqrt()
             if spread <= 1e-6 * (1 + centre.abs()):
                 raise UnhealthyRunError(
-                    f"reward function {name} gave every completion of the first batch {centre.item():.6g}, so there is no "
-                    "spread for `normalize_scores: first_batch` to scale by. Use a larger batch, or leave "
+                    f"reward function {name} gave every completion of the first batch {centre.item():.6g}, so there "
+                    "is no spread for `normalize_scores: first_batch` to scale by. Use a larger batch, or leave "
                     "`normalize_scores` out"
                 )
             self.normalisers[name] = (centre.item(), spread.item())

@@ -92,8 +92,8 @@ def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool)
 def rounds_alike(policy: nn.Module, args: LlavaPPOConfig, accelerator: Accelerator) -> bool:
     """Whether generation and training passes give a token the same log-probability, but for float32's last digits.
 
-    Not in 16 bit, with tf32, and on a quantised base, whose rounding depends on what else is in the batch; and not where
-    free memory decides how many prompts run at once, since a resumed run may find another amount.
+    Not in 16 bit, with tf32, and on a quantised base, whose rounding depends on what else is in the batch; and not
+    where free memory decides how many prompts run at once, since a resumed run may find another amount.
     """
     in_float32 = accelerator.mixed_precision == "no" and policy.dtype == torch.float32
     same_batches = accelerator.device.type == "cpu" or args.generation_cache_gib is not None
