@@ -13,7 +13,7 @@ from trl_llava.models.chat_templates import set_chat_template
 from trl_llava.models.load import load_processor
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 
-# As llava-hf's LLaVA-1.5 has it: nothing ends an answer, so that SFT has nothing to teach stopping with.
+# As llava-hf's LLaVA-1.5 has it: nothing ends a completion, so that SFT has nothing to teach stopping with.
 NO_STOP = VICUNA_V1_CHAT_TEMPLATE.replace(" + eos_token", " + ' '")
 QUICK = ["--use_cpu", "--disable_tqdm", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
 QUICK += ["--per_device_train_batch_size", "2"]

@@ -38,8 +38,8 @@ def test_logits_are_copied_once_and_those_of_the_head_stay() -> None:
     assert bool((raw == 1).all()) and logits[0, 5] == torch.finfo(torch.float32).min
 
 
-def prompts_and_answers() -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
-    """Three left-padded prompts with answers of 5, 1 and 3 tokens."""
+def prompts_and_responses() -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
+    """Three left-padded prompts with responses of 5, 1 and 3 tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 300, (3, 6), generator=generator)
     attention = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
@@ -50,7 +50,7 @@ def prompts_and_answers() -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
 
 def test_a_pass_is_as_wide_as_its_longest_row(tiny_llava_dir: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, dtype=torch.float32).eval()
-    inputs, responses, mask = prompts_and_answers()  # 6 + 5, 4 + 1 and 5 + 3 tokens
+    inputs, responses, mask = prompts_and_responses()  # 6 + 5, 4 + 1 and 5 + 3 tokens
     seen: list[tuple[int, ...]] = []
     model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
@@ -70,7 +70,7 @@ def test_numbers_and_gradients_are_those_of_all_logits_at_once(
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
     model.get_base_model().lm_head.requires_grad_(True) if head == "trained" else None
-    inputs, responses, mask = prompts_and_answers()
+    inputs, responses, mask = prompts_and_responses()
     sampling = Sampling(0.7, (4,), chunk_size)
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -21,7 +21,7 @@ from trl_llava.models.gpu_kernels import apply_liger, check_gpu_kernels, check_l
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def asked(device: torch.device, liger: bool = True) -> Any:
+def arguments(device: torch.device, liger: bool = True) -> Any:
     return SimpleNamespace(use_liger_kernel=liger, liger_kernel_config=None, device=device)
 
 
@@ -42,33 +42,33 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PreTrainedModel, dict[s
 
 def test_what_needs_a_gpu_is_refused_on_the_cpu() -> None:
     with pytest.raises(InputError, match=r"`use_liger_kernel: true` needs a GPU, and this run is on the CPU"):
-        check_gpu_kernels(asked(CPU), None)
+        check_gpu_kernels(arguments(CPU), None)
     with pytest.raises(InputError, match=r"flex_attention` cannot train on the CPU.*Use sdpa"):
-        check_gpu_kernels(asked(CPU, liger=False), "flex_attention")
+        check_gpu_kernels(arguments(CPU, liger=False), "flex_attention")
     with pytest.raises(InputError, match=r"flash_attention_2` needs a GPU, and this run is on the CPU: use sdpa"):
-        check_gpu_kernels(asked(CPU, liger=False), "flash_attention_2")
+        check_gpu_kernels(arguments(CPU, liger=False), "flash_attention_2")
     with pytest.raises(InputError, match=r"`attn_implementation`: 'spda' is none of eager, .*sdpa"):
-        check_gpu_kernels(asked(CPU, liger=False), "spda")
+        check_gpu_kernels(arguments(CPU, liger=False), "spda")
     for attention in (None, "sdpa", "eager"):
-        check_gpu_kernels(asked(CPU, liger=False), attention)
-    check_gpu_kernels(asked(GPU, liger=False), "flex_attention")
+        check_gpu_kernels(arguments(CPU, liger=False), attention)
+    check_gpu_kernels(arguments(GPU, liger=False), "flex_attention")
 
 
 def test_liger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernels, "is_liger_kernel_available", lambda: False)
     with pytest.raises(MissingPackageError, match=r"needs liger-kernel.*`pip install liger-kernel`"):
-        check_gpu_kernels(asked(GPU), None)
+        check_gpu_kernels(arguments(GPU), None)
 
 
 def test_a_family_that_liger_does_not_know_is_named(
     liger: list, tiny_llava_dir: Path, tiny_llava_next_dir: Path
 ) -> None:
-    check_gpu_kernels(asked(GPU), None)
-    check_liger_knows(AutoModelForImageTextToText.from_pretrained(tiny_llava_dir), asked(GPU))
+    check_gpu_kernels(arguments(GPU), None)
+    check_liger_knows(AutoModelForImageTextToText.from_pretrained(tiny_llava_dir), arguments(GPU))
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava_next_dir)
-    check_liger_knows(model, asked(GPU, liger=False))
+    check_liger_knows(model, arguments(GPU, liger=False))
     with pytest.raises(InputError, match=r"no kernels for llava_next models \(LlavaNextFor.*knows llama, llava"):
-        check_liger_knows(model, asked(GPU))
+        check_liger_knows(model, arguments(GPU))
     assert not liger
 
 
@@ -93,7 +93,7 @@ def test_ppo_applies_it_to_each_base_once(liger: list, tiny_llava_dir: Path, tmp
     assert all(config == {"fused_linear_cross_entropy": False, "cross_entropy": False} for _, config in liger)
     apply_liger([trainer.policy_model, trainer.policy_model], trainer.args)
     assert len(liger) == 3
-    apply_liger([trainer.policy_model], asked(CPU, liger=False))
+    apply_liger([trainer.policy_model], arguments(CPU, liger=False))
     assert len(liger) == 3
 
 

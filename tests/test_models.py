@@ -25,7 +25,7 @@ def args_for(folder: Path | str, **fields: object) -> LlavaModelConfig:
     return LlavaModelConfig(model_name_or_path=str(folder), **fields)
 
 
-def test_policy_loads_with_frozen_eyes_in_the_asked_dtype(tiny_llava_dir: Path) -> None:
+def test_policy_loads_in_the_configured_dtype_with_tower_and_projector_frozen(tiny_llava_dir: Path) -> None:
     model = models.load_policy(args_for(tiny_llava_dir, dtype="bfloat16", attn_implementation="eager"))
     assert type(model) is LlavaForConditionalGeneration
     assert model.dtype == torch.bfloat16
@@ -46,7 +46,7 @@ def test_every_family_loads_as_policy_and_as_classifier(family: str, request: py
         assert torch.equal(classifier.model.state_dict()[name], value), name
 
 
-def test_projector_trains_when_asked(tiny_llava_dir: Path) -> None:
+def test_projector_trains_where_it_is_not_frozen(tiny_llava_dir: Path) -> None:
     model = models.load_policy(args_for(tiny_llava_dir, freeze_projector=False))
     assert model.model.multi_modal_projector.linear_1.weight.requires_grad
     assert not next(model.model.vision_tower.parameters()).requires_grad

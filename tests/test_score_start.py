@@ -56,7 +56,7 @@ def test_a_part_that_the_adapter_does_not_hold_cannot_be_trained(
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_part_that_the_adapter_holds_is_trained_or_frozen_as_asked(
+def test_a_part_that_the_adapter_holds_is_trained_or_frozen_as_configured(
     frozen: bool, tiny_llava_dir: Path, tmp_path: Path
 ) -> None:
     base = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir)

@@ -50,7 +50,7 @@ def test_score_is_the_last_real_tokens_under_any_padding_side(folder: Path) -> N
     ]
     colors = ["red", "blue"]
     alone = []
-    for i in (0, 1):  # a batch of one, made like the batch so that tiling families see the same tiles
+    for i in (0, 1):  # a batch of one, made like the batch so that tiling families get the same tiles
         inputs = batch_of(folder, "right", texts, colors)
         keep = inputs["attention_mask"][i].bool()
         inputs = {
@@ -101,7 +101,7 @@ def test_stacked_rows_encode_each_image_once_and_score_the_same(folder: Path) ->
     found = model(**shared, image_copies=2).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert found[0].item() != found[2].item()
-    assert calls[1] * 2 == calls[0]  # half as many pictures went through the tower
+    assert calls[1] * 2 == calls[0]  # half as many images went through the tower
 
     features = model.model.get_image_features(
         **{k: v for k, v in pair.items() if k not in ("input_ids", "attention_mask")}, return_dict=True

@@ -149,7 +149,7 @@ def test_rewards_and_gradients_are_those_of_whole_rows(
     )
     nn.init.normal_(model.score.weight)
     checkpointed(model, checkpointing)
-    answers = [
+    completions = [
         ("There is a red square.", "There is a blue circle and a green triangle."),
         ("Yes.", "No."),
         ("No", "No, there is a blue circle."),
@@ -157,8 +157,8 @@ def test_rewards_and_gradients_are_those_of_whole_rows(
     ]
     table = {
         "prompt": [message("user", f"What is in the picture {i}?") for i in range(4)],
-        "chosen": [message("assistant", pair[0]) for pair in answers],
-        "rejected": [message("assistant", pair[1]) for pair in answers],
+        "chosen": [message("assistant", pair[0]) for pair in completions],
+        "rejected": [message("assistant", pair[1]) for pair in completions],
         "images": [[tiny_models.image("red")], [], [tiny_models.image("blue", (30, 60))] * 2, []],
         "captions": [["a square"]] * 4,
     }
@@ -179,7 +179,7 @@ def test_rewards_and_gradients_are_those_of_whole_rows(
 
 @pytest.fixture
 def uncompiled_flex(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """transformers' own call of flex attention, but not compiled; lists which models asked for it."""
+    """transformers' own call of flex attention, but not compiled; lists the masks it was called with."""
     masks: list[str] = []
 
     def run(*parts: torch.Tensor, training: bool = False, **kwargs: Any) -> torch.Tensor:
@@ -204,9 +204,9 @@ def test_flex_attention_gives_what_whole_rows_give(tiny_llava_dir: Path, uncompi
     results = []
     for policy, value, share in ((policies[0], values[0], False), (policies[1], values[1], True)):
         with torch.inference_mode():
-            answers = (inputs, responses, mask)
-            logprobs, entropies = response_logprobs(policy, *answers, Sampling(), entropies=True, share_prefix=share)
-            results.append((logprobs, entropies, response_values(value, *answers, share_prefix=share)))
+            rollout = (inputs, responses, mask)
+            logprobs, entropies = response_logprobs(policy, *rollout, Sampling(), entropies=True, share_prefix=share)
+            results.append((logprobs, entropies, response_values(value, *rollout, share_prefix=share)))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert uncompiled_flex.count("BlockMask") >= 2 * 2  # both models' language models have two layers
@@ -217,7 +217,7 @@ def test_flex_attention_gives_what_whole_rows_give(tiny_llava_dir: Path, uncompi
 
 @pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_onevision_dir"])
 @pytest.mark.parametrize("judging", [JudgingPrompt(), None], ids=["judged", "bare"])
-def test_answers_to_one_prompt_are_scored_behind_it_once(
+def test_completions_of_one_prompt_are_scored_behind_it_once(
     family: str, judging: JudgingPrompt | None, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(family)
@@ -227,13 +227,13 @@ def test_answers_to_one_prompt_are_scored_behind_it_once(
     reward = FactualReward(model, processor_of(family, folder), judging, batch_size=6)
     red, blue = tiny_models.image("red"), tiny_models.image("blue", (30, 60))
     prompts = [message("user", text) for text in ("What is it?", "What is it?", "Say hi.")]
-    pictures = [[red], [blue], []]
+    images = [[red], [blue], []]
     order = [0, 0, 1, 2, 0, 1, 2, 2]  # six in the first pass, two in the second
-    answers = ["A red square.", "No.", "Blue.", "Hi!", "No.", "A blue circle, I think.", "Hi there.", "No"]
+    completions = ["A red square.", "No.", "Blue.", "Hi!", "No.", "A blue circle, I think.", "Hi there.", "No"]
     call = {
         "prompts": [prompts[i] for i in order],
-        "completions": [message("assistant", answer) for answer in answers],
-        "images": [pictures[i] for i in order],
+        "completions": [message("assistant", text) for text in completions],
+        "images": [images[i] for i in order],
         "captions": [[f"caption {i}", "On white."] for i in order],
     }
     rows: list[tuple[int, ...]] = []
@@ -245,12 +245,12 @@ def test_answers_to_one_prompt_are_scored_behind_it_once(
     assert shared == pytest.approx(reward(**call), rel=1e-5, abs=1e-5)
     handle.remove()
     packs = [shape[0] for shape in rows]
-    assert packs in ([3, 1, 6, 2], [2, 1, 6, 2])  # by length: the second pass has two answers of the shortest pack
+    assert packs in ([3, 1, 6, 2], [2, 1, 6, 2])  # by length: the second pass has two completions of the shortest pack
     assert torch.tensor(shared).std() > 1e-3
 
 
 def rollout_of(family: str, folder: Path) -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
-    """Three answers each to two questions, one with a picture, and one answer to a third; left and right padding."""
+    """Three completions each of two prompts, one with an image, and one of a third; left and right padding."""
     table = {
         "prompt": [
             message("user", text) for text in ("What is in the picture?", "Yes?", "Is it a red square or not?")
@@ -280,9 +280,9 @@ def test_logprobs_values_and_gradients_are_those_of_whole_rows(
     weight = torch.linspace(-1, 1, mask.numel()).view_as(mask.float())
     results = {}
     for share in (False, True):
-        answers = (inputs, responses, mask)
-        logprobs, entropies = response_logprobs(policy, *answers, Sampling(), entropies=True, share_prefix=share)
-        values = response_values(value, *answers, share_prefix=share)
+        rollout = (inputs, responses, mask)
+        logprobs, entropies = response_logprobs(policy, *rollout, Sampling(), entropies=True, share_prefix=share)
+        values = response_values(value, *rollout, share_prefix=share)
         numbers = {"logprobs": logprobs.detach(), "entropies": entropies, "values": values.detach()}
         results[share] = (
             numbers,
@@ -310,7 +310,7 @@ def test_which_models_cannot(tiny_llava_dir: Path) -> None:
     assert why_not(MistralForCausalLM(windowed)) == "MistralForCausalLM has layers without full attention"
 
 
-def test_ppo_with_several_answers_to_a_prompt(tiny_llava_dir: Path, tmp_path: Path) -> None:
+def test_ppo_with_several_completions_of_a_prompt(tiny_llava_dir: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
     runs = []
     for share in (True, False):
@@ -320,24 +320,24 @@ def test_ppo_with_several_answers_to_a_prompt(tiny_llava_dir: Path, tmp_path: Pa
         )  # fmt: skip
         favour_the_stop_token(trainer.policy_model)
         assert trainer.share_prefix is share
-        asked: list[list[str]] = []
+        scored: list[list[str]] = []
         widths: list[torch.Size] = []
         trainer.value_model.get_base_model().model.language_model.register_forward_pre_hook(
             lambda module, args, kwargs, widths=widths: widths.append(kwargs["inputs_embeds"].shape), with_kwargs=True
         )
 
-        def look(prompts: list, completion_ids: list, asked: list = asked, **columns: list) -> list[float]:
-            asked.append([prompt[-1]["content"][-1]["text"] for prompt in prompts])
+        def length(prompts: list, completion_ids: list, scored: list = scored, **columns: list) -> list[float]:
+            scored.append([prompt[-1]["content"][-1]["text"] for prompt in prompts])
             return [float(len(ids)) for ids in completion_ids]
 
-        trainer.scorer.reward_funcs = [look]
+        trainer.scorer.reward_funcs = [length]
         trainer.train()
         runs.append((trainer.state.log_history, weights(trainer)))
-        # 4 answers to 2 prompts, in the rollout's pass and in two epochs of the update, 4 times.
+        # 4 completions of 2 prompts, in the rollout's pass and in two epochs of the update, 4 times.
         assert [rows for rows, *_ in widths] == [2 if share else 4] * 12
-        # 8 prompts, 2 a step, each twice; an epoch asks each once.
-        assert len(asked) == 4 and all(a == b and c == d and a != c for a, b, c, d in asked)
-        assert len({text for step in asked for text in step}) == 8
+        # 8 prompts, 2 a step, each twice; an epoch has each once.
+        assert len(scored) == 4 and all(a == b and c == d and a != c for a, b, c, d in scored)
+        assert len({text for step in scored for text in step}) == 8
         assert [entry["epoch"] for entry in trainer.state.log_history] == [0.25, 0.5, 0.75, 1.0]
     (shared, shared_weights), (plain, plain_weights) = runs
     for expected, actual in zip(plain, shared, strict=True):
@@ -348,7 +348,7 @@ def test_ppo_with_several_answers_to_a_prompt(tiny_llava_dir: Path, tmp_path: Pa
         torch.testing.assert_close(shared_weights[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_answers_to_one_prompt_differ(tiny_llava_dir: Path, tmp_path: Path) -> None:
+def test_completions_of_one_prompt_differ(tiny_llava_dir: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
     trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path, num_generations_per_prompt=4)
     rollout = trainer.rollout(next(iter(trainer.get_train_dataloader())), step=1)

@@ -1,4 +1,4 @@
-"""Assembled LLaVAs see, reload bit for bit, and refuse parts that do not fit."""
+"""Assembled LLaVAs use their images, reload bit for bit, and refuse parts that do not fit."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ TOWER = {
 }
 
 
-def pictures(count: int) -> list[Image.Image]:
+def random_images(count: int) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, 28, 28, 3), generator=generator, dtype=torch.uint8).numpy()
     return [Image.fromarray(p) for p in pixels]
@@ -112,9 +112,9 @@ def test_an_assembled_llava_sees_and_reloads_bit_for_bit(
     assert model.config.image_token_id == 6  # added behind the 6 known words
     assert processor.tokenizer.pad_token == "<pad>"
     assert model.get_input_embeddings().weight.shape == (8, 16)
-    two = pictures(2)
+    two = random_images(2)
     logits = ask(model, processor, two)
-    assert not torch.equal(logits[0], logits[1])  # it sees
+    assert not torch.equal(logits[0], logits[1])  # the image matters
 
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(again) is type(model)
@@ -143,7 +143,7 @@ def test_the_projector_repeats_with_its_seed(tower_dirs, language_dir, tmp_path)
 
 
 def test_a_whitened_projector_gives_the_gelu_unit_scale(tower_dirs, language_dir, tmp_path):
-    images = pictures(40)
+    images = random_images(40)
     model, processor = assemble_llava(
         str(tower_dirs / "clip"),
         str(language_dir),
@@ -182,7 +182,7 @@ def test_parts_that_do_not_fit_are_refused(tower_dirs, language_dir, tmp_path):
             tmp_path / "a",
             chat_template=TEMPLATE,
             projector_init="whitened",
-            sample_images=pictures(1),
+            sample_images=random_images(1),
         )
     with pytest.raises(ValueError, match="expected a CLIP or SigLIP vision tower"):
         assemble_llava(language, language, tmp_path / "a", chat_template=TEMPLATE)
@@ -227,7 +227,7 @@ def test_square_padding_fills_with_the_image_mean(tower_dirs, language_dir, tmp_
 
 
 def test_a_processor_that_makes_tiles_pads_to_no_square(tiny_llava_next_dir: Path) -> None:
-    """OneVision's has a method of that name, but its `do_pad` gives the pictures of a batch as many tiles each."""
+    """OneVision's has a method of that name, but its `do_pad` gives the images of a batch as many tiles each."""
     for processor in (tiny_models.onevision_processor(), AutoProcessor.from_pretrained(tiny_llava_next_dir)):
         with pytest.raises(ValueError, match=r"ImageProcessor\w* cannot pad to a square; expected a CLIP or LLaVA"):
             set_square_padding(processor, True)

@@ -27,7 +27,7 @@ PATCH = 2
 # Real: 7B 32 layers, 4096 wide, 32 heads, 11008 inside; 13B 40, 5120, 40, 13824; CLIP-L/14 24, 1024, 16, 4096.
 VICUNA = {"7b": (4, 64, 4, 172), "13b": (5, 80, 5, 216)}
 CLIP = (3, 16, 2, 64)
-# llava-hf's templates, which write nothing a model could learn to stop at, or begin answers with another space.
+# llava-hf's templates, which write nothing a model could learn to stop at, or begin completions with another space.
 NO_STOP = VICUNA_V1_CHAT_TEMPLATE.replace(" + eos_token", " + ' '")
 OTHER_START = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"

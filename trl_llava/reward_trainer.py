@@ -1,4 +1,4 @@
-"""Stage 2: a reward model that sees the image, the question, the answer and the captions of the image."""
+"""Stage 2: a reward model on image, prompt, completion and the captions of the image."""
 
 import logging
 from typing import Any, TypeAlias
@@ -31,10 +31,10 @@ PAPER_CENTERING = 1e-3
 
 
 class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrainer):
-    """TRL's `RewardTrainer` on pairs of answers to a question about an image.
+    """TRL's `RewardTrainer` on pairs of completions to a prompt with images.
 
-    Differs from TRL's in its collator, which renders the judging turn and runs image and question once per pair, and
-    in the paper's regulariser (`args.reward_centering: paper`). A loss or gradient that is not finite stops the run.
+    Differs from TRL's in its collator, which renders the judging turn and runs image and prompt once per pair, and in
+    the paper's regulariser (`args.reward_centering: paper`). A loss or gradient that is not finite stops the run.
 
     Args:
         model: a `...ForSequenceClassification` with one label, or Hub ID or folder of one.
@@ -42,7 +42,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
         train_dataset: rows in the project's or in TRL's format.
         processing_class: the processor; a tokenizer does where no row has an image.
         eval_dataset: the same, or a dict of them.
-        judging_prompt: what the reward model is asked after the answer; `None` lets it judge where the answer ends.
+        judging_prompt: the turn behind the completion that asks for a score; `None` scores where the completion ends.
         **kwargs: all else that `RewardTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
     """
 
@@ -81,7 +81,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
             reason = self._why_pairs_run_apart()
             self.preference_collator.share_prefix = reason is None
             if reason is not None:
-                logger.warning("Image and question run once for each answer of a pair, not once a pair: %s.", reason)
+                logger.warning("Image and prompt run once for each completion of a pair, not once a pair: %s.", reason)
         if args.chat_template_path is not None:
             processing_class.chat_template = tokenizer.chat_template
         self.processing_class = self.callback_handler.processing_class = processing_class
@@ -125,15 +125,6 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
         """The pairwise loss, plus the centring that `args.reward_centering` names.
 
         "trl" is TRL's `c * mean((r1 + r0)^2)`; "paper" is `c * |mean(r1 + r0)|` with c = 0.001 by default.
-
-        Args:
-            model: the reward model.
-            inputs: a preference batch: the logits of chosen answers come before those of rejected ones.
-            return_outputs: `True` returns the model's output too.
-            num_items_in_batch: unused, as in TRL.
-
-        Returns:
-            The loss, or loss and output.
         """
         if self.args.reward_centering != "paper":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

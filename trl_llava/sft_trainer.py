@@ -22,7 +22,7 @@ EvalDataset: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
 class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
-    """TRL's `SFTTrainer` with answer-only labels over all turns of conversations with images.
+    """TRL's `SFTTrainer` with labels on the assistant's turns only, of conversations with images.
 
     Differs from TRL's in its collator and in what it does to the data sets: rows are checked and named, image tokens
     are never cut, and a row longer than `args.max_length` is an error or dropped and counted (`args.overlong`). A loss
@@ -48,14 +48,15 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
         eval_dataset: EvalDataset = None,
         **kwargs: Any,
     ) -> None:
-        set_seed(args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
+        # TRL seeds only after it has drawn the weights of a fresh adapter.
+        set_seed(args.seed)
         collator = kwargs.pop("data_collator", None) or SFTCollator(
             processing_class,
             max_length=args.max_length,
             labels_on=args.labels_on,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        # The one option TRL refuses with images; our collator already does what it asks for.
+        # The one option that TRL refuses with images; our collator already does it.
         upstream_args = copy.copy(args)
         upstream_args.assistant_only_loss = False
 

@@ -149,8 +149,8 @@ def _check_batch(given: torch.Tensor | None, attention_mask: torch.Tensor | None
     rows = len(given)
     if attention_mask is None and rows > 1:
         raise ValueError(
-            f"attention_mask is missing for a batch of {rows} rows: the last real token of a padded row cannot be "
-            "told from its IDs. Pass the attention mask that the collator made"
+            f"attention_mask is missing for a batch of {rows} rows: the IDs do not say which token of a padded row is "
+            "the last real one. Pass the attention mask that the collator made"
         )
     if rows % image_copies:
         raise ValueError(

@@ -85,8 +85,7 @@ def _keeps_to_itself(config: PeftConfig) -> str | None:
         return f"is of type {config.peft_type}, only LoRA shares a base"
     if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"):
         return f"changes the base's weights (init_lora_weights={config.init_lora_weights!r})"
-    single = ("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "kasa_config", "use_bdlora")
-    for field in single:
+    for field in ("trainable_token_indices", "target_parameters"):
         if getattr(config, field, None):
             return f"has `{field}`, which switches with nothing else"
     return f"trains the base's biases (bias={config.bias!r})" if config.bias != "none" else None
