@@ -274,7 +274,7 @@ def test_offline(hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_hub_out_of_reach_stops_a_new_run_only(hub: hub_server.Hub, tmp_path: Path) -> None:
     hub.fail("POST", "/repos/create", status=503, times=2)
-    with pytest.raises(HubError, match=r"the Hub cannot be reached \(.*503.*start without `push_to_hub`"):
+    with pytest.raises(HubError, match=r"the Hub cannot be reached \(.*503.*start without it"):
         claim(tmp_path)
     resumed = claim(tmp_path, resuming=True)
     assert resumed is not None and not resumed.verified

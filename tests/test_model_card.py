@@ -112,6 +112,6 @@ def test_samples_are_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo", "grpo", "rloo"])
 def test_every_stage_has_curves(tmp_path: Path, stage: str) -> None:
-    names = [name for panel in CURVES[stage].values() for name in panel]
+    names = [name for panel in CURVES[stage].values() for name in (panel, f"eval_{panel}")]
     assert plot_curves(stage, [{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)], tmp_path / "a.png")
     assert not plot_curves(stage, [{"step": 1, "lr": 0.1}], tmp_path / "b.png") and not (tmp_path / "b.png").exists()

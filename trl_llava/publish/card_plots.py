@@ -6,30 +6,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-CURVES: dict[str, dict[str, tuple[str, ...]]] = {
-    "sft": {"Loss": ("loss", "eval_loss"), "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy")},
-    "reward": {
-        "Loss": ("loss", "eval_loss"),
-        "Accuracy": ("accuracy", "eval_accuracy"),
-        "Margin": ("margin", "eval_margin"),
-    },
-    "ppo": {
-        "Score": ("objective/scores",),
-        "KL to the reference": ("objective/kl",),
-        "Completion length (tokens)": ("completions/mean_length",),
-    },
-    "dpo": {
-        "Loss": ("loss", "eval_loss"),
-        "Accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
-        "Margin": ("rewards/margins", "eval_rewards/margins"),
-    },
+_ONLINE = {"Reward": "reward", "KL to the reference": "kl", "Completion length (tokens)": "completions/mean_length"}
+CURVES = {
+    "sft": {"Loss": "loss", "Token accuracy": "mean_token_accuracy"},
+    "reward": {"Loss": "loss", "Accuracy": "accuracy", "Margin": "margin"},
+    "ppo": {**_ONLINE, "Reward": "objective/scores", "KL to the reference": "objective/kl"},
+    "dpo": {"Loss": "loss", "Accuracy": "rewards/accuracies", "Margin": "rewards/margins"},
+    "grpo": _ONLINE,
+    "rloo": _ONLINE,
 }
-CURVES["grpo"] = CURVES["rloo"] = {
-    "Reward": ("reward", "eval_reward"),
-    "KL to the reference": ("kl",),
-    "Completion length (tokens)": ("completions/mean_length",),
-}
-"""Stage -> panel -> its names in the log: in training, and on held-out rows."""
+"""Stage -> panel -> its name in the log, which has `eval_` before it on held-out rows."""
 
 # Okabe and Ito's palette: colour-blind readers tell the two apart.
 _STYLES: tuple[dict[str, Any], ...] = (
@@ -41,8 +27,10 @@ _STYLES: tuple[dict[str, Any], ...] = (
 def plot_curves(stage: str, log_history: Sequence[dict[str, Any]], path: Path) -> bool:
     """Draw the curves of a stage into a PNG file; whether there was anything to draw."""
     panels = {
-        title: [[(entry["step"], entry[name]) for entry in log_history if name in entry] for name in names]
-        for title, names in CURVES[stage].items()
+        title: [
+            [(entry["step"], entry[key]) for entry in log_history if key in entry] for key in (name, f"eval_{name}")
+        ]
+        for title, name in CURVES[stage].items()
     }
     panels = {title: curves for title, curves in panels.items() if any(curves)}
     if not panels:
@@ -50,7 +38,7 @@ def plot_curves(stage: str, log_history: Sequence[dict[str, Any]], path: Path) -
     figure = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
     for place, (title, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), place)
-        for points, style in zip(curves, _STYLES, strict=False):
+        for points, style in zip(curves, _STYLES, strict=True):
             if points:
                 steps, values = zip(*points, strict=True)
                 axes.plot(steps, values, **{"marker": "o" if len(points) == 1 else None, **style})

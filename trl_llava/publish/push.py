@@ -16,7 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import HubStrategy
 
 from trl_llava.errors import ExplainedError
-from trl_llava.publish.repository import Repository, cause
+from trl_llava.hub.lookup import first_line
+from trl_llava.publish.repository import Repository
 from trl_llava.publish.shareable import lay_out, lay_out_resumable, put
 from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE
 
@@ -151,7 +152,7 @@ class HubPush:
 
     def _failed(self, error: Exception) -> None:
         with self._changed:
-            first, self.failure = self.failure is None, cause(error.__cause__ or error)
+            first, self.failure = self.failure is None, first_line(error.__cause__ or error)
             if first:
                 name = self.repository.name
                 logger.warning("Pushing to %s failed (%s). It is tried again; training goes on.", name, self.failure)

@@ -20,10 +20,10 @@ from transformers.trainer_utils import HubStrategy
 
 from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.errors import InputError
-from trl_llava.hub.lookup import UNREACHABLE
+from trl_llava.hub.lookup import UNREACHABLE, first_line
 from trl_llava.publish.model_card import CardFacts, write_model_card
 from trl_llava.publish.push import HubPush
-from trl_llava.publish.repository import HubError, Repository, cause, shareable_recipe
+from trl_llava.publish.repository import HubError, Repository
 from trl_llava.publish.shareable import FACTS_FILE
 from trl_llava.run.checkpoint_folders import checkpoints, step_of
 from trl_llava.run.manifest import check_manifest
@@ -42,11 +42,21 @@ def main(argv: Sequence[str]) -> int:
     values = yaml.load(recipe.read_text(encoding="utf-8"), Loader=RecipeLoader) if recipe.is_file() else {}
     strategy = HubStrategy(values.get("hub_strategy", "every_save"))
     finished = not one_checkpoint and (run / FINISHED_FILE).is_file()
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    hub = {**values, **given}
+    repository = Repository(
+        hub.get("hub_model_id") or run.name,
+        hub.get("hub_revision"),
+        hub.get("hub_private_repo"),
+        Recipe(values, {}) if values else None,
+        # Without a recipe there is nothing that tells one run from another.
+        onto_existing=hub.get("hub_onto_existing", False) or not values,
+    )
     try:
-        repository = _repository(args, run, values)
+        repository.verify()
         found = [folder] if one_checkpoint else _to_push(run, strategy, finished, repository)
     except UNREACHABLE as error:
-        raise HubError(f"the Hub cannot be reached ({cause(error)}): try again later") from error
+        raise HubError(f"the Hub cannot be reached ({first_line(error)}): try again later") from error
     if not found and not finished:
         print(f"{repository.name} has the last checkpoint of {args.folder} already.")
         return 0
@@ -73,19 +83,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hub_private_repo", **yes_or_no, help="make a new repository private")
     parser.add_argument("--hub_onto_existing", **yes_or_no, help="also onto a repository that holds another run")
     return parser
-
-
-def _repository(args: argparse.Namespace, run: Path, values: dict[str, Any]) -> Repository:
-    repository = Repository(
-        args.hub_model_id or values.get("hub_model_id") or run.name,
-        args.hub_revision or values.get("hub_revision"),
-        values.get("hub_private_repo") if args.hub_private_repo is None else args.hub_private_repo,
-        shareable_recipe(Recipe(values, {})) if values else None,
-        # Without a recipe there is nothing that tells one run from another.
-        onto_existing=args.hub_onto_existing or values.get("hub_onto_existing", False) or not values,
-    )
-    repository.verify()
-    return repository
 
 
 def _to_push(run: Path, strategy: HubStrategy, finished: bool, repository: Repository) -> list[Path]:

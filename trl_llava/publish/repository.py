@@ -1,7 +1,6 @@
 """The repository that a run is pushed to: before training, whether we may write there and what it holds."""
 
 import logging
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import InputError
 from trl_llava.hub.lookup import UNREACHABLE, first_line
-from trl_llava.publish.shareable import is_machine_path, without_paths
+from trl_llava.publish.shareable import without_paths
 from trl_llava.run.output_dir import RECIPE_FILE, differences
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ class HubError(InputError):
 
 @dataclass
 class Repository:
-    """Where a run is pushed to, with its recipe as it is pushed (None for a run from Python)."""
+    """Where a run is pushed to, with its recipe (None for a run from Python), from which paths of the machine go."""
 
     name: str
     revision: str | None
@@ -43,6 +42,10 @@ class Repository:
     """Whether a repository that holds another run, or something else, gets a new commit."""
     token: str | None = field(default=None, repr=False)
     verified: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe is not None:
+            self.recipe = Recipe(without_paths(self.recipe.given), without_paths(self.recipe.defaults))
 
     @property
     def api(self) -> HfApi:
@@ -63,8 +66,8 @@ class Repository:
             if error.response.status_code not in (401, 403, 404):
                 raise
             raise HubError(
-                f"`push_to_hub`: the token may not write to {self.name} ({cause(error)}). Use one with write access: "
-                f"{_LOGIN}; or set `hub_model_id` to a name of your own"
+                f"`push_to_hub`: the token may not write to {self.name} ({first_line(error)}). Use one with write "
+                f"access: {_LOGIN}; or set `hub_model_id` to a name of your own"
             ) from error
         self._check_content()
         if self.revision is not None:
@@ -113,35 +116,22 @@ def claim_repository(
     if not wanted or args.process_index != 0:
         return None
     name = args.hub_model_id or Path(args.output_dir).absolute().name
-    repository = Repository(
-        name, args.hub_revision, args.hub_private_repo, shareable_recipe(recipe), script_args.hub_onto_existing
-    )
+    onto_existing = script_args.hub_onto_existing
+    repository = Repository(name, args.hub_revision, args.hub_private_repo, recipe, onto_existing)
     try:
         repository.verify()
     except UNREACHABLE as error:
         if not resuming:
             raise HubError(
-                f"`push_to_hub`: the Hub cannot be reached ({cause(error)}), so it is not known whether this run can "
-                "be pushed. Try again later, or start without `push_to_hub` and push with `trl-llava push` afterwards"
+                f"`push_to_hub`: the Hub cannot be reached ({first_line(error)}), so it is not known whether this run "
+                "can be pushed. Try again later, or start without it, and push with `trl-llava push` afterwards"
             ) from error
-        logger.warning("The Hub cannot be reached (%s). The run goes on, and is pushed when it can be.", cause(error))
-    base = model_args.model_name_or_path
-    if base is not None and is_machine_path(base):
         logger.warning(
-            "Others do not have the base model, the folder %s. Give a Hub ID as `model_name_or_path` if there is one.",
-            base,
+            "The Hub cannot be reached (%s). The run goes on, and is pushed when it can be.", first_line(error)
         )
+    if Path(base := model_args.model_name_or_path or "").is_absolute():
+        logger.warning("Others do not have the base model, the folder %s: better name a Hub ID, if it has one.", base)
     return repository
-
-
-def shareable_recipe(recipe: Recipe) -> Recipe:
-    """The recipe as it is pushed: without paths of this machine."""
-    return Recipe(without_paths(recipe.given), without_paths(recipe.defaults))
-
-
-def cause(error: BaseException) -> str:
-    """What went wrong, in one line for anybody: addresses without their query, which may hold a signature."""
-    return re.sub(r"\?[^\s'\"]+", "", first_line(error))
 
 
 def _compared(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from trl_llava.errors import InputError
@@ -59,16 +59,9 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_paths(entry) for entry in value]
-    if isinstance(value, str) and is_machine_path(value):
-        return PureWindowsPath(value).name if PureWindowsPath(value).drive else PurePosixPath(value).name
+    if isinstance(value, str) and value.startswith(("/", "~/")) and "\n" not in value:
+        return Path(value).name or value
     return value
-
-
-def is_machine_path(text: str) -> bool:
-    """Whether a text is a path that means something on this machine only: absolute, or in a home folder."""
-    if "\n" in text or not text.strip("/\\"):
-        return False
-    return text.startswith(("/", "~/")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
 
 
 def put(source: str, target: str) -> None:
