@@ -17,7 +17,7 @@ SECONDS = 10
 
 # The first is the HTTP library's class of all that can go wrong; which library depends on huggingface_hub's version.
 UNREACHABLE: tuple[type[BaseException], ...] = (HfHubHTTPError.__mro__[1], ConnectionError, TimeoutError)
-"""What a request raises that the Hub does not answer."""
+"""What a request raises if there is no network, or the Hub fails."""
 
 _FILES = ("config.json", "adapter_config.json")
 
@@ -52,7 +52,7 @@ def not_found(field: str, name: str, revision: str | None, error: Exception) -> 
 
 
 def place_of_data(name: str, config: str | None, revision: str | None, files: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for `load_dataset`; if the Hub does not answer, they name what the cache has of that revision.
+    """Arguments for `load_dataset`; without a reply of the Hub, they name what the cache has of that revision.
 
     `datasets` by itself retries for half a minute before it turns to its cache, and there takes the newest revision,
     whichever was named. `files` are the caller's own `data_files` and `data_dir`, if any.
@@ -73,7 +73,7 @@ def place_of_data(name: str, config: str | None, revision: str | None, files: di
 
 
 def _files_of(folder: Path, config: str | None) -> dict[str, Any]:
-    """Where a configuration has its data: `datasets` looks for the first one's, which may not be in the cache."""
+    """Where a configuration has its data: `datasets` expects those of the first one, which the cache may lack."""
     card = folder / "README.md"
     configs = DatasetCard.load(card).data.to_dict().get("configs") or [] if card.is_file() else []
     for entry in configs:

@@ -61,7 +61,7 @@ class HubPush:
         self._changed = threading.Condition()
         self._failures = 0  # in a row
         self._thread: threading.Thread | None = None
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its own retries; what fails is told here, once
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails is logged here, once
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # of a run that was killed
 
     @property
