@@ -19,7 +19,7 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError
 from trl_llava.models.adapters import load_adapter
 from trl_llava.models.load import load_policy
-from trl_llava.models.score_start import load_score_model
+from trl_llava.models.starts import load_score_model
 from trl_llava.run import output_dir
 
 PACKAGE = Path(cli.__file__).parent

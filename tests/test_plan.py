@@ -21,8 +21,7 @@ from trl_llava.configs.sft import LlavaSFTConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, RecipeError
 from trl_llava.models.adapters import lora_config
-from trl_llava.models.policy_start import load_policy_start
-from trl_llava.models.score_start import load_score_model
+from trl_llava.models.starts import load_policy_start, load_score_model
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sft_trainer import LlavaSFTTrainer
 from trl_llava.tools.plan.command import _make_parser, make_plan, need_of, read_job

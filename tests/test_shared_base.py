@@ -18,8 +18,8 @@ from trl_llava.models.adapter_role import AdapterRole, computing, in_eval_mode
 from trl_llava.models.adapter_switching import active_adapter, checkpoint_contexts
 from trl_llava.models.adapters import load_adapter
 from trl_llava.models.load import load_policy, load_sequence_classifier
-from trl_llava.models.score_start import load_score_model, zero_head
 from trl_llava.models.shared_base import SharedBase, add_role, find_shared_base
+from trl_llava.models.starts import load_score_model, zero_head
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj|down_proj)"
 IDS = torch.tensor([[5, 17, 301, 44, 9, 250, 7, 12], [8, 3, 99, 41, 100, 31, 6, 60]])

@@ -13,7 +13,7 @@ from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.errors import RecipeError
 from trl_llava.models.model_inputs import COUNTS
-from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.rewards.functions import RewardFunction, needs_captions
 from trl_llava.rewards.reward_loading import load_reward_functions
 from trl_llava.rewards.reward_terms import length_term

@@ -13,7 +13,7 @@ from trl import DPOTrainer
 
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.preference_collators import DPOCollator
-from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.run.console import run_as_program
 from trl_llava.run.safe_checkpoints import SafeCheckpoints

@@ -10,8 +10,7 @@ Out: `output_dir` with adapter and head (or model), processor, factual_reward.js
 from collections.abc import Sequence
 
 from trl_llava.models.adapters import lora_config
-from trl_llava.models.policy_start import load_recipe_processor
-from trl_llava.models.score_start import load_score_model
+from trl_llava.models.starts import load_recipe_processor, load_score_model
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.run.console import run_as_program
 from trl_llava.stage_run import begin

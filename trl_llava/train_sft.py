@@ -8,7 +8,7 @@ Out: `output_dir` with the adapter (or model), processor, trainer state, recipe.
 
 from collections.abc import Sequence
 
-from trl_llava.models.policy_start import load_policy_start, load_recipe_processor
+from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.run.console import run_as_program
 from trl_llava.sft_trainer import LlavaSFTTrainer
 from trl_llava.stage_run import begin

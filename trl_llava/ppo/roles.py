@@ -14,7 +14,8 @@ from trl_llava.models.adapter_role import AdapterRole
 from trl_llava.models.adapters import freeze_as_configured, load_adapter, lora_config
 from trl_llava.models.load import load_policy, load_processor
 from trl_llava.models.same_tokenizer import check_same_tokenizer
-from trl_llava.models.score_start import (
+from trl_llava.models.shared_base import SharedBase, add_fresh_role, add_role, find_shared_base
+from trl_llava.models.starts import (
     adapter_base,
     agreed_base,
     load_score_model,
@@ -22,7 +23,6 @@ from trl_llava.models.score_start import (
     with_base,
     zero_head,
 )
-from trl_llava.models.shared_base import SharedBase, add_fresh_role, add_role, find_shared_base
 
 
 class Policy(NamedTuple):

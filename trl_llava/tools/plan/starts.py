@@ -17,7 +17,7 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError, RecipeError
 from trl_llava.hub.lookup import check_there
 from trl_llava.models.load import load_config
-from trl_llava.models.score_start import agreed_base
+from trl_llava.models.starts import agreed_base
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,14 @@ from transformers import AutoModelForImageTextToText
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, RecipeError
-from trl_llava.models.policy_start import load_policy_start
-from trl_llava.models.score_start import adapter_base, agreed_base, load_score_model, with_base, zero_head
+from trl_llava.models.starts import (
+    adapter_base,
+    agreed_base,
+    load_policy_start,
+    load_score_model,
+    with_base,
+    zero_head,
+)
 from trl_llava.ppo.roles import load_policy_roles, load_value_model
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj)"

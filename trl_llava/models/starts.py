@@ -1,32 +1,49 @@
-"""What a reward or value model starts from: a base model, a checkpoint with a head, or any stage's adapter."""
+"""What a stage starts from: a processor, a policy, or a model with a score head, out of a base and an adapter."""
 
 import copy
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, RecipeError
-from trl_llava.hub.lookup import check_there
-from trl_llava.models.adapters import check_safe_adapter, freeze_as_configured, load_adapter
-from trl_llava.models.load import HEAD, load_sequence_classifier
+from trl_llava.hub.lookup import check_there, find_file
+from trl_llava.models.adapters import check_safe_adapter, freeze_as_configured, load_adapter, lora_config
+from trl_llava.models.load import HEAD, load_policy, load_processor, load_sequence_classifier
 from trl_llava.models.sharded_weights import whole
+
+
+def load_recipe_processor(model_args: LlavaModelConfig, chat_template_path: str | None) -> ProcessorMixin:
+    """The processor of `model_name_or_path`, with the recipe's `pad_to_square` and chat template."""
+    return load_processor(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=model_args.trust_remote_code,
+        pad_to_square=model_args.pad_to_square,
+        chat_template_path=chat_template_path,
+    )
+
+
+def load_policy_start(model_args: LlavaModelConfig) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
+    """The policy with the recipe's adapter to train further, or with the configuration of a fresh one."""
+    model = load_policy(model_args)
+    if model_args.adapter_name_or_path is None:
+        return model, lora_config(model_args, model, task="CAUSAL_LM")
+    adapter, revision = model_args.adapter_name_or_path, model_args.adapter_revision
+    model = load_adapter(model, adapter, is_trainable=True, revision=revision)
+    return freeze_as_configured(model, adapter, model_args), None
 
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
     """Hub ID or folder of the base that an adapter was trained on; None if `name` is not an adapter."""
     check_there("model or adapter", name, revision)
-    folder = Path(name)
-    if folder.is_dir():
-        found = (folder / "adapter_config.json").is_file()
-    else:
-        found = find_adapter_config_file(name, revision=revision) is not None
-    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path if found else None
+    if find_file(name, "adapter_config.json", revision) is None:
+        return None
+    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
 
 
 def agreed_base(given: str | None, adapter: str, trained_on: str | None) -> str:
