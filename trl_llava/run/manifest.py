@@ -97,5 +97,5 @@ def _first_problem(folder: Path) -> str | None:
         for key, digest in _entry(path).items():
             if key != "size" and entry.get(key, digest) != digest:
                 part = "its header with SHA-256" if key == "header_sha256" else "SHA-256"
-                return f"{name}: expected {part} {entry[key][:16]}..., found {digest[:16]}..."
+                return f"{name}: expected {part} {str(entry[key])[:16]}..., found {digest[:16]}..."
     return None
