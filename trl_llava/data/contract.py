@@ -136,12 +136,9 @@ def place_images(messages: Sequence[Message], images: int, row_name: str) -> lis
     if shown == images:
         return list(messages)
     if shown:
-        raise RowError(
-            row_name,
-            f"its messages show {shown} image{'s' * (shown != 1)}, but it has {images}",
-            "Give one image part for each image, or none to put them at the front of the first user turn",
-            "image parts unlike the number of images",
-        )
+        problem = f"its messages show {shown} image{'s' * (shown != 1)}, but it has {images}"
+        fix = "Give one image part for each image, or none to put them at the front of the first user turn"
+        raise RowError(row_name, problem, fix, "image parts unlike the number of images")
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise RowError(row_name, "it has images but no user turn to show them in", "Add a user turn")
@@ -158,26 +155,18 @@ def count_images(messages: Sequence[Message]) -> int:
 def _message(message: Any, row_name: str, where: str) -> Message:
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ("system", "user", "assistant"):
-        raise RowError(
-            row_name,
-            f"{where} has the role {role!r}, expected system, user or assistant"
-            if role
-            else f"{where} is {abridged(message)}, expected a dict with `role` and `content`",
-            "Correct the message",
-            "unknown role",
-        )
+        problem = f"{where} has the role {role!r}, expected system, user or assistant"
+        if not role:
+            problem = f"{where} is {abridged(message)}, expected a dict with `role` and `content`"
+        raise RowError(row_name, problem, "Correct the message", "unknown role")
     if message.get("tool_calls"):
         raise RowError(row_name, f"{where} calls tools, which are not supported", "Leave the row out", "tool calls")
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
-        raise RowError(
-            row_name,
-            f"{where} has the content {abridged(content)}, expected a string or a list of parts",
-            "Correct the message",
-            "content is neither a string nor parts",
-        )
+        problem = f"{where} has the content {abridged(content)}, expected a string or a list of parts"
+        raise RowError(row_name, problem, "Correct the message", "content is neither a string nor parts")
     return {"role": role, "content": [_part(part, row_name, where) for part in content]}
 
 
@@ -187,12 +176,9 @@ def _part(part: Any, row_name: str, where: str) -> dict[str, Any]:
         return {"type": "text", "text": part["text"]}
     if kind == "image" and not any(part.get(key) for key in ("image", "url", "path", "base64")):
         return dict(_IMAGE)
-    raise RowError(
-        row_name,
-        f"{where} holds the part {abridged(part)}, expected a text or an empty image part",
-        "Put images into the `images` column, in the order of the image parts",
-        "unknown message part",
-    )
+    problem = f"{where} holds the part {abridged(part)}, expected a text or an empty image part"
+    fix = "Put images into the `images` column, in the order of the image parts"
+    raise RowError(row_name, problem, fix, "unknown message part")
 
 
 def abridged(value: Any) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from trl_llava.data.contract import (
     ANSWER_TYPES,
+    COMPLETIONS,
     RowError,
     Stage,
     abridged,
@@ -88,12 +89,9 @@ def _split_pair(found: dict[str, list[Message]], row_name: str) -> tuple[list[Me
     chosen, rejected = found["chosen"], found["rejected"]
     if "prompt" not in found:
         if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
-            raise RowError(
-                row_name,
-                "it has no prompt, and chosen and rejected differ before their last message",
-                "Add a `prompt` column, or give both the same messages before the last",
-                "no common prompt",
-            )
+            problem = "it has no prompt, and chosen and rejected differ before their last message"
+            fix = "Add a `prompt` column, or give both the same messages before the last"
+            raise RowError(row_name, problem, fix, "no common prompt")
         return chosen[:-1], chosen[-1:], rejected[-1:]
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         if len(completion) != 1:
@@ -111,12 +109,9 @@ def _llava_messages(record: dict[str, Any], stage: Stage, row_name: str, images:
         conversation = conversation[1:]
     shown = count_images(conversation)
     if shown != images:
-        raise RowError(
-            row_name,
-            f"its human turns have {shown} {LLAVA_IMAGE_MARK}, but it has {images} image{'s' * (images != 1)}",
-            f"Write {LLAVA_IMAGE_MARK} once for each image",
-            f"{LLAVA_IMAGE_MARK} count unlike the number of images",
-        )
+        problem = f"its human turns have {shown} {LLAVA_IMAGE_MARK}, but it has {images} image{'s' * (images != 1)}"
+        reason = f"{LLAVA_IMAGE_MARK} count unlike the number of images"
+        raise RowError(row_name, problem, f"Write {LLAVA_IMAGE_MARK} once for each image", reason)
     if stage == "prompt":
         first = next((i for i, message in enumerate(conversation) if message["role"] == "user"), -1)
         return {"prompt": place_images(conversation[: first + 1], images, row_name)}
@@ -126,9 +121,8 @@ def _llava_messages(record: dict[str, Any], stage: Stage, row_name: str, images:
     outputs = [_llava_turn(record[name], row_name, name) for name in ("output_1", "output_2")]
     preference = record["preference"]
     if type(preference) is not int or preference not in (1, 2):
-        raise RowError(
-            row_name, f"preference is {preference!r}, expected 1 or 2", "Correct the row", "preference outside {1, 2}"
-        )
+        problem = f"preference is {preference!r}, expected 1 or 2"
+        raise RowError(row_name, problem, "Correct the row", "preference outside {1, 2}")
     if conversation and conversation[-1]["role"] == "assistant":
         conversation = conversation[:-1]
     return {"prompt": conversation, "chosen": [outputs[preference - 1]], "rejected": [outputs[2 - preference]]}
@@ -137,12 +131,8 @@ def _llava_messages(record: dict[str, Any], stage: Stage, row_name: str, images:
 def _llava_turn(turn: Any, row_name: str, where: str) -> Message:
     speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
     if speaker not in LLAVA_ROLES or not isinstance(value, str):
-        raise RowError(
-            row_name,
-            f"{where} is {abridged(turn)}, expected `from` (human or gpt) and a text `value`",
-            "Correct the turn",
-            "turn without speaker or text",
-        )
+        problem = f"{where} is {abridged(turn)}, expected `from` (human or gpt) and a text `value`"
+        raise RowError(row_name, problem, "Correct the turn", "turn without speaker or text")
     marks = value.count(LLAVA_IMAGE_MARK) if speaker == "human" else 0
     content: list[dict[str, Any]] = [{"type": "image", "text": None} for _ in range(marks)]
     text = value.replace(LLAVA_IMAGE_MARK, "").strip() if marks else value
@@ -155,27 +145,23 @@ def _check_turns(row: dict[str, Any], stage: Stage, row_name: str) -> None:
     """Refuse rows without a prompt, without a completion, or with nothing to choose between."""
     if not row["prompt"] or row["prompt"][-1]["role"] != "user":
         last = row["prompt"][-1]["role"] if row["prompt"] else "nothing"
-        raise RowError(
-            row_name, f"its prompt ends with {last}, expected a user turn", "Correct the turns", "no question"
-        )
+        problem = f"its prompt ends with {last}, expected a user turn"
+        raise RowError(row_name, problem, "Correct the turns", "no question")
     question = row["prompt"][-1]
     if not message_text(question).strip() and not count_images([question]):
         raise RowError(row_name, "its question has neither text nor an image", "Leave the row out", "no question")
-    for name in ("completion", "chosen", "rejected"):
-        if name in row and row[name][0]["role"] != "assistant":
-            problem = f"{name} is a {row[name][0]['role']} turn, expected an assistant turn"
+    for name in COMPLETIONS[stage]:
+        (completion,) = row[name]
+        if completion["role"] != "assistant":
+            problem = f"{name} is a {completion['role']} turn, expected an assistant turn"
             raise RowError(row_name, problem, "Correct the turns", f"{name} is no assistant turn")
-        if name in row and count_images(row[name]):
+        if count_images([completion]):
             raise RowError(row_name, f"{name} shows an image", "Show images in user turns", "image in a completion")
     if stage == "sft" and not message_text(row["completion"][0]).strip():
         raise RowError(row_name, "its completion is empty", "Leave the row out", "empty completion")
     if stage == "preference" and message_text(row["chosen"][0]) == message_text(row["rejected"][0]):
-        raise RowError(
-            row_name,
-            f"chosen and rejected are the same: {abridged(message_text(row['chosen'][0]))}",
-            "Leave the row out: there is nothing to prefer",
-            "chosen equal to rejected",
-        )
+        problem = f"chosen and rejected are the same: {abridged(message_text(row['chosen'][0]))}"
+        raise RowError(row_name, problem, "Leave the row out: there is nothing to prefer", "chosen equal to rejected")
 
 
 def _captions(record: dict[str, Any], row_name: str) -> list[str]:

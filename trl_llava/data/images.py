@@ -62,9 +62,8 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
             raise _damaged(ref, row_name, error) from error
     width, height = image.size
     if width == 0 or height == 0:
-        raise RowError(
-            row_name, f"the image has no pixels ({width}x{height})", "Replace it or leave the row out", "empty image"
-        )
+        problem = f"the image has no pixels ({width}x{height})"
+        raise RowError(row_name, problem, "Replace it or leave the row out", "empty image")
     if width * height > MAX_PIXELS:
         raise _too_large(row_name, f"the image has {width}x{height} pixels, expected at most {MAX_PIXELS}")
     return image
@@ -101,12 +100,9 @@ def path_inside(folder: str | Path, name: str, row_name: str) -> str:
         )
     path = str(Path(folder) / name)
     if not FOLLOW_LINKS and not is_inside(path, folder):
-        raise RowError(
-            row_name,
-            f"the image {path} is a symbolic link to {os.path.realpath(path)}, outside the image folder",
-            "If you made the link, allow it with `follow_image_links: true`",
-            "image outside its folder",
-        )
+        problem = f"the image {path} is a symbolic link to {os.path.realpath(path)}, outside the image folder"
+        fix = "If you made the link, allow it with `follow_image_links: true`"
+        raise RowError(row_name, problem, fix, "image outside its folder")
     return path
 
 
@@ -141,20 +137,15 @@ def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
             raise RowError(row_name, "the image has no bytes", "Replace it or leave the row out", "empty image")
         return io.BytesIO(content)
     if not isinstance(path, str) or not path:
-        raise RowError(
-            row_name,
-            f"the image is {ref!r}, expected an image, a path, or a dict with `bytes` or `path`",
-            "Correct the row",
-            "image missing",
-        )
+        problem = f"the image is {ref!r}, expected an image, a path, or a dict with `bytes` or `path`"
+        raise RowError(row_name, problem, "Correct the row", "image missing")
     try:
         found = Path(path).is_file()
     except (OSError, ValueError):  # a name that no file could have
         found = False
     if not found:
-        raise RowError(
-            row_name, f"the image file {path} does not exist", "Check image_folder, or add the file", "image missing"
-        )
+        problem = f"the image file {path} does not exist"
+        raise RowError(row_name, problem, "Check image_folder, or add the file", "image missing")
     return path
 
 

@@ -28,12 +28,11 @@ def as_trl_reads(rows: Dataset, *, one_image: bool = False) -> Dataset:
             if one_image and count > 1:
                 check_one_image(rows[i]["images"], rows[i]["row_name"], "TRL's trainer")
             if has_images is not None and has_images != bool(count):
+                found = f"it has {'an image' if count else 'no image'}, unlike the rows before it"
                 raise RowError(
                     rows[i]["row_name"],
-                    f"it has {'an image' if count else 'no image'}, unlike the rows before it, and TRL's trainer "
-                    "cannot encode both in one batch",
+                    f"{found}, and TRL's trainer cannot encode both in one batch",
                     "Keep rows with images or rows without, or use `trl-llava ppo`, which takes both",
-                    "rows with and without images",
                 )
             has_images = bool(count)
         start += len(table)

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trl_llava.demo.data import IMAGES, Sizes, read_rows, write_data
 from trl_llava.demo.evaluate import Evaluation, evaluate
@@ -49,16 +50,17 @@ class StageRecord:
         return next(entry[name] for entry in reversed(self.log) if name in entry)
 
 
+@dataclass
 class Stages:
     """The stages of one seed, each in its own folder."""
 
-    def __init__(self, folder: Path, seed: int, plan: Plan = FULL, base: Path = BASE) -> None:
-        self.folder = folder
-        self.seed = seed
-        self.plan = plan
-        self.base = base
-        self.records: dict[str, StageRecord] = {}
-        self.evaluations: dict[str, Evaluation] = {}
+    folder: Path
+    seed: int
+    plan: Plan = FULL
+    base: Path = BASE
+    records: dict[str, StageRecord] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    unseen: list[dict[str, Any]] = field(default_factory=list)  # rows of the evaluation, from `prepare`
 
     def prepare(self) -> float:
         """Write the rows and the weak-eyed copy of the base; returns how many seconds it took."""

@@ -52,29 +52,18 @@ class Check:
 
     stage: str
     script_args: LlavaScriptArguments
+    args: Any  # the stage's config: `overlong`, `dataset_num_proc`
     sources: list[DatasetConfig]  # the one for evaluation last
     collator: Any  # makes the batches of the run; knows processor and limit
-    overlong: str
-    wants_captions: bool | None  # None if the reward model is not there to ask
+    require_captions: bool  # False also where the reward model is not there yet
     one_image_for: str | None  # who reads a row's images one by one, so that a run refuses rows with several
     test_split_size: float | None
-    num_proc: int
     samples: int  # how many prompts of each data set are shown
     failures: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check the rows of one recipe, and print what was found.
-
-    Args:
-        argv: Options, recipe and overrides.
-
-    Returns:
-        Exit status: 0, or 1 if a run would fail.
-
-    Raises:
-        RecipeError: If the command line or the recipe cannot be used.
-    """
+    """Check the rows of one recipe, and print what was found; the exit status is 1 if a run would fail, else 0."""
     options, words = _make_parser().parse_known_args(list(argv))
     console = Console(soft_wrap=True)
     try:
@@ -85,7 +74,12 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"a run would fail: {error}", style="bold red", markup=False)
         return 1
     reports = [_check_source(check, source) for source in check.sources]
-    _check_whole(check, reports)
+    left = sum(report.usable - report.over_limit for report in reports)
+    if check.test_split_size is not None and left:
+        try:
+            check_held_out(check.test_split_size, left)
+        except RecipeError as error:
+            check.failures.append(str(error))
     print_report(console, reports, check.failures, check.collator)
     return 1 if check.failures else 0
 
@@ -119,13 +113,12 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
     return Check(
         stage=stage,
         script_args=script_args,
+        args=args,
         sources=[*sources, *([eval_source] if eval_source else [])],
         collator=_make_collator(stage, args, processor),
-        overlong=args.overlong,
-        wants_captions=_wants_captions(stage, args),
+        require_captions=_require_captions(stage, args),
         one_image_for=_one_image_for(stage, args, processor),
         test_split_size=mixture.test_split_size,
-        num_proc=args.dataset_num_proc or len(os.sched_getaffinity(0)),
         samples=options.samples,
     )
 
@@ -155,10 +148,10 @@ def _make_collator(stage: str, args: Any, processor: ProcessorMixin) -> Any:
     return PromptCollator(processor, max_prompt_length=args.max_prompt_length)
 
 
-def _wants_captions(stage: str, args: Any) -> bool | None:
+def _require_captions(stage: str, args: Any) -> bool:
     if ROWS_OF[stage] != "prompt":
         return bool(getattr(args, "with_captions", False))
-    return shows_captions(args.reward_model_path, args.reward_model_revision)
+    return bool(shows_captions(args.reward_model_path, args.reward_model_revision))
 
 
 def _one_image_for(stage: str, args: Any, processor: ProcessorMixin) -> str | None:
@@ -175,8 +168,8 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
     arguments = check.script_args
     try:
         raw = read_source(source)
-        folder, captions = arguments.image_folder or raw.image_folder, bool(check.wants_captions)
-        maker = RowMaker.of(raw, ROWS_OF[check.stage], folder, arguments.captions_file, captions, decode=True)
+        folder, captions_file = arguments.image_folder or raw.image_folder, arguments.captions_file
+        maker = RowMaker.of(raw, ROWS_OF[check.stage], folder, captions_file, check.require_captions, decode=True)
     except (ValueError, OSError) as error:
         check.failures.append(str(error))
         return report
@@ -187,7 +180,7 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
         with_indices=True,
         remove_columns=raw.dataset.column_names,
         features=FOUND,
-        num_proc=min(check.num_proc, len(raw.dataset)),
+        num_proc=min(check.args.dataset_num_proc or len(os.sched_getaffinity(0)), len(raw.dataset)),
         load_from_cache_file=False,
         desc=f"Checking {raw.name}",
     )
@@ -221,20 +214,11 @@ def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> N
     elif unskipped := [i for i in bad if found["loaded"][i]]:
         first = found["problem"][unskipped[0]]
         check.failures.append(f"{len(unskipped)} rows of {report.name} cannot be encoded, first {first}")
-    if report.over_limit and (check.overlong == "error" or report.over_limit == len(good)):
+    if report.over_limit and (check.args.overlong == "error" or report.over_limit == len(good)):
         check.failures.append(
             f"{report.over_limit} of {report.rows} rows of {report.name} have more tokens than "
-            f"{check.collator.limit}={limit}, and overlong is `{check.overlong}`"
+            f"{check.collator.limit}={limit}, and overlong is `{check.args.overlong}`"
         )
-
-
-def _check_whole(check: Check, reports: list[SourceReport]) -> None:
-    left = sum(report.usable - report.over_limit for report in reports)
-    if check.test_split_size is not None and left:
-        try:
-            check_held_out(check.test_split_size, left)
-        except RecipeError as error:
-            check.failures.append(str(error))
 
 
 def _sample(check: Check, raw: RawRows, maker: RowMaker, index: int) -> tuple[str, str]:

@@ -66,7 +66,7 @@ def check_no_other_weights(folder: Path) -> None:
     if names:
         raise InputError(
             f"{file} holds {len(names)} weights that were trained beside the adapter (first {names[0]}); on the plain "
-            "base the adapter would answer differently. Merge it with its original code, then convert the model"
+            "base the adapter would compute something else. Merge it with its original code, then convert the model"
         )
 
 

@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of a logit that rounding may explain, as a share of the largest logit, by dtype."""
 
 QUANTIZED_TOLERANCE = math.inf
-"""Rounding to 4 bits may explain anything but NaN; the number is printed, and the user has asked for it."""
+"""Rounding to 4 bits may explain anything but NaN; the number is printed, and the user has allowed it."""
 
 
 class MergeCheck(NamedTuple):
@@ -138,13 +138,13 @@ def _merge(model: PeftModel, processor: ProcessorMixin, tolerance: float | None)
 
 
 def _probe(model: PeftModel, processor: ProcessorMixin) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Two questions of different length, one about a picture; where their real tokens are."""
-    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    """Two questions of different length, one about an image; where their real tokens are."""
+    image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
     texts = ("What is in the picture, from left to right?", "Name a colour.")
     contents = [[{"type": "text", "text": text}] for text in texts]
     contents[0].insert(0, {"type": "image"})
     questions: list[list[Message]] = [[{"role": "user", "content": content}] for content in contents]
-    encoding = encode(processor, questions, [[picture], []], add_generation_prompt=True)
+    encoding = encode(processor, questions, [[image], []], add_generation_prompt=True)
     batch = {**text_tensors(processor, encoding.input_ids), **encoding.image_inputs}
     dtype = model.get_base_model().dtype
     batch = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
