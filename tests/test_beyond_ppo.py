@@ -90,22 +90,22 @@ def test_online_with_the_factual_reward(world: World, policy: str, reward_model:
     assert f"policy after {stage.upper()}" in (world.folder / stage / "README.md").read_text()
 
 
-def test_the_reward_sees_what_the_policy_saw(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
+CALLS: list[dict[str, Any]] = []
 
-    def spy(completions: list[Any], **columns: Any) -> list[float]:
-        calls.append({"completions": completions, **columns})
-        return [float(i) for i in range(len(completions))]
 
-    monkeypatch.setattr("trl_llava.rewards.reward_terms.correctness", spy)
-    train_grpo.main(
-        world.words("prompts", "spied", *LORA, *SHORT, "--reward_funcs", "trl_llava.rewards.reward_terms:correctness")
-    )
-    call = calls[0]
+def noted(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward function that keeps what TRL's trainer gives it."""
+    CALLS.append({"completions": completions, **columns})
+    return [float(i) for i in range(len(completions))]
+
+
+def test_the_reward_gets_what_the_policy_got(world: World) -> None:
+    train_grpo.main(world.words("prompts", "noted", *LORA, *SHORT, "--reward_funcs", "test_beyond_ppo:noted"))
+    call = CALLS[0]
     assert [len(images) for images in call["images"]] == [1, 1, 1, 1]
     assert all(isinstance(images[0], Image.Image) for images in call["images"])
     assert all(captions and all(isinstance(caption, str) for caption in captions) for captions in call["captions"])
-    assert call["row_name"][0] == call["row_name"][1]  # two answers of one row
+    assert call["row_name"][0] == call["row_name"][1]  # two completions of one row
     assert call["completions"][0][0]["role"] == "assistant"
 
 

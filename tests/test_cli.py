@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from trl_llava import cli
-from trl_llava.configs.recipe import FIELD_GROUPS
+from trl_llava.configs.recipe import FIELD_GROUPS, STAGES
 from trl_llava.errors import RecipeError
 from trl_llava.run import launch
 
@@ -49,7 +49,7 @@ def test_unknown_option_is_named() -> None:
         cli.split_arguments(["--learnin_rate", "1"], FIELDS, launch_command_parser())
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_launched_as_a_module(stage: str, recipe: Path, launched: list[argparse.Namespace]) -> None:
     assert cli.main([stage, "--config", str(recipe), "--seed", "3"]) == 0
     (args,) = launched

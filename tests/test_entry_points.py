@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from trl_llava import train_ppo, train_reward, train_sft
 from trl_llava.data.contract import RowError
-from trl_llava.errors import RecipeError
+from trl_llava.errors import NotFoundError, RecipeError
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.rewards.reward_loading import find_function
-from trl_llava.run.console import run_as_program
 
 SAVED = {
     "README.md",
@@ -220,14 +219,6 @@ def test_reward_model_starts_from_the_policys_adapter(work: Work, policy: Path) 
 # --- what is refused, and that it is before anything is trained or written -----------------------------------------
 
 
-def test_model_that_does_not_exist(work: Work) -> None:
-    with pytest.raises(
-        OSError, match=r"cannot load 'nobody/no-such-model'.*without network, one that is in the cache"
-    ):
-        work.sft("none", "--model_name_or_path", "nobody/no-such-model")
-    assert not list((work.folder / "none").iterdir())
-
-
 def test_rows_are_named_once(work: Work) -> None:
     with pytest.raises(RecipeError, match=r"either `dataset_name` or `datasets`: neither is given"):
         train_sft.main([*QUICK, "--output_dir", str(work.folder / "none"), "--model_name_or_path", str(work.base)])
@@ -235,47 +226,19 @@ def test_rows_are_named_once(work: Work) -> None:
         work.sft("none", "--test_split_size", "6")
 
 
-def test_ppo_looks_for_captions_before_it_loads_a_model(
-    work: Work, reward_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train_ppo, "load_policy_roles", None)
+def test_ppo_looks_for_captions_before_it_loads_a_model(work: Work, reward_model: Path) -> None:
     work.write("bare", [{"images": ["red.png"], "prompt": QUESTION, "captions": facts} for facts in (["a"], [])])
-    words = [
-        "--model_name_or_path",
-        str(work.base),
-        "--reward_model_path",
-        str(reward_model),
-        "--value_init",
-        "policy",
-    ]
+    words = ["--model_name_or_path", "nobody/no-such-model", "--reward_model_path", str(reward_model)]
     with pytest.raises(RowError, match=r"bare.json\[1\]: it has no captions"):
         work.ppo("none", *words, rows="bare")
-    with pytest.raises(TypeError, match="NoneType"):  # the rows were fine, and a model is next
+    with pytest.raises(NotFoundError, match="nobody/no-such-model"):  # the rows were fine, and a model is next
         work.ppo("none", *words, "--on_bad_row", "skip", rows="bare")
-
-
-def test_missing_captions_are_named(work: Work) -> None:
-    with pytest.raises(RowError, match=r"plain.json\[0\].*caption"):
-        work.reward("none", rows="plain")
 
 
 def test_adapter_for_another_base(work: Work, policy: Path, tmp_path: Path) -> None:
     other = tiny_models.tiny_llava(tmp_path / "other", vocab_size=640)
     with pytest.raises(RecipeError, match=r"`model_name_or_path` is .*other, but adapter .*policy was trained on"):
         work.ppo("none", "--sft_model_path", str(policy), "--model_name_or_path", str(other))
-    next_base = tiny_models.tiny_llava_next(tmp_path / "next")
-    wider = tmp_path / "wider"
-    shutil.copytree(policy, wider)
-    config = json.loads((wider / "adapter_config.json").read_text())
-    (wider / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
-    with pytest.raises(ValueError, match=r"adapter .*wider' does not fit model"):
-        work.sft("none", "--adapter_name_or_path", str(wider), "--model_name_or_path", str(next_base))
-
-
-def test_reward_model_without_head(work: Work, policy: Path) -> None:
-    start = ["--sft_model_path", str(policy), "--reward_model_path", str(policy)]
-    with pytest.raises(ValueError, match=r"policy' has no factual_reward.json"):
-        work.ppo("none", *start)
 
 
 def test_adapter_without_head_is_no_reward_model(work: Work, policy: Path, reward_model: Path, tmp_path: Path) -> None:
@@ -299,11 +262,6 @@ def test_nothing_to_learn_from(work: Work, policy: Path) -> None:
         work.ppo("none", "--sft_model_path", str(policy))
 
 
-def test_num_mini_batches_that_does_not_divide(work: Work) -> None:
-    with pytest.raises(RecipeError, match=r"`num_mini_batches` \(3\) must divide `per_device_train_batch_size` \(2\)"):
-        work.ppo("none", "--num_mini_batches", "3")
-
-
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -318,17 +276,15 @@ def test_reward_function_that_is_not_there(path: str, message: str) -> None:
         find_function(path)
 
 
-def test_an_entry_point_explains_itself_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run_as_program(lambda: train_sft.main(["--learning_rte", "1"]))
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: command line: unknown argument `--learning_rte`; did you mean `learning_rate`?\n"
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [["-m", "trl_llava.cli", "sft"], ["-m", "trl_llava.train_sft"]])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "trl_llava.cli", "sft"],
+        ["-m", "trl_llava.train_sft"],
+        ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "-m", "trl_llava.train_sft"],
+    ],
+)
 def test_the_programs_run(work: Work, tmp_path: Path, launcher: list[str]) -> None:
     rows = ["--dataset_name", f"{work.folder}/sft.json", "--output_dir", str(tmp_path / "run")]
     words = [*QUICK, *rows, "--model_name_or_path", str(work.base), "--max_steps", "1", "--use_peft"]

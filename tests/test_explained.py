@@ -89,6 +89,7 @@ def test_model_that_does_not_exist(work: Work, said: Any) -> None:
     status, line = said(lambda: work.sft("none", "--model_name_or_path", "nobody/no-such-model"))
     assert status == 1
     assert line.startswith("error: model_name_or_path: cannot load 'nobody/no-such-model' (revision main). Expected")
+    assert not list((work.folder / "none").iterdir())  # the next try finds an empty folder
 
 
 def without_network(*words: str, home: Path) -> tuple[subprocess.CompletedProcess[str], float]:

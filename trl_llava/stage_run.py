@@ -32,18 +32,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 @dataclass
 class StageRun:
-    """A run whose folder and repository are its own.
-
-    Attributes:
-        stage: Name of the stage.
-        script_args: Where the rows are.
-        training_args: The stage's config.
-        model_args: The models.
-        mixture: The rows, where there are several data sets.
-        recipe: All fields, for recipe.yaml.
-        checkpoint: What the run goes on from; None for a new one.
-        repository: Where it is pushed to; None if it is not.
-    """
+    """A run whose folder and repository are its own, with what its recipe says."""
 
     stage: str
     script_args: LlavaScriptArguments
@@ -51,8 +40,8 @@ class StageRun:
     model_args: LlavaModelConfig
     mixture: DatasetMixtureConfig
     recipe: Recipe
-    checkpoint: str | None
-    repository: Repository | None
+    checkpoint: str | None  # what the run goes on from; None for a new one
+    repository: Repository | None  # where it is pushed to; None if it is not
 
     def load_rows(self, stage: Stage, *, require_captions: bool = False) -> tuple[Dataset, Dataset | None]:
         """The checked rows for training and evaluation."""
@@ -86,18 +75,7 @@ class StageRun:
 def begin(stage: str, args: Sequence[str] | None) -> StageRun:
     """Reads the recipe, and claims the run's folder and repository, before anything that takes time.
 
-    Args:
-        stage: Name of the stage.
-        args: Command line without the program's name; None for that of the process.
-
-    Returns:
-        The run.
-
-    Raises:
-        RecipeError: If the recipe cannot be used.
-        InputError: If kernels are named that need a GPU, and there is none.
-        MissingPackageError: If they, vLLM, or what `report_to` names, are not installed.
-        OutputDirError: If `output_dir` cannot be written or belongs to another run.
+    Whatever can be found wrong by now is an error here: the recipe, missing packages, a folder of another run.
     """
     parsed = make_parser(stage).parse(sys.argv[1:] if args is None else args)
     script_args, training_args, model_args, _, recipe = parsed
