@@ -70,8 +70,8 @@ def read_source(
             what = f"configuration {name}, split {split}"
             what += f", revision {options['revision']}" if options["revision"] else ""
             raise NotFoundError(
-                f"The data set {source} cannot be loaded ({what}). Expected a Hub ID, a "
-                f"file or a folder; without network, one that is in the cache. The cause: {error}"
+                f"The data set {source} cannot be loaded ({what}). Expected a Hub ID, a file or a folder; without "
+                f"network, one that is in the cache. The cause: {error}"
             ) from error
     if columns is not None and raw.is_json:
         raw.columns = columns
@@ -83,8 +83,8 @@ def read_source(
 def json_record(text: str) -> Any:
     """Read one JSON text.
 
-    A `ValueError` also for lists in lists beyond measure, and for what JSON can write as an escape and no data set can
-    hold: half of a surrogate pair, or NUL in a key.
+    What JSON can write as an escape and no data set can hold is a `ValueError` too: half of a surrogate pair (texts
+    that were cut in an emoji have it), or NUL in a key.
     """
     try:
         record = json.loads(text, object_pairs_hook=_without_nul if "\\u0000" in text else None)

@@ -30,8 +30,8 @@ from trl_llava.data.sources import RawRows, read_source
 from trl_llava.data.splits import check_held_out, named_sources
 from trl_llava.errors import RecipeError
 from trl_llava.hub.names import split_revision
-from trl_llava.models.load import load_processor
 from trl_llava.models.model_inputs import counts_images
+from trl_llava.models.starts import load_recipe_processor
 from trl_llava.ppo.roles import load_policy_processor
 from trl_llava.prompts import render
 from trl_llava.rewards.reward_settings import shows_captions
@@ -124,18 +124,11 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
 
 
 def _load_processor(given: str | None, stage: str, args: Any, model_args: LlavaModelConfig) -> ProcessorMixin:
-    if given is None and stage == "ppo":
-        return load_policy_processor(args, model_args)
-    name, revision = model_args.model_name_or_path, model_args.model_revision
     if given is not None:
-        name, revision = split_revision("--processor", given)
-    return load_processor(
-        name,
-        revision=revision,
-        trust_remote_code=model_args.trust_remote_code,
-        pad_to_square=model_args.pad_to_square,
-        chat_template_path=args.chat_template_path,
-    )
+        model_args.model_name_or_path, model_args.model_revision = split_revision("--processor", given)
+    elif stage == "ppo":
+        return load_policy_processor(args, model_args)
+    return load_recipe_processor(model_args, args.chat_template_path)
 
 
 def _make_collator(stage: str, args: Any, processor: ProcessorMixin) -> Any:
