@@ -7,7 +7,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.ppo.generation import Generator
 from trl_llava.ppo.generation_batches import bytes_per_token, rows_at_once
 
 # 2 layers and one that grows, 2 key-value heads of 8, fp32, keys and values
@@ -40,15 +39,15 @@ def answers_of(base, tmp_path, monkeypatch, rows=None, **changes):
         length = max(inputs.lengths) + trainer.args.response_length
         trainer.args.generation_cache_gib = rows * TOKEN * length / 2**30
     sizes: list[int] = []
-    whole = Generator._generate
 
-    def counted(self, policy, part, keys, *others):
-        sizes.append(len(part))
-        return whole(self, policy, part, keys, *others)
+    def counts(decode):
+        return lambda policy, part, keys: sizes.append(len(part)) or decode(policy, part, keys)
 
-    monkeypatch.setattr(Generator, "_generate", counted)
+    generator = trainer.generator
+    monkeypatch.setattr(generator.decoder, "decode", counts(generator.decoder.decode))
+    monkeypatch.setattr(generator, "_generate_plainly", counts(generator._generate_plainly))
     with torch.no_grad():
-        answers = trainer.generator.generate(trainer.policy_model, inputs, 1)
+        answers = generator.generate(trainer.policy_model, inputs, 1)
     return answers, sizes
 
 
@@ -62,7 +61,7 @@ def test_a_bound_splits_the_rows_and_changes_no_answer(tiny_llava_dir, tmp_path,
     assert torch.equal(found.responses, expected.responses) and torch.equal(found.mask, expected.mask)
     assert found.logprobs is not None  # told by generation, so a pass over other rows rounds otherwise
     assert torch.allclose(found.logprobs, expected.logprobs, atol=1e-6)
-    assert "answers up to 3 prompts at once" in capsys.readouterr().out
+    assert "completes up to 3 prompts at once" in capsys.readouterr().out
 
 
 def test_trls_row_count_stays_the_most(tiny_llava_dir, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Image, List
+from peft import PeftModel
 from reference_passes import plain_values, response_logits, token_logprobs
 from tiny_trainers import make_adapter, ppo_trainer
 from transformers import (
@@ -18,7 +19,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoProcessor,
-    DynamicCache,
     LlamaConfig,
     LogitsProcessorList,
     MistralConfig,
@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
-from transformers.cache_utils import DynamicLayer
 
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.load import rows_from
@@ -38,8 +37,7 @@ from trl_llava.models.sequence_classification import (
     LlavaNextForSequenceClassification,
     LlavaOnevisionForSequenceClassification,
 )
-from trl_llava.ppo import ended_rows, generation, growing_cache
-from trl_llava.ppo.ended_rows import EnoughEnded, can_drop_rows
+from trl_llava.ppo import decoding
 from trl_llava.ppo.generation import Generator
 from trl_llava.ppo.passes import response_logprobs, response_values
 
@@ -199,143 +197,128 @@ def make_generator(keep_logprobs: bool = False, stop: int = 2, **changes: Any) -
     )
 
 
-@pytest.mark.parametrize("family", SCORE_CLASSES)
-def test_a_static_cache_and_prompts_run_once_give_the_same_answers(
-    family: str, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(family)
-    policy, _ = policy_and_value(family, folder)
-    pixels = make_inputs(family, folder)
-    rows = [0, 2, 0, 1, 2, 2, 3]
-    for inputs in (pixels.select(rows), encode_images(policy, pixels, batch_size=8).select(rows)):
-        expected = make_generator(share_prefix=False).generate(policy, inputs, 1).responses
-        assert len({tuple(row) for row in expected.tolist()}) == 7
-        seen: list[tuple[int, ...]] = []
-        handle = policy.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs, seen=seen: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])),
-            with_kwargs=True,
-        )
-        once = make_generator(local_rollout_forward_batch_size=8).generate(policy, inputs, 1).responses
-        handle.remove()
-        assert seen[:2] == [(4, inputs.query_length - 1), (7, 1)]
-        static = (
-            make_generator(cache_implementation="static", local_rollout_forward_batch_size=8)
-            .generate(policy, inputs, 1)
-            .responses
-        )
-        assert torch.equal(once, expected) and torch.equal(static, expected)
-
-
-@pytest.mark.parametrize("family", SCORE_CLASSES)
-def test_the_growing_cache_gives_the_answers_of_transformers_own(
-    family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, _ = policy_and_value(family, request.getfixturevalue(family))
-    inputs = make_inputs(family, request.getfixturevalue(family))
-    monkeypatch.setattr(growing_cache, "ROOM", 3)  # moves in the middle of an answer
-    for rows in ([0, 1, 2, 3], [0, 2, 0, 1, 2]):  # each with its own prompt; prompts run once
-        generator = make_generator(keep_logprobs=True, response_length=9)
-        grown = generator.generate(policy, inputs.select(rows), 1)
-        with monkeypatch.context() as patch:
-            patch.setattr(generation, "growing_cache", lambda policy, _: DynamicCache(config=policy.config))
-            expected = generator.generate(policy, inputs.select(rows), 1)
-        assert torch.equal(grown.responses, expected.responses)
-        torch.testing.assert_close(grown.logprobs, expected.logprobs, rtol=0, atol=1e-6)
-
-
 def end_often(policy: torch.nn.Module, stop: int = 2) -> None:
     """Make about every seventh token a stop token."""
     bonus = torch.zeros(policy.get_output_embeddings().out_features).index_fill(0, torch.tensor([stop]), 4.0)
     policy.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits + bonus)
 
 
-def assert_ended_rows_leave(
-    policy: PreTrainedModel, inputs: ModelInputs, monkeypatch: pytest.MonkeyPatch, step: int | None
-) -> None:
-    """Nothing is answered otherwise, and less than a quarter of the rows that run have ended."""
-    end_often(policy)
-    settings = {"response_length": 14, "local_rollout_forward_batch_size": len(inputs), "keep_logprobs": True}
-    seen: list[int] = []
-    handle = policy.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    found = make_generator(**settings).generate(policy, inputs, step)
-    handle.remove()
-    lengths = found.mask.sum(1)
-    running = [int((lengths > done).sum()) for done in range(int(lengths.max()))]
-    assert all(alive <= rows and (rows - alive) * 4 < rows for rows, alive in zip(seen, running, strict=True))
-    with monkeypatch.context() as patch:
-        patch.setattr(generation, "can_drop_rows", lambda *_: False)
-        expected = make_generator(**settings).generate(policy, inputs, step)
-    assert torch.equal(found.responses, expected.responses) and torch.equal(found.mask, expected.mask)
-    assert found.stopped.any() and torch.equal(found.stopped, expected.stopped)
+def decoding_passes(policy: PreTrainedModel) -> list[tuple[int, int]]:
+    """(rows, tokens) of every pass through the language model from now on."""
+    seen: list[tuple[int, int]] = []
+    model = getattr(policy.model, "language_model", policy.model)
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    return seen
+
+
+def assert_static_is_plain(policy: PreTrainedModel, inputs: ModelInputs, step: int | None, **changes: Any) -> None:
+    settings = {
+        "response_length": 14,
+        "local_rollout_forward_batch_size": len(inputs),
+        "keep_logprobs": True,
+        **changes,
+    }
+    plain = make_generator(**settings).generate(policy, inputs, step)
+    static = make_generator(**settings, cache_implementation="static").generate(policy, inputs, step)
+    assert torch.equal(static.responses, plain.responses) and torch.equal(static.mask, plain.mask)
+    assert torch.equal(static.stopped, plain.stopped)
     if step is None:
-        assert found.logprobs is expected.logprobs is None
+        assert static.logprobs is plain.logprobs is None
     else:
-        assert len(set(seen)) > 1
-        torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(static.logprobs, plain.logprobs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, None])
+@pytest.mark.parametrize("bucket", [3, 256])
 @pytest.mark.parametrize("family", SCORE_CLASSES)
-def test_rows_that_have_ended_leave_the_batch(
-    family: str, step: int | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+def test_static_decoding_draws_the_tokens_of_transformers_loop(
+    family: str, bucket: int, step: int | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, _ = policy_and_value(family, request.getfixturevalue(family))
-    inputs = make_inputs(family, request.getfixturevalue(family))
-    monkeypatch.setattr(growing_cache, "ROOM", 3)
-    rows = [0, 2, 0, 1, 2, 2, 3] if step else [0, 1, 2, 3]
-    assert_ended_rows_leave(policy, inputs.select(rows), monkeypatch, step)
+    folder = request.getfixturevalue(family)
+    policy, _ = policy_and_value(family, folder)
+    end_often(policy)
+    monkeypatch.setattr(decoding, "BUCKET", bucket)  # 3: the cache moves, and rows leave, in the middle of completions
+    pixels = make_inputs(family, folder)  # left-padded, with 1, 0, 2 and 1 images
+    for inputs in (pixels, encode_images(policy, pixels, batch_size=8).select([0, 2, 0, 1, 2, 2, 3])):
+        assert_static_is_plain(policy, inputs, step)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**TEXT, **HEADS),
-        MistralConfig(**TEXT, **HEADS, sliding_window=4),
-        Qwen2Config(**TEXT, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1),
-    ],
-    ids=["llama", "mistral with a window", "qwen2 with a window"],
-)
-def test_rows_leave_a_cache_with_a_window(config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_static_decoding_runs_each_prompt_once_and_drops_rows_between_buckets(
+    tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    end_often(policy)
+    monkeypatch.setattr(decoding, "BUCKET", 3)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir).select([0, 2, 0, 1, 2, 2, 3])
+    generator = make_generator(response_length=14, local_rollout_forward_batch_size=7, cache_implementation="static")
+    seen = decoding_passes(policy)
+    found = generator.generate(policy, inputs, 1)
+    lengths = found.mask.sum(1)
+    assert seen[0] == (4, inputs.query_length - 1) and len(seen) == 1 + int(lengths.max())
+    running = [int((lengths > token - token % 3).sum()) for token in range(int(lengths.max()))]
+    assert [rows for rows, _ in seen[1:]] == running and len(set(running)) > 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("stop", [2, None])
+def test_static_decoding_with_and_without_a_stop_token(
+    temperature: float, stop: int | None, tiny_llava_dir: Path
+) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
+    assert_static_is_plain(policy, inputs, 3, temperature=temperature, stop=stop)
+
+
+def causal_lm(config: PreTrainedConfig) -> tuple[PreTrainedModel, ModelInputs]:
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     mask = (torch.arange(9) >= torch.tensor([[4], [0], [6], [2], [0], [8], [3], [5]])).long()
     ids = torch.randint(10, 300, (8, 9), generator=torch.Generator().manual_seed(2)).masked_fill(mask == 0, 319)
-    assert_ended_rows_leave(policy, ModelInputs(ids, mask, [0] * 8), monkeypatch, 1)
+    return policy, ModelInputs(ids, mask, [0] * 8)
 
 
 @pytest.mark.parametrize(
-    ("rows", "ended", "expected"),
-    [(8, 1, False), (8, 2, True), (7, 1, False), (7, 2, True), (3, 1, True), (2, 0, False)],
+    "config", [LlamaConfig(**TEXT, **HEADS), Qwen2Config(**TEXT, **HEADS)], ids=["llama", "qwen2"]
 )
-def test_a_quarter_of_the_rows_is_enough(rows: int, ended: int, expected: bool) -> None:
-    ids = torch.full((rows, 6), 9)
-    ids[:, 1] = 2  # in a prompt it ends nothing
-    ids[:ended, 4] = 2
-    assert EnoughEnded(3, 2)(ids, None).tolist() == [expected] * rows
+def test_static_decoding_of_text_models(config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, inputs = causal_lm(config)
+    end_often(policy)
+    monkeypatch.setattr(decoding, "BUCKET", 4)
+    assert decoding.why_not_static(policy, inputs) is None
+    assert_static_is_plain(policy, inputs, 1)
 
 
-def test_no_row_leaves_where_processes_run_in_step(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+def test_static_decoding_under_an_adapter(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(policy_and_value("tiny_llava_dir", tiny_llava_dir)[0], adapter)
     inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
-    assert can_drop_rows(policy, inputs) and not can_drop_rows(policy, inputs.select([0]))
-    monkeypatch.setattr(ended_rows, "is_deepspeed_zero3_enabled", lambda: True)
-    assert not can_drop_rows(policy, inputs)
+    assert_static_is_plain(policy.eval(), inputs, 1)
 
 
-def test_a_growing_layer_is_a_dynamic_one_that_seldom_moves() -> None:
-    ours, theirs, places = growing_cache.GrowingLayer(100), DynamicLayer(), set()
-    chunks = torch.randn(100, 2, 2, 3, 1, 4, generator=torch.Generator().manual_seed(0))
-    for step, (keys, values) in enumerate(chunks):
-        for actual, expected in zip(ours.update(keys, values), theirs.update(keys, values), strict=True):
-            assert torch.equal(actual, expected)
-        if step == 20:  # rows are picked and tokens dropped in between
-            for layer in (ours, theirs):
-                layer.batch_select_indices(torch.tensor([1, 0]))
-                layer.crop(-2)
-        places.add(ours.keys.data_ptr())
-    assert ours.get_seq_length() == theirs.get_seq_length() == 98
-    assert len(places) <= 4  # at the start, after rows were picked, when it is full, and behind the most
-    assert ours.whole["keys"][0].shape[-2] == 100
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(**TEXT, **HEADS, sliding_window=4), "not all layers of MistralForCausalLM keep all"),
+        (
+            Qwen2Config(**TEXT, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+            "not all layers of Qwen2ForCausalLM keep all",
+        ),
+    ],
+    ids=["mistral with a window", "qwen2 with a window"],
+)
+def test_a_window_is_left_to_transformers(
+    config: PreTrainedConfig, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, inputs = causal_lm(config)
+    generator = make_generator(cache_implementation="static")
+    found = [generator.generate(policy, inputs, 1).responses for _ in range(2)]
+    assert torch.equal(*found) and [reason in record.message for record in caplog.records] == [True]  # said once
+
+
+def test_static_decoding_is_not_for_zero3(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    monkeypatch.setattr(decoding, "is_deepspeed_zero3_enabled", lambda: True)
+    assert "ZeRO-3" in str(decoding.why_not_static(policy, make_inputs("tiny_llava_dir", tiny_llava_dir)))
 
 
 @pytest.mark.parametrize("family", SCORE_CLASSES)

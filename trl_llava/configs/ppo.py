@@ -151,10 +151,11 @@ class LlavaPPOConfig(VLLMOptions, _BaseConfig):
         "`local_rollout_forward_batch_size` prompts are answered at once. A row that needs more is answered on its "
         "own. None: on a GPU half of what is free when the run first generates, on a CPU 4.",
     )
-    cache_implementation: Literal["dynamic", "static"] = option(
-        "dynamic",
-        "Key-value cache of generation: 'dynamic' grows with the answers; 'static' has its full length from the "
-        "start, and transformers compiles the model's steps with it on a GPU.",
+    cache_implementation: Literal["static", "dynamic"] = option(
+        "static",
+        "How the policy generates: 'static': keys and values in a cache of fixed length, which lets a GPU replay a "
+        "recorded step for each token; a model that cannot, uses the other, which is logged. 'dynamic': transformers' "
+        "`generate`. Both draw the same tokens.",
     )
     recompute_logprobs: bool | None = option(
         None,

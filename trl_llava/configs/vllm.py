@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from trl import import_utils
 
-from trl_llava.configs.stages import option, refuse
+from trl_llava.configs.stages import option
 from trl_llava.errors import MissingPackageError
 
 _SERVED = {
@@ -69,9 +69,6 @@ def check_vllm(config: Any) -> None:
     """
     if not config.use_vllm:
         return
-    refuse(
-        config, {"cache_implementation": ("dynamic", "it is transformers' cache; with `use_vllm` vLLM keeps its own")}
-    )
     if config.recompute_logprobs is False:
         raise ValueError(
             "`recompute_logprobs` must not be false with `use_vllm`: vLLM's log-probabilities are another program's, "

@@ -32,6 +32,9 @@ class Completions(NamedTuple):
     ) -> "Completions":
         """From (B, R) token ids whose padding, whatever it is, begins behind the first stop token."""
         mask = response_mask(responses, stop_token_id)
+        width = int(mask.sum(1).max())
+        responses, mask = responses[:, :width], mask[:, :width]
+        logprobs = None if logprobs is None else logprobs[:, :width]
         stopped = torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
         if stop_token_id is not None:
             stopped = ((responses == stop_token_id) & mask).any(1)

@@ -1,6 +1,6 @@
-"""How many prompts generation answers at once: as many as have their keys and values within a bound of memory.
+"""How many prompts are completed at once: as many as have their keys and values within a bound of memory.
 
-Whatever the split, the answers are the same: a draw depends on seed, step and row alone (`ppo/randomness.py`).
+Whatever the split, the completions are the same: a draw depends on seed, step and row alone (`ppo/randomness.py`).
 """
 
 import torch
@@ -22,14 +22,7 @@ SHARE_OF_FREE = 0.5
 def bytes_per_token(config: PreTrainedConfig, bytes_per_number: int) -> int:
     """Keys and values of one token: 2 * (layers + 1) * key-value heads * head size numbers.
 
-    One layer more, because a layer is there twice (old and new) when its cache grows.
-
-    Args:
-        config: Of the policy.
-        bytes_per_number: 2 in 16 bit, 4 in fp32.
-
-    Returns:
-        Bytes; models that keep less than this of far tokens need less.
+    One layer more, because a layer is there twice while its cache moves to a larger one.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -38,16 +31,7 @@ def bytes_per_token(config: PreTrainedConfig, bytes_per_number: int) -> int:
 
 
 def rows_at_once(row: int, bound: float, most: int) -> int:
-    """How many rows a bound has room for.
-
-    Args:
-        row: Bytes of one row's keys and values.
-        bound: Bytes that there are.
-        most: `local_rollout_forward_batch_size`.
-
-    Returns:
-        1 at least: a row that needs more than the bound is answered on its own.
-    """
+    """How many rows a bound has room for: 1 at least, as a row that needs more is completed on its own."""
     return max(1, int(min(most, bound // row)))
 
 
@@ -55,31 +39,17 @@ class GenerationBatches:
     """Sizes the batches of generation by `generation_cache_gib`."""
 
     def __init__(self, args: LlavaPPOConfig, accelerator: Accelerator) -> None:
-        """Keep what every rollout needs.
-
-        Args:
-            args: `generation_cache_gib`, `local_rollout_forward_batch_size` and `response_length`.
-            accelerator: knows the device and the other processes.
-        """
         self.args = args
         self.accelerator = accelerator
         self.bound: float | None = None
-        self.longest = 0
 
     def rows(self, policy: nn.Module, prompt_tokens: int) -> int:
-        """How many rows of a rollout to answer at once.
+        """How many rows of a rollout, with prompts of at most `prompt_tokens`, are completed at once.
 
-        Args:
-            policy: the unwrapped policy.
-            prompt_tokens: Q, of the longest prompt.
-
-        Returns:
-            The number, 1 at least and `local_rollout_forward_batch_size` at most; where processes share weights, so
-            that all must make the same passes, the same on each.
+        1 at least and `local_rollout_forward_batch_size` at most; where processes share weights, so that all must make
+        the same passes, the same on each.
         """
         base = base_of(policy)
-        if self.args.cache_implementation == "static":  # transformers makes it as long as the longest one so far
-            prompt_tokens = self.longest = max(self.longest, prompt_tokens)
         # The embeddings' dtype is that of the hidden states, which no autocast lowers for keys.
         number = base.get_input_embeddings().weight.dtype.itemsize
         row = bytes_per_token(base.config, number) * (prompt_tokens + self.args.response_length)
@@ -92,7 +62,7 @@ class GenerationBatches:
             found = int(counts.min())
         if first:
             self.accelerator.print(
-                f"Generation answers up to {found} prompts at once: {row / GIB:.3g} GiB of keys and values each, "
+                f"Generation completes up to {found} prompts at once: {row / GIB:.3g} GiB of keys and values each, "
                 f"{self.bound / GIB:.3g} GiB for all (generation_cache_gib), "
                 f"{self.args.local_rollout_forward_batch_size} at most (local_rollout_forward_batch_size)"
             )

@@ -41,13 +41,24 @@ def row_keys(seed: int, step: int, rows: torch.Tensor) -> torch.Tensor:
     return key
 
 
-def uniform(keys: torch.Tensor, position: int, size: int) -> torch.Tensor:
+def uniform(keys: torch.Tensor, position: torch.Tensor | int, size: int) -> torch.Tensor:
     """(B, V) float64 uniform numbers in (0, 1), the same on every device: draw number `position` of each (B,) key."""
-    place = torch.tensor(position, dtype=torch.int64, device=keys.device) * 7046029254386353131
+    place = torch.as_tensor(position, device=keys.device) * 7046029254386353131
     index = torch.arange(size, dtype=torch.int64, device=keys.device) * -7046029254386353131
     state = _mix(_mix(keys + place).unsqueeze(1) + index)
     bits = (state >> 12).bitwise_and_((1 << 52) - 1)  # 52 bits and a half, so that neither 0 nor 1 comes out
     return bits.double().add_(0.5).div_(1 << 52)
+
+
+def gumbel_scores(
+    scores: torch.Tensor, keys: torch.Tensor, position: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """(B, V) logits / temperature + Gumbel noise, whose argmax is a draw from the softmax of logits / temperature.
+
+    The noise is a function of each row's key (B,) and of `position`, an int64 tensor of one number.
+    """
+    draws = uniform(keys, position, scores.shape[1])
+    return (scores / temperature).sub_(draws.log_().neg_().log_().to(scores.dtype))
 
 
 class RowNoise(LogitsProcessor):
@@ -64,8 +75,8 @@ class RowNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(B, V) logits / temperature + noise, from (B, length so far) ids and (B, V) logits."""
-        draws = uniform(self.keys, input_ids.shape[1] - self.prompt_length, scores.shape[1])
-        return (scores / self.temperature).sub_(draws.log_().neg_().log_().to(scores.dtype))
+        position = torch.tensor(input_ids.shape[1] - self.prompt_length, device=scores.device)
+        return gumbel_scores(scores, self.keys, position, self.temperature)
 
 
 class RolloutBatches(Sampler[list[int]]):
