@@ -62,10 +62,17 @@ def repository(**changes: Any) -> Repository:
     return Repository(**{**given, "onto_existing": False, **changes})
 
 
-def pushed(run: Path, strategy: str = "every_save", *, steps: tuple[int, ...] = (1, 2), **changes: Any) -> HubPush:
+def pushed(
+    run: Path,
+    strategy: str = "every_save",
+    *,
+    steps: tuple[int, ...] = (1, 2),
+    keep_all: bool = True,
+    **changes: Any,
+) -> HubPush:
     """Pushes some checkpoints."""
     run.mkdir(exist_ok=True)
-    push = HubPush(repository(**changes), run, HubStrategy(strategy), keep_all=True)
+    push = HubPush(repository(**changes), run, HubStrategy(strategy), keep_all)
     for step in steps:
         push.checkpoint(checkpoint(run, step), step)
     return push
@@ -150,6 +157,23 @@ def test_a_checkpoint_that_is_deleted_meanwhile(hub: hub_server.Hub, tmp_path: P
     finished(tmp_path / "run")
     push.end()
     assert hub.files("tester/run", "checkpoint-1")["adapter_model.safetensors"] == b"weights 1" * 100
+
+
+def test_of_those_that_wait_only_the_newest_is_pushed(
+    hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_push, "FIRST_WAIT", 60)
+    hub.fail("POST", "/commit/", status=503, times=1)
+    push = pushed(tmp_path / "run", steps=(), keep_all=False)
+    push.checkpoint(checkpoint(tmp_path / "run", 1), 1)
+    while push.failure is None:
+        time.sleep(0.01)
+    with push._changed:  # before the thread wakes up
+        for step in (2, 3):
+            push.checkpoint(checkpoint(tmp_path / "run", step), step)
+    assert push.settle(attempts=1) == []
+    assert set(hub.repos["models", "tester/run"].tags) == {"checkpoint-1", "checkpoint-3"}
+    assert not list((tmp_path / "run" / ".hub").iterdir())
 
 
 def test_a_step_that_is_saved_again_moves_its_tag(hub: hub_server.Hub, tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ class HubPush:
 
     def _submit(self, job: Job) -> None:
         with self._changed:
+            # The first one has been begun; of those behind it only the newest matters, unless all shall be kept.
+            while len(self._waiting) > 1 and not self.keep_all:
+                left_out = self._waiting.pop()
+                logger.info("%s is not pushed: a newer one came first.", left_out.folder.name)
+                shutil.rmtree(left_out.folder, ignore_errors=True)
             self._waiting.append(job)
             self._changed.notify_all()
             if self._thread is None:
@@ -141,10 +146,6 @@ class HubPush:
 
     def _next(self) -> Job | None:
         with self._changed:
-            while len(self._waiting) > 1 and not self.keep_all:
-                left_out = self._waiting.pop(0)
-                logger.info("%s is not pushed: a newer one waits.", left_out.folder.name)
-                shutil.rmtree(left_out.folder, ignore_errors=True)
             if not self._waiting:
                 self._thread = None
                 return None
