@@ -5,20 +5,19 @@ from pathlib import Path
 
 import hub_server
 import pytest
-from stage_runs import BACKENDS, end_of, run_words, start
+from stage_runs import BACKENDS, end_of, run_words, start, write_rows
 
 pytestmark = pytest.mark.xdist_group("launched")
 
 
-def test_two_processes_push_as_one(
-    one_process: Path, tiny_llava_dir: Path, tmp_path: Path, hub: hub_server.Hub
-) -> None:
+def test_two_processes_push_as_one(tiny_llava_dir: Path, tmp_path: Path, hub: hub_server.Hub) -> None:
     """Twice: to a Hub that works, then to one that takes no commit."""
+    write_rows(tmp_path)
     hub.fail("POST", r"/api/models/tester/lost/commit/", times=10_000, status=403)
     plan = []
     for name in ("kept", "lost"):
         push = ["--push_to_hub", "--hub_model_id", name, "--hub_always_push"]
-        plan.append(("sft", run_words(one_process, tiny_llava_dir, tmp_path / name, "sft", 2, *push)))
+        plan.append(("sft", run_words(tmp_path, tiny_llava_dir, tmp_path / name, "sft", 2, *push)))
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": hub_server.WRITE_TOKEN, "HF_HOME": str(tmp_path / "home")}
     process = start(
