@@ -1,12 +1,10 @@
 """The schedule of the paper's own code, in our trainer: what our passes save is what this one spends.
 
-Image features are computed anew in every pass; answers are padded to `response_length`, and generation runs on all of
-them to the end of the longest; the language-model head runs at all positions; policy and value model have a backward
-pass each.
+Image features are computed anew in every pass; completions are padded to `response_length`; the language-model head
+runs at all positions; policy and value model have a backward pass each.
 """
 
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 from trl.trainer.utils import selective_log_softmax
 
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.ppo import generation, ppo_math
+from trl_llava.ppo import ppo_math
 from trl_llava.ppo.rollout import Rollout, chunks
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
@@ -34,8 +32,7 @@ class PaperSchedule(LlavaPPOTrainer):
         """
         inputs = ModelInputs.from_batch(batch, self.accelerator.device)
         with torch.no_grad():
-            all_rows_stay = mock.patch.object(generation, "can_drop_rows", return_value=False)
-            with all_rows_stay, self.gathered() as model, self.clock.phase("generation"):
+            with self.gathered() as model, self.clock.phase("generation"):
                 responses, mask, stopped, _ = self.generator.generate(model.policy, inputs, step)
             missing = self.args.response_length - responses.shape[1]
             responses = nn.functional.pad(responses, (0, missing), value=self.tokenizer.pad_token_id)

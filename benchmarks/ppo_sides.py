@@ -19,8 +19,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from trl.experimental.ppo import PPOConfig, PPOTrainer
-from trl.experimental.ppo import ppo_trainer as upstream
 
 from benchmarks.gate import Gate
 from benchmarks.rows import NOTHING_ELSE, make_rows, run_stage
@@ -38,6 +36,8 @@ from trl_llava import train_ppo
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.contract import normalise_messages, place_images
 from trl_llava.models.load import load_processor
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.ppo.decoding import DecodingState, StaticDecoder
 from trl_llava.ppo.roles import Policy
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
@@ -56,7 +56,7 @@ class Step:
         processes: How many processes run such a step together.
         low_memory: Whether to run as where memory is short: passes are run again in the backward pass instead of
             being kept, the phases before the update, generation included, take micro-batches too instead of all rows
-            at once, our trainer's head runs at 64 tokens at once, and it keeps no pictures of the step before.
+            at once, and our trainer's head runs at 64 tokens at once.
     """
 
     size: Size = FULL
@@ -117,31 +117,46 @@ class StopSchedule(LogitsProcessor):
         return others
 
 
+class ForcedLengths(StaticDecoder):
+    """Our decoder, with completions of given lengths, one batch after the other."""
+
+    def __init__(self, decoder: StaticDecoder, lengths: Sequence[int]) -> None:
+        self.__dict__.update(vars(decoder))
+        self.lengths = list(lengths)
+        self.begun = 0
+
+    def decode(self, policy: Any, inputs: ModelInputs, keys: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the decoder does; each call goes on with the next lengths."""
+        self.own = torch.tensor(self.lengths[self.begun : self.begun + len(inputs)], device=inputs.input_ids.device)
+        self.begun = (self.begun + len(inputs)) % len(self.lengths)
+        return super().decode(policy, inputs, keys)
+
+    def _choose(self, scores: torch.Tensor, state: DecodingState) -> torch.Tensor:
+        stop = SPECIAL.index(STOP)
+        due = self.own[state.rows] == state.step + 1
+        other = super()._choose(scores.index_fill(1, torch.full_like(state.step, stop), -torch.inf), state)
+        return torch.where(due, stop, other)
+
+
 def force_lengths(lengths: Sequence[int]) -> None:
-    """Make every `generate` of this process give answers of these lengths, one batch after the other.
+    """Make every `generate` of this process, which is what TRL calls, give completions of these lengths.
 
     Args:
-        lengths: Tokens of each answer of a batch, the stop token included.
+        lengths: Tokens of each completion of a batch, the stop token included; calls take them one after the other.
     """
     generate = GenerationMixin.generate
-    answered = prompt_length = 0
-    left: list[int] = []  # of answers that a call was stopped in the middle of: the next one goes on with them
+    begun = 0
 
     @functools.wraps(generate)
     def scheduled(self: Any, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
-        nonlocal answered, prompt_length, left
-        ids, own = kwargs["input_ids"], left
-        if not left:
-            own, prompt_length = list(lengths[answered : answered + len(ids)]), ids.shape[1]
-            answered = (answered + len(ids)) % len(lengths)
-        if len(ids) != len(own):
-            raise ValueError(f"{len(ids)} prompts are answered at once, but {len(own)} of the batch are left")
-        schedule = StopSchedule(own, prompt_length, SPECIAL.index(STOP))
-        processors = LogitsProcessorList([*(logits_processor or []), schedule])
-        output = generate(self, *args, logits_processor=processors, **kwargs)
-        sequences = getattr(output, "sequences", output)  # TRL asks for the scores too
-        left = [length for length in own if length > sequences.shape[1] - prompt_length]
-        return output
+        nonlocal begun
+        ids = kwargs["input_ids"]
+        own = list(lengths[begun : begun + len(ids)])
+        begun = (begun + len(ids)) % len(lengths)
+        schedule = StopSchedule(own, ids.shape[1], SPECIAL.index(STOP))
+        return generate(
+            self, *args, logits_processor=LogitsProcessorList([*(logits_processor or []), schedule]), **kwargs
+        )
 
     GenerationMixin.generate = scheduled
 
@@ -173,11 +188,11 @@ def our_side(
         trainer_class: Our trainer, or one that differs from it.
         **fields: Further keys of the recipe.
     """
-    force_lengths(step.lengths)
 
     class Gated(trainer_class):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, callbacks=[gate], **kwargs)
+            self.generator.decoder = ForcedLengths(self.generator.decoder, step.lengths)
             phase = self.clock.phase
 
             def both(name: str) -> Any:
@@ -189,7 +204,7 @@ def our_side(
     # With a fresh adapter the reference is the bare base, as on TRL's side.
     values = {"reward_model_path": folder / "reward", **step.values()}
     if step.low_memory:
-        values |= {"logits_chunk_size": 64, "image_cache_gib": 0.005}
+        values |= {"logits_chunk_size": 64}
     run_stage(train_ppo.main, folder, step.size, {**values, **fields})
 
 
@@ -244,6 +259,11 @@ def trl_side(gate: Gate, folder: Path, step: Step) -> None:
         folder: What `prepare` has written.
         step: What a step does.
     """
+    try:
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+        from trl.experimental.ppo import ppo_trainer as upstream
+    except ImportError as error:
+        raise SystemExit("TRL has no PPO since 1.13: install constraints-oldest.txt to run its side") from error
     force_lengths(step.lengths)
     upstream.batch_generation = gate.timed("generation", upstream.batch_generation)
     forward, get_reward = upstream.forward, upstream.get_reward

@@ -317,27 +317,16 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_ppo, "LlavaPPOTrainer", LlavaPPOTrainer)
 
 
-def test_lengths_go_on_where_the_last_micro_batch_of_answers_ended(unpatched: None) -> None:
-    seen: list[Any] = []
+def test_completions_have_the_lengths_that_are_forced(prepared: Path, unpatched: None, tmp_path: Path) -> None:
+    lengths: list[float] = []
 
-    def answer(self: Any, *, input_ids: torch.Tensor, logits_processor: Any, tokens: int = 4) -> torch.Tensor:
-        seen.append(logits_processor[0].lengths)
-        sequences = torch.nn.functional.pad(input_ids, (0, tokens))
-        return sequences if len(seen) % 2 else SimpleNamespace(sequences=sequences)  # with and without scores
+    class Kept(LlavaPPOTrainer):
+        def log_step(self, rollout: Any, update_metrics: Any) -> None:
+            lengths.append(rollout.mask.sum(1).tolist())
+            super().log_step(rollout, update_metrics)
 
-    GenerationMixin.generate = answer
-    ppo_sides.force_lengths((3, 1, 2, 4))
-    for rows in (1, 3, 2, 2):
-        GenerationMixin.generate(None, input_ids=torch.zeros(rows, 5, dtype=torch.long))
-    assert [own.tolist() for own in seen] == [[3], [1, 2, 4], [3, 1], [2, 4]]
-    # The second call goes on with the row of the first one that has not ended, from where that one stopped.
-    GenerationMixin.generate(None, input_ids=torch.zeros(2, 5, dtype=torch.long), tokens=2)
-    GenerationMixin.generate(None, input_ids=torch.zeros(1, 7, dtype=torch.long), tokens=1)
-    GenerationMixin.generate(None, input_ids=torch.zeros(2, 5, dtype=torch.long))
-    assert [own.tolist() for own in seen[4:]] == [[3, 1], [3], [2, 4]]
-    GenerationMixin.generate(None, input_ids=torch.zeros(3, 5, dtype=torch.long))
-    with pytest.raises(ValueError, match="2 prompts are answered at once, but 1 of the batch are left"):
-        GenerationMixin.generate(None, input_ids=torch.zeros(2, 5, dtype=torch.long))
+    ppo_sides.our_side(OpenGate(), prepared, STEP, Kept)
+    assert lengths == [list(STEP.lengths)] * 2
 
 
 def test_the_peak_of_a_phase_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +367,6 @@ def test_the_papers_schedule_computes_what_ours_does(prepared: Path, unpatched: 
         gates, (LlavaPPOTrainer, PaperSchedule), ({}, {"share_base": False}), strict=True
     ):
         ppo_sides.our_side(gate, prepared, STEP, keep(trainer_class), **fields)
-        GenerationMixin.generate = GenerationMixin.generate.__wrapped__
     ours, papers = logs
     for mine, other in zip(ours[:2], papers[:2], strict=True):
         assert mine["completions/mean_length"] == other["completions/mean_length"] == 4.5

@@ -217,10 +217,7 @@ class StaticDecoder:
                 use_cache=True,
             ).logits[:, -1]
             scores = logits.float().index_fill(1, suppressed, -torch.inf)
-            if state.keys is None:
-                chosen = scores.argmax(-1)
-            else:
-                chosen = gumbel_scores(scores, state.keys, state.step, self.sampling.temperature).argmax(-1)
+            chosen = self._choose(scores, state)
             drawn = logprobs_of(scores / (self.sampling.temperature + 1e-7), chosen)  # as `Sampling.logits` divides
             chosen = chosen.masked_fill(state.ended, self.pad_token_id)
             state.tokens.index_copy_(1, state.step, chosen.unsqueeze(1))
@@ -233,6 +230,12 @@ class StaticDecoder:
             return logits
 
         return draw
+
+    def _choose(self, scores: torch.Tensor, state: DecodingState) -> torch.Tensor:
+        """(B,) the next token of each row, out of logits (B, V) in which suppressed tokens are -inf."""
+        if state.keys is not None:
+            scores = gumbel_scores(scores, state.keys, state.step, self.sampling.temperature)
+        return scores.argmax(-1)
 
     def _record(self, draw: Callable[[], torch.Tensor], state: DecodingState) -> Callable[[], Any]:
         """Draw one token, and record the step for the next ones if replaying it gives the same logits."""
