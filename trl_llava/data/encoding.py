@@ -5,9 +5,8 @@ here: which tokens are the assistant's (from positions in the rendered text, so 
 confuse it), and special tokens inside a user's text that stay text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -149,7 +148,7 @@ def encode_text(
     for messages, row_replacements, name in zip(conversations, replacements, row_names, strict=True):
         _check_image_count(messages, len(row_replacements), name)
         guarded, stand_ins = guard(messages, specials, name)
-        text, spans = _render(partial(render, processor), guarded, assistant_turns, specials, name, rendering)
+        text, spans = _render(processor, guarded, assistant_turns, specials, name, rendering)
         text, spans, images = _expand(text, spans, getattr(processor, "image_token", None), row_replacements, name)
         texts.append(text)
         guards.append(stand_ins)
@@ -187,7 +186,7 @@ def _check_image_count(messages: Sequence[Message], images: int, row_name: str) 
 
 
 def _render(
-    render_text: Callable[..., str],
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
     messages: Sequence[Message],
     assistant_turns: AssistantTurns,
     specials: list[str],
@@ -196,14 +195,14 @@ def _render(
 ) -> tuple[str, list[Span]]:
     """Render a conversation and locate its assistant turns, each with the special token that ends it."""
     try:
-        text = render_text(messages, **rendering)
+        text = render(processor, messages, **rendering)
         spans = []
         for i, message in enumerate(messages):
             wanted = assistant_turns == "all" or (assistant_turns == "last" and i == len(messages) - 1)
             if message["role"] != "assistant" or not wanted:
                 continue
-            before = render_text(messages[:i], add_generation_prompt=True) if i else None
-            through = render_text(messages[: i + 1])
+            before = render(processor, messages[:i], add_generation_prompt=True) if i else None
+            through = render(processor, messages[: i + 1])
             spans.append(_assistant_span(text, before, through, specials, row_name))
     except TemplateError as error:
         raise RowError(

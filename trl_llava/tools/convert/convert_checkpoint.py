@@ -17,7 +17,7 @@ from trl_llava.prompts import JudgingPrompt
 from trl_llava.rewards.reward_settings import RewardSettings, write_settings
 from trl_llava.run.atomic_files import whole_folder
 from trl_llava.tools.convert.adapter import check_no_other_weights, convert_adapter
-from trl_llava.tools.convert.layouts import Kind, detect, find_source
+from trl_llava.tools.convert.layouts import Kind, Layout, detect, find_source
 from trl_llava.tools.convert.model import convert_model
 
 VALUE_FOLDER = "value_model"
@@ -75,32 +75,40 @@ def convert(
     processor = load_processor(base_source, revision=None if base_folder else base_revision)
     check_no_other_weights(layout.folder)
     with whole_folder(target) as output:
-        convert_adapter(
-            layout.adapter,
-            output,
-            base=base,
-            base_source=base_source,
-            base_revision=base_revision,
-            head=layout.head if layout.kind == "reward model" else None,
-        )
-        notes = []
+        notes = _convert_adapters(layout, layout.adapter, output, base, base_source, base_revision, value_base)
         if layout.kind == "reward model":
             write_settings(output, RewardSettings(JudgingPrompt(with_captions=with_captions), base_revision))
             captions = "with" if with_captions else "without"
             notes.append(f"It is read with the paper's judging prompt, {captions} captions.")
-        if layout.value_adapter is not None:
-            convert_adapter(
-                layout.value_adapter,
-                output / VALUE_FOLDER,
-                base=value_base,
-                base_source=base_source if value_base == base else value_base,
-                base_revision=base_revision if value_base == base else None,
-                head=layout.head,
-            )
-            notes.append(f"The value model's adapter and head are in {VALUE_FOLDER}/.")
         processor.save_pretrained(output)
         _write_card(output, layout.kind, source, notes, base=base)
     return layout.kind, notes
+
+
+def _convert_adapters(
+    layout: Layout,
+    adapter: Path,
+    output: Path,
+    base: str,
+    base_source: str,
+    base_revision: str | None,
+    value_base: str,
+) -> list[str]:
+    """Write the policy's or the reward model's adapter, and beside a policy's the value model's where there is one."""
+    head = layout.head if layout.kind == "reward model" else None
+    convert_adapter(adapter, output, base=base, base_source=base_source, base_revision=base_revision, head=head)
+    if layout.value_adapter is None:
+        return []
+    same = value_base == base
+    convert_adapter(
+        layout.value_adapter,
+        output / VALUE_FOLDER,
+        base=value_base,
+        base_source=base_source if same else value_base,
+        base_revision=base_revision if same else None,
+        head=layout.head,
+    )
+    return [f"The value model's adapter and head are in {VALUE_FOLDER}/."]
 
 
 def _lasting(base: str) -> str:
