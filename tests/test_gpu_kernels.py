@@ -17,6 +17,7 @@ from trl_llava.configs.reward import LlavaRewardConfig
 from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.models import gpu_kernels
 from trl_llava.models.gpu_kernels import apply_liger, check_gpu_kernels, check_liger_knows
+from trl_llava.stage_run import begin
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -52,6 +53,18 @@ def test_what_needs_a_gpu_is_refused_on_the_cpu() -> None:
     for attention in (None, "sdpa", "eager"):
         check_gpu_kernels(arguments(CPU, liger=False), attention)
     check_gpu_kernels(arguments(GPU, liger=False), "flex_attention")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_cudnn_makes_no_attention_unless_the_recipe_says_so(wanted: bool, tmp_path: Path) -> None:
+    words = ["--model_name_or_path", "x", "--dataset_name", "x", "--output_dir", str(tmp_path), "--use_cpu", "--bf16"]
+    words += ["false", "--report_to", "none", *(["--cudnn_attention"] if wanted else [])]
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        begin("sft", words)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == wanted
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_liger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

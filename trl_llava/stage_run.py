@@ -20,7 +20,7 @@ from trl_llava.configs.vllm import require_vllm
 from trl_llava.data.contract import Stage
 from trl_llava.data.splits import load_splits
 from trl_llava.errors import InputError, MissingPackageError
-from trl_llava.models.gpu_kernels import check_gpu_kernels
+from trl_llava.models.gpu_kernels import check_gpu_kernels, choose_attention_kernels
 from trl_llava.publish.model_card import card_facts, write_card_of
 from trl_llava.publish.repository import Repository, claim_repository
 from trl_llava.publish.trainer import PushAtSaves
@@ -81,6 +81,7 @@ def begin(stage: str, args: Sequence[str] | None) -> StageRun:
     script_args, training_args, model_args, _, recipe = parsed
     _check_packages(training_args)
     check_gpu_kernels(training_args, model_args.attn_implementation)
+    choose_attention_kernels(model_args.cudnn_attention)
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
     checkpoint = output_dir.claim(training_args, recipe)

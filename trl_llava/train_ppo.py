@@ -34,9 +34,6 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     reads_captions = shows_captions(training_args.reward_model_path, training_args.reward_model_revision)
     train_rows, eval_rows = run.load_rows("prompt", require_captions=bool(reads_captions))
     policy, value, rewards = load_all(training_args, model_args)
-    if rewards and isinstance(rewards[0], FactualReward):
-        rewards[0].share_prefix &= training_args.share_prefix
-        rewards[0].max_tokens = training_args.max_tokens_per_micro_batch
     trainer = LlavaPPOTrainer(
         args=training_args,
         processing_class=policy.processor,

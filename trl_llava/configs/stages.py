@@ -144,6 +144,11 @@ class LlavaModelConfig(ModelConfig):
         "Pad images to a square in the image processor's mean colour before resizing, as the paper does. "
         "None leaves the image processor as it was saved.",
     )
+    cudnn_attention: bool = option(
+        False,
+        "Let PyTorch give sdpa attention with a mask to cuDNN where it wants to (Hopper, Blackwell): there it plans "
+        "for about a second at every batch length that it has not seen.",
+    )
     trust_remote_code: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:

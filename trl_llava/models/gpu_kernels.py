@@ -6,6 +6,7 @@ transformers applies liger's kernels in SFT and reward training; PPO's trainer h
 from collections.abc import Iterable
 from importlib import import_module
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
@@ -42,6 +43,15 @@ def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) 
             "`use_liger_kernel: true` needs liger-kernel 0.3 or later, which is not installed: "
             "`pip install liger-kernel`"
         )
+
+
+def choose_attention_kernels(cudnn_attention: bool) -> None:
+    """Keep sdpa off cuDNN in this process, unless the recipe asks for it.
+
+    PyTorch prefers cuDNN for sdpa with a mask on Hopper and Blackwell, and cuDNN makes a plan for every new shape: about
+    a second, forward and backward, for each batch length and each token of a growing cache.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 def check_liger_knows(model: nn.Module, args: TrainingArguments) -> None:
