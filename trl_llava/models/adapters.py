@@ -16,7 +16,7 @@ from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import check_there, find_file, not_found
 from trl_llava.models.base_model import base_of
 from trl_llava.models.load import HEAD
-from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
+from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES, lies_in
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def lora_config(
     config.target_modules = _lora_targets(model, model_args.lora_target_modules)
     frozen = [*TOWER_NAMES] * model_args.freeze_vision_tower + [*PROJECTOR_NAMES] * model_args.freeze_projector
     matched = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
-    wrong = [name for name in matched if set(name.split(".")) & set(frozen)]
+    wrong = [name for name in matched if lies_in(name, frozen)]
     if wrong or not matched:
         found = f"{len(wrong)} modules of frozen parts, e.g. {wrong[0]}" if wrong else "nothing"
         raise InputError(
@@ -49,9 +49,9 @@ def lora_config(
     whole = [*(model_args.lora_modules_to_save or [])]
     if task == "SEQ_CLS":
         whole.append(HEAD)
-    if not model_args.freeze_projector and not any(_within(name, PROJECTOR_NAMES) for name in matched):
+    if not model_args.freeze_projector and not any(lies_in(name, PROJECTOR_NAMES) for name in matched):
         whole += _present(model, PROJECTOR_NAMES)
-    if not model_args.freeze_vision_tower and not any(_within(name, TOWER_NAMES) for name in matched):
+    if not model_args.freeze_vision_tower and not any(lies_in(name, TOWER_NAMES) for name in matched):
         whole += _present(model, TOWER_NAMES)
     config.modules_to_save = sorted(set(whole)) or None
     return config
@@ -120,7 +120,7 @@ def freeze_as_configured(
     A part that shall be trained and is not in the adapter is an error: only what is in it is trained and saved.
     """
     for field, parts in (("freeze_vision_tower", TOWER_NAMES), ("freeze_projector", PROJECTOR_NAMES)):
-        there = [(path, parameter) for path, parameter in model.named_parameters() if _within(path, parts)]
+        there = [(path, parameter) for path, parameter in model.named_parameters() if lies_in(path, parts)]
         trained = [p for path, p in there if p.requires_grad and adapter_name in path.split(".")]
         if getattr(model_args, field):
             for parameter in trained:
@@ -171,8 +171,3 @@ def _lora_targets(model: nn.Module, wanted: str | list[str] | None) -> str:
 def _present(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """Those of the names that the model has a module of."""
     return [n for n in names if any(name.split(".")[-1] == n for name, _ in model.named_modules())]
-
-
-def _within(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether a dotted module name lies in one of these parts."""
-    return bool(set(name.split(".")) & set(parts))

@@ -1,6 +1,7 @@
 """Vision tower and projector of an image-text model: find them, freeze them, pad images to squares."""
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -12,9 +13,14 @@ TOWER_NAMES = ("vision_tower", "vision_model", "visual")
 PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector", "connector", "image_newline")
 
 
+def lies_in(name: str, parts: Collection[str]) -> bool:
+    """Whether a dotted name of a module or parameter lies in one of these parts."""
+    return not set(parts).isdisjoint(name.split("."))
+
+
 def is_vision(name: str) -> bool:
     """Whether a dotted name of a module or parameter lies in the vision tower or the projector."""
-    return bool({*TOWER_NAMES, *PROJECTOR_NAMES} & set(name.split(".")))
+    return lies_in(name, TOWER_NAMES + PROJECTOR_NAMES)
 
 
 def trains_vision(model: nn.Module) -> bool:
@@ -33,7 +39,7 @@ def freeze_vision(model: nn.Module, *, tower: bool = True, projector: bool = Tru
     A part that is not found is an error: a silent miss would train it.
     """
     for wanted, part, names in ((tower, "vision tower", TOWER_NAMES), (projector, "projector", PROJECTOR_NAMES)):
-        found = [p for name, p in model.named_parameters() if set(name.split(".")) & set(names)]
+        found = [p for name, p in model.named_parameters() if lies_in(name, names)]
         if wanted and not found:
             raise InputError(
                 f"{type(model).__name__} has no {part} to freeze: expected a module named one of {', '.join(names)}. "
