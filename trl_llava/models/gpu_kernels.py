@@ -48,8 +48,8 @@ def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) 
 def choose_attention_kernels(cudnn_attention: bool) -> None:
     """Keep sdpa off cuDNN in this process, unless the recipe asks for it.
 
-    PyTorch prefers cuDNN for sdpa with a mask on Hopper and Blackwell, and cuDNN makes a plan for every new shape: about
-    a second, forward and backward, for each batch length and each token of a growing cache.
+    PyTorch prefers cuDNN for sdpa with a mask on Hopper and Blackwell, and cuDNN makes a plan for every new shape:
+    about a second, forward and backward, for each batch length and each token of a growing cache.
     """
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
