@@ -65,6 +65,17 @@ def test_another_run_is_refused_and_named(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
+def test_a_field_that_the_first_version_did_not_know_counts_only_where_it_is_set(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    finish(tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("overlong:")]
+    recipe.write_text("\n".join([*lines, "gone_since: 3"]))
+    assert claim(*parse(tmp_path / "run", "--resume_from_checkpoint", "true"))
+    with pytest.raises(OutputDirError, match=r"`overlong` \(None there, 'drop' now\)"):
+        claim(*parse(tmp_path / "run", "--resume_from_checkpoint", "true", "--overlong", "drop"))
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(OutputDirError, match="is not empty and no run of trl_llava"):

@@ -88,7 +88,8 @@ class Repository:
         if RECIPE_FILE in files:
             path = hf_hub_download(self.name, RECIPE_FILE, token=self.token)
             there = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader) or {}
-            changes = differences(_compared(there), _compared({} if self.recipe is None else self.recipe.values))
+            now, given = ({}, {}) if self.recipe is None else (self.recipe.values, self.recipe.given)
+            changes = differences(_compared(there), _compared(now), _compared(given))
             if not changes:
                 return
             more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""

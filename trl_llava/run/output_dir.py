@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,13 @@ def wants_resume(args: TrainingArguments) -> bool:
     return args.resume_from_checkpoint not in (None, False, "false", "False")
 
 
-def differences(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One text for each field in which the recipes of two runs differ; where a run is does not count."""
-    keys = sorted((set(previous) | set(now)) - _NOT_COMPARED)
+def differences(previous: dict[str, Any], now: dict[str, Any], given: Collection[str]) -> list[str]:
+    """One text for each field in which the recipes of two runs differ; where a run is does not count.
+
+    Versions of TRL, transformers and this package differ in the fields they know: one that only one of the recipes has
+    counts only where it is `given` now.
+    """
+    keys = sorted(((set(previous) & set(now)) | set(given)) - _NOT_COMPARED)
     return [
         f"`{key}` ({previous.get(key)!r} there, {now.get(key)!r} now)"
         for key in keys
@@ -164,7 +169,7 @@ def _check_owner(folder: Path, recipe: Recipe, resuming: bool) -> None:
             f"`output_dir` {folder} is not empty and no run of trl_llava (it has no {RECIPE_FILE}): choose another "
             f"`output_dir`. {untouched}"
         )
-    if changes := differences(_recipe_in(folder), recipe.values):
+    if changes := differences(_recipe_in(folder), recipe.values, recipe.given):
         raise OutputDirError(
             f"`output_dir` {folder} holds another run; its {RECIPE_FILE} differs in {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}. Choose another `output_dir`"
