@@ -68,9 +68,9 @@ def test_a_layer_with_lora_is_w_plus_scaled_b_a(tiny_llava_dir: Path) -> None:
 
 
 def test_names_are_those_of_the_checkpoint_that_was_loaded(tiny_llava_dir: Path, tmp_path: Path) -> None:
-    """Checkpoints on the Hub name the tower otherwise than transformers does now."""
+    """transformers now names the tower otherwise than checkpoints on the Hub do."""
     weights = {
-        name.replace("vision_tower.", "vision_tower.vision_model."): value
+        name.replace("vision_tower.vision_model.", "vision_tower."): value
         for name, value in load_file(tiny_llava_dir / "model.safetensors").items()
     }
     model = load_into_a_folder(weights, tiny_llava_dir, tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -116,6 +117,9 @@ def test_an_assembled_llava_sees_and_reloads_bit_for_bit(
     logits = ask(model, processor, two)
     assert not torch.equal(logits[0], logits[1])  # the image matters
 
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:  # named as on the Hub; vLLM takes no others
+        parts = {name.rpartition("embeddings")[0] for name in set(file.keys()) if "patch_embedding" in name}
+    assert parts == {"vision_tower.vision_model."}
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(again) is type(model)
     for name, weight in model.state_dict().items():

@@ -25,7 +25,7 @@ TOKENS = {"llava": {ALONE: 16, WIDE: 16, HIGH: 16}, "llava_next": {ALONE: 70, WI
 TOKENS["llava_onevision"] = TOKENS["llava_next"]
 # Where vLLM keeps the parts of all three families. Names of checkpoints that transformers 4.52 to 4.57 saved are
 # translated; those of the checkpoints on the Hub are these already.
-PARTS = ("language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.")
+PARTS = ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector.")
 
 
 class Family:

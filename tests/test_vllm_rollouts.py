@@ -84,6 +84,31 @@ def test_vllm_answers_as_the_policy_does_before_and_after_updates(
     assert engine.loads == 3 * (1 if mode == "server" else 64)
 
 
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+def test_images_are_encoded_anew_after_an_update(
+    mode: str, server: TinyServer, tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    """With a trained projector, features from before an update are another policy's."""
+    where = on_server(server) if mode == "server" else {"use_vllm": True}
+    adapter = make_adapter(tiny_llava_dir, tmp_path / "adapter", trained_whole=["multi_modal_projector"])
+    trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path / "run", learning_rate=0.1, total_episodes=12, **where)
+    trainer.train()
+    theirs, ours = greedy(trainer, next(iter(trainer._batches_from(0))))
+    assert theirs == ours
+    logged = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    assert max(entry["sampling/sampling_logp_difference/max"] for entry in logged) < 1e-4
+
+
+def test_a_second_run_on_the_same_server_has_its_own_images(
+    server: TinyServer, tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    for factor, whole in ((1, None), (2, ["multi_modal_projector"])):
+        adapter = make_adapter(tiny_llava_dir, tmp_path / f"adapter{factor}", trained_whole=whole)
+        trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path / f"run{factor}", **on_server(server))
+        theirs, ours = greedy(trainer, next(iter(trainer._batches_from(0))))
+        assert theirs == ours
+
+
 def test_what_is_said_to_the_server(server: TinyServer, tiny_llava_dir: Path, adapter: Path, tmp_path: Path) -> None:
     changes = {"num_generations_per_prompt": 2, "total_episodes": 4, "temperature": 0.7, "seed": 5}
     changes["train_dataset"] = prompt_rows(3).select([0, 2])  # one with a picture, one without
@@ -104,6 +129,7 @@ def test_what_is_said_to_the_server(server: TinyServer, tiny_llava_dir: Path, ad
         }
     ]
     sync = ["/health", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
+    sync.append("/reset_encoder_cache")
     assert [path for path, _ in server.requests if path in sync][1:] == sync
     announced = server.bodies("/update_weights")[0]["update_info"]
     assert announced["packed"] is True
@@ -365,6 +391,7 @@ def test_what_is_said_to_a_colocated_engine(
         "LLM",
         {
             "model": str(tiny_llava_dir),
+            "dtype": "float32",
             "tensor_parallel_size": 1,
             "gpu_memory_utilization": 0.5,
             "max_model_len": 512,
@@ -375,21 +402,21 @@ def test_what_is_said_to_a_colocated_engine(
             "seed": 0,
             "max_num_batched_tokens": 4096,
             "logprobs_mode": "processed_logprobs",
-            "quantization": None,
             "trust_remote_code": False,
         },
     )
     batch = next(iter(trainer._batches_from(0)))
     trainer.rollout(batch, 1)
     told = [call for call in llm.calls[1:] if call[0] != "load_weights"]
-    assert told[:4] == [
+    assert told[:5] == [
         ("sleep", 2),
         ("wake_up", ["weights"]),
         ("reset_prefix_cache", None),
+        ("reset_encoder_cache", None),
         ("wake_up", ["kv_cache"]),
     ]
-    assert [name for name, _ in told[4:]] == ["generate", "sleep"]
-    for row, (prompt, settings) in enumerate(told[4][1]):
+    assert [name for name, _ in told[5:]] == ["generate", "sleep"]
+    for row, (prompt, settings) in enumerate(told[5][1]):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
         images = batch["columns"]["images"][row]
         assert prompt["prompt_token_ids"].count(4) == len(images)
@@ -411,7 +438,6 @@ def test_what_is_said_to_a_colocated_engine(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache_implementation": "static"}, "`cache_implementation` must stay 'dynamic'"),
         ({"recompute_logprobs": False}, "`recompute_logprobs` must not be false"),
         ({"vllm_mode": "server", "vllm_tensor_parallel_size": 2}, "start the server with `--tensor-parallel-size`"),
         ({"vllm_mode": "server", "vllm_max_model_length": 99}, "start the server with `--max-model-len`"),

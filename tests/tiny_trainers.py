@@ -32,11 +32,16 @@ def prompt_rows(count: int = 8) -> Dataset:
     return Dataset.from_dict(table).cast_column("images", List(Image()))
 
 
-def make_adapter(base: Path, folder: Path) -> Path:
-    """A LoRA adapter whose B matrices are not zero, as after SFT."""
+def make_adapter(base: Path, folder: Path, trained_whole: list[str] | None = None) -> Path:
+    """A LoRA adapter whose B matrices are not zero, as after SFT; modules `trained_whole` differ from the base's."""
     torch.manual_seed(1)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)).save_pretrained(folder)
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, modules_to_save=trained_whole)
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+    model.save_pretrained(folder)
     return folder
 
 

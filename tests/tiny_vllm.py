@@ -22,20 +22,29 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl import import_utils
 from trl.generation import vllm_client, vllm_generation
 from urllib3.util.retry import Retry
 
 
 class TinyEngine:
-    """Generates one prompt after the other, with weights that are named as in its checkpoint."""
+    """Generates one prompt after the other, with weights that are named as in its checkpoint.
+
+    As the real one, it keeps the features of an image, whatever weights come afterwards, until `reset_encoder_cache`,
+    and takes no tower whose names lack the step `vision_model`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.config = AutoConfig.from_pretrained(folder)
         onevision = self.config.model_type == "llava_onevision"  # its own needs torchvision
         self.processor = tiny_models.onevision_processor() if onevision else AutoProcessor.from_pretrained(folder)
         self.weights = load_file(folder / "model.safetensors")
+        for name in self.weights:
+            if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+                raise ValueError(f"There is no module or parameter named '{name}'")
         self.loads = 0
+        self.encoder_cache: dict[tuple[tuple[int, int], bytes], torch.Tensor] = {}
         self._model: Any = None
 
     def load(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -55,6 +64,19 @@ class TinyEngine:
                 self._model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         return self._model
 
+    def reset_encoder_cache(self) -> None:
+        self.encoder_cache.clear()
+
+    def encode(self, images: list[Image.Image]) -> dict[str, Any]:
+        """The features of images, each made as if it were alone, as the model takes them."""
+        keys = [(image.size, image.tobytes()) for image in images]
+        for key, image in zip(keys, images, strict=True):
+            if key not in self.encoder_cache:
+                pixels = self.processor.image_processor([image], return_tensors="pt")
+                self.encoder_cache[key] = self.model.get_image_features(**pixels, return_dict=True).pooler_output[0]
+        features = [self.encoder_cache[key] for key in keys]
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}} if images else {}
+
     def image_tokens(self, image: Image.Image) -> int:
         """How many tokens a picture takes."""
         ids = self.processor(text="<image>", images=[image])["input_ids"][0]
@@ -65,8 +87,7 @@ class TinyEngine:
         self, token_ids: list[int], images: list[Image.Image], settings: dict[str, Any]
     ) -> list[tuple[list[int], list[float]]]:
         """`n` answers with the log-probabilities of their tokens."""
-        # Each picture as if it were alone, as in vLLM.
-        pixels = self.processor.image_processor(images, return_tensors="pt") if images else {}
+        features = self.encode(images)
         bias = {int(token): value for token, value in (settings.get("logit_bias") or {}).items()}
         assert settings["temperature"] > 0 or settings["n"] == 1  # as in vLLM
         answers = []
@@ -74,7 +95,7 @@ class TinyEngine:
             dice = torch.Generator().manual_seed((settings["seed"] or 0) + copy)
             ids, logprobs = list(token_ids), []
             for _ in range(settings["max_tokens"]):
-                logits = self.model(input_ids=torch.tensor([ids]), **pixels).logits[0, -1]
+                logits = self.model(input_ids=torch.tensor([ids]), **features).logits[0, -1]
                 for token, value in bias.items():
                     logits[token] += value
                 greedy = settings["temperature"] == 0
@@ -127,7 +148,8 @@ class TinyServer:
         """What was sent to a path."""
         return [body for asked, body in self.requests if asked == path]
 
-    def answer(self, path: str, body: Any) -> dict[str, Any]:
+    def answer(self, path: str, body: Any) -> dict[str, Any] | None:
+        """What a path answers; `None` is an empty body."""
         if path == "/stub/weights":  # stands for NCCL
             self._sent.put(torch.load(io.BytesIO(body)))
             return {}
@@ -141,8 +163,10 @@ class TinyServer:
             "/v1/chat/completions/render": lambda: self._render(body),
             "/inference/v1/generate": lambda: self._generate(body),
             "/update_weights": lambda: self._update(body["update_info"]),
+            "/reset_prefix_cache": lambda: {"success": True},
+            "/reset_encoder_cache": self.engine.reset_encoder_cache,
         }
-        silent = ("init_weight_transfer_engine", "start_weight_update", "finish_weight_update", "reset_prefix_cache")
+        silent = ("init_weight_transfer_engine", "start_weight_update", "finish_weight_update")
         known |= {f"/{name}": lambda: {} for name in silent}
         return self.faults.get(path, lambda result: result)(known[path]())
 
@@ -202,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         except Exception as error:
             status, content = 400, {"error": f"{type(error).__name__}: {error}"}
-        text = json.dumps(content).encode()
+        text = b"" if content is None else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -246,7 +270,9 @@ class TinyLLM:
         TinyLLM.made = self
         loader = SimpleNamespace(load_weights=self._load)
         runner = SimpleNamespace(model_runner=SimpleNamespace(model=loader))
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        self.llm_engine = SimpleNamespace(
+            model_executor=SimpleNamespace(driver_worker=runner), reset_encoder_cache=self._reset_encoder_cache
+        )
 
     def _load(self, named: list[tuple[str, torch.Tensor]]) -> None:
         self.calls.append(("load_weights", named[0][0]))
@@ -254,6 +280,10 @@ class TinyLLM:
 
     def reset_prefix_cache(self) -> None:
         self.calls.append(("reset_prefix_cache", None))
+
+    def _reset_encoder_cache(self) -> None:
+        self.calls.append(("reset_encoder_cache", None))
+        self.engine.reset_encoder_cache()
 
     def sleep(self, level: int) -> None:
         self.calls.append(("sleep", level))

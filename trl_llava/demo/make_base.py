@@ -34,7 +34,7 @@ from trl_llava.demo.evaluate import generate_answers
 from trl_llava.demo.metrics import Answered, Truthfulness, measure
 from trl_llava.demo.tokenizer import make_tokenizer
 from trl_llava.demo.world import SIZE, Scene, draw, make_scene
-from trl_llava.models.assemble import assemble_llava
+from trl_llava.models.assemble import assemble_llava, save_with_hub_names
 from trl_llava.models.vision_tower import freeze_vision
 
 KINDS = ("describe", "yes_no", "choice")
@@ -197,7 +197,7 @@ def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
     train_joint(model, lessons, pixels, (steps[3], steps[4]))
     for config in (model.config.text_config, model.config.vision_config):
         config._name_or_path = ""  # folders that are gone by now
-    model.eval().save_pretrained(output_dir)
+    save_with_hub_names(model.eval(), output_dir)
     processor.save_pretrained(output_dir)
     return evaluate(model, processor, seed)
 

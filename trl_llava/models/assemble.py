@@ -1,6 +1,7 @@
 """Put a LLaVA together from a vision tower and a language model."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -101,9 +102,20 @@ def assemble_llava(
     _init_projector(model.model.multi_modal_projector, seed)
     if projector_init == "whitened" and sample_images is not None:  # checked above
         _whiten_projector(model, processor, sample_images, seed)
-    model.save_pretrained(output_dir)
+    save_with_hub_names(model, output_dir)
     processor.save_pretrained(output_dir)
     return model, processor
+
+
+def save_with_hub_names(model: PreTrainedModel, folder: str | Path) -> None:
+    """Save a LLaVA under the names that checkpoints on the Hub have, `vision_tower.vision_model.*`."""
+    # transformers >= 5.6 has no module `vision_model` any more and saves names without it unless the model was loaded
+    # from a file that has them; vLLM stops at such a file.
+    state = {
+        re.sub(r"(?<=vision_tower\.)(?!vision_model\.)", "vision_model.", name): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=state)
 
 
 def _has_class_token(tower: PreTrainedModel) -> bool:

@@ -6,6 +6,7 @@ for each picture, which vLLM expands by itself: TRL hands over prompts that are 
 (https://github.com/huggingface/trl/issues/6294).
 """
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.generation import vllm_generation
+from trl.trainer.utils import ensure_master_addr_port
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
@@ -133,6 +135,41 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         if args.vllm_mode == "server" and accelerator.is_main_process:
             self._check_model(name)
 
+    def _init_vllm(self) -> None:
+        """As TRL's, but for the dtype: a colocated engine computes in the policy's, not in its checkpoint's."""
+        if self.mode == "server":
+            super()._init_vllm()
+            return
+        processes, size = self.accelerator.num_processes, self.tensor_parallel_size
+        if processes % size:
+            raise InputError(f"`vllm_tensor_parallel_size` ({size}) must divide the number of processes ({processes})")
+        if size > 1:
+            ranks = [list(range(first, first + size)) for first in range(0, processes, size)]
+            self.tp_group, _ = torch.distributed.new_subgroups_by_enumeration(ranks)
+        os.environ["RANK"] = str(self.accelerator.process_index)
+        os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
+        os.environ["WORLD_SIZE"] = str(processes)
+        ensure_master_addr_port()
+        self.llm = vllm_generation.LLM(
+            model=self.model.name_or_path,
+            dtype=str(self.weights.dtype).removeprefix("torch."),
+            tensor_parallel_size=size,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_model_len=self.max_model_length,
+            max_num_seqs=self.max_num_seqs,
+            enable_sleep_mode=self.enable_sleep_mode,
+            model_impl=self.model_impl,
+            trust_remote_code=self.trust_remote_code,
+            distributed_executor_backend="external_launcher",
+            seed=self.accelerator.process_index // size,  # one for all processes of an engine
+            max_num_batched_tokens=4096,  # vLLM sets memory aside for this many
+            logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
+        )
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+        self._llm_weights_sleeping = self.enable_sleep_mode
+        self.accelerator.wait_for_everyone()  # DeepSpeed hangs if some processes go on earlier
+
     def _check_model(self, name: str) -> None:
         """Stop if the server was started with another model: it could not take the weights, or not all of them."""
         served = self.vllm_client.session.get(f"{self.vllm_client.base_url}/v1/models").json()["data"][0]
@@ -155,6 +192,16 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         """Make these whole under ZeRO-3, but for those that an outer block has gathered and will release."""
         away = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
         return self._dist.gather_params(away) if away else nullcontext()
+
+    def sync_weights(self) -> None:
+        """Send the policy's weights, and have vLLM forget what the last ones made of prompts and images."""
+        super().sync_weights()
+        # vLLM keeps an image's features by the image's hash, across updates too; TRL resets the prefix cache only.
+        if self.mode == "colocate":
+            self.llm.llm_engine.reset_encoder_cache()
+        elif self.accelerator.is_main_process:
+            url = f"{self.vllm_client.base_url}/reset_encoder_cache"
+            self.vllm_client.session.post(url).raise_for_status()  # answers with an empty body
 
     def send_weights(self) -> None:
         """Let vLLM answer as the policy does now; on every process.
