@@ -70,6 +70,16 @@ def test_features_are_made_in_the_dtype_of_the_model_outside_of_autocast(tiny_ll
     assert encode_images(model.to(torch.bfloat16), inputs, 8).features[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bf16_reward_model_scores_pixels_and_features_alike(family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    model, inputs = policy_and_value(family, folder)[1].to(torch.bfloat16), make_inputs(family, folder)
+    ids = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    with torch.no_grad():
+        scores = [model(**ids, **given.image_kwargs()).logits for given in (inputs, encode_images(model, inputs, 8))]
+    assert torch.equal(*scores) and scores[0].std() > 0.1
+
+
 @pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector"])
 def test_a_trained_tower_or_projector_runs_in_every_pass_and_gets_its_gradients(
     tiny_llava_dir: Path, part: str
