@@ -6,7 +6,6 @@ there are padding masks, as in any real batch; the longest is the plan's.
 
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,9 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.tools.plan.command import need_of
 from trl_llava.tools.plan.job import Job, Settings
 from trl_llava.tools.plan.memory_trace import MemoryTrace
-from trl_llava.tools.plan.sharing import Processes
+from trl_llava.tools.plan.processes import Processes
 
 QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_length": None}
-
-
-def values_of(config: Any) -> dict[str, Any]:
-    return {item.name: getattr(config, item.name) for item in fields(config)}
 
 
 def question(count: int = 1) -> list[dict[str, str]]:
@@ -61,7 +56,7 @@ def planned(stage: str, args: Any, model_args: LlavaModelConfig, length: int, **
         checkpointing=args.gradient_checkpointing,
         four_bit=model_args.load_in_4bit,
     )
-    job = Job(stage, values_of(args), model_args, Processes(), images=1, length=length, **changes)
+    job = Job(stage, args, model_args, Processes(), images=1, length=length, **changes)
     return need_of(job, settings).worst.total
 
 

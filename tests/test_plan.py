@@ -26,19 +26,19 @@ from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sft_trainer import LlavaSFTTrainer
 from trl_llava.tools.plan.command import _make_parser, make_plan, need_of, read_job
 from trl_llava.tools.plan.dry_models import QuantizedLinear, add_adapter, build_policy
-from trl_llava.tools.plan.job import Job, Need, Settings
-from trl_llava.tools.plan.memory_model import Moment, kv_cache, optimizer_states, weights
-from trl_llava.tools.plan.memory_trace import MemoryTrace
-from trl_llava.tools.plan.processes import find_processes
-from trl_llava.tools.plan.sharing import (
-    Processes,
-    ZeroSizes,
+from trl_llava.tools.plan.formulas import (
     cast_as_deepspeed,
     gathered,
     gradients_at_the_step,
     gradients_backwards,
     gradients_between_steps,
+    kv_cache,
+    optimizer_states,
+    weights,
 )
+from trl_llava.tools.plan.job import Job, Moment, Need, Settings
+from trl_llava.tools.plan.memory_trace import MemoryTrace
+from trl_llava.tools.plan.processes import Processes, ZeroSizes, find_processes
 
 DEEPSPEED = {"distributed_type": "DEEPSPEED"}
 
@@ -73,8 +73,9 @@ def test_a_trace_counts_storage_and_not_views():
 def test_a_trace_tells_parts_apart():
     with MemoryTrace() as trace:
         first = torch.zeros(8)
-        with trace.counting_as("logits"):
-            second = torch.zeros(4)
+        trace.part = "logits"
+        second = torch.zeros(4)
+        trace.part = "activations"
         trace.hold([first], "weights")
         trace.restart()
         third = torch.zeros(1)
@@ -190,7 +191,7 @@ def test_the_formulae_of_states_gradients_and_cache(tiny_llava_dir):
     assert gradients_at_the_step(numbers, Processes()) == 50
     assert gradients_at_the_step(numbers, Processes(4)) == 100  # and DDP's buckets
     config = AutoConfig.from_pretrained(tiny_llava_dir)
-    assert kv_cache(config, rows=3, length=10, bytes_per_number=2) == 2 * (2 + 1) * 2 * 8 * 3 * 10 * 2
+    assert kv_cache(config, rows=3, length=10, number=2) == 2 * (2 + 1) * 2 * 8 * 3 * 10 * 2
     with pytest.raises(InputError, match="optim is 'lomo'"):
         optimizer_states(numbers, "lomo")
 
@@ -360,7 +361,7 @@ def test_a_revision_is_looked_up_in_the_cache_and_no_one_is_asked(tiny_llava_dir
     ppo = {"max_length": None, "max_prompt_length": 30, "value_init": "policy", "num_mini_batches": 1}
     path = recipe(tmp_path, "ppo.yaml", sft_model_path="me/llava@v1", **ppo)
     job, _ = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
-    assert (job.values["sft_model_path"], job.values["sft_model_revision"]) == ("me/llava", "v1")
+    assert (job.args.sft_model_path, job.args.sft_model_revision) == ("me/llava", "v1")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The plan of PPO: held against the bytes that each phase of real steps holds on the CPU, at toy size."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -7,28 +8,28 @@ from typing import Any
 import pytest
 import tiny_trainers
 import torch
-from measured import fields_for, longest, phases_of, question, values_of, with_pictures
+from measured import fields_for, longest, phases_of, question, with_pictures
 from torch import nn
 from transformers import AutoProcessor
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.models.load import load_sequence_classifier
-from trl_llava.ppo import ask as ppo_ask
+from trl_llava.ppo import role_passes
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.tools.plan.command import need_of
 from trl_llava.tools.plan.job import Job, Need, Settings
+from trl_llava.tools.plan.processes import Processes
 from trl_llava.tools.plan.roles import load_roles
-from trl_llava.tools.plan.sharing import Processes
 from trl_llava.train_ppo import load_all
 
 
 def plan_of(trainer: Any, base: Path, adapter: Path, **changes: Any) -> Need:
-    args = trainer.args
-    values = values_of(args) | {"sft_model_path": str(adapter), "value_init": "policy", "share_base": False}
-    values |= {name: changes.pop(name) for name in ("reward_model_path",) if name in changes}
-    job = Job("ppo", values, fields_for(base, use_peft=False), Processes(), 1, longest(trainer), **changes)
+    args = copy.copy(trainer.args)
+    args.sft_model_path, args.value_init, args.share_base = str(adapter), "policy", False
+    args.reward_model_path = changes.pop("reward_model_path", None)
+    job = Job("ppo", args, fields_for(base, use_peft=False), Processes(), 1, longest(trainer), **changes)
     rows = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
     return need_of(job, Settings(*rows, False, False, args.local_rollout_forward_batch_size))
 
@@ -53,7 +54,7 @@ def step(base: Path, folder: Path, **changes: Any) -> tuple[Any, Path]:
     "changes",
     [
         {},
-        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
         {"num_generations_per_prompt": 2},
         {"num_generations_per_prompt": 2, "num_mini_batches": 2, "seed": 3},
         {"max_tokens_per_micro_batch": 640},
@@ -64,7 +65,7 @@ def step(base: Path, folder: Path, **changes: Any) -> tuple[Any, Path]:
 )
 def test_ppo_needs_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, changes):
     # In inference mode the trace would not see what attention allocates.
-    monkeypatch.setattr(ppo_ask, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(role_passes, "is_deepspeed_zero3_enabled", lambda: True)
     trainer, adapter = step(tiny_llava_dir, tmp_path, **changes)
     rollout, made = trainer.rollout, []
 
@@ -86,7 +87,7 @@ def test_ppo_needs_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, change
 
 @pytest.mark.parametrize(("judged", "budget"), [(True, None), (False, None), (True, 900)])
 def test_rewards_need_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, judged, budget):
-    monkeypatch.setattr(ppo_ask, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(role_passes, "is_deepspeed_zero3_enabled", lambda: True)
     model = load_sequence_classifier(str(tiny_llava_dir), LlavaModelConfig(dtype="float32")).requires_grad_(False)
     processor = AutoProcessor.from_pretrained(tiny_llava_dir)
     reward = FactualReward(model, processor, JudgingPrompt() if judged else None, batch_size=4)
@@ -112,9 +113,8 @@ def test_a_value_model_from_a_whole_model_is_planned_as_it_is_loaded(tiny_llava_
     args = LlavaPPOConfig(
         output_dir=str(tmp_path), value_init="policy", length_coef=-1.0, report_to=[], bf16=False, use_cpu=True
     )
-    values = values_of(args)
     roles = load_roles(
-        Job("ppo", values, LlavaModelConfig(**words), Processes(), 1, 40), Settings(1, 1, False, False, 1)
+        Job("ppo", args, LlavaModelConfig(**words), Processes(), 1, 40), Settings(1, 1, False, False, 1)
     )
     assert roles.sharing == ({"value"} if use_peft else set())
     policy, value, _ = load_all(args, LlavaModelConfig(**words))

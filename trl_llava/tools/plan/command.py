@@ -12,21 +12,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 
-from trl_llava.configs.recipe import make_parser
-from trl_llava.configs.stages import LlavaModelConfig
-from trl_llava.errors import RecipeError
+from trl_llava.errors import InputError, RecipeError
 from trl_llava.ppo.generation_batches import GIB
 from trl_llava.run.console import quiet_libraries
 from trl_llava.tools.plan.job import Job, Need, Settings
 from trl_llava.tools.plan.ppo import ppo_need
 from trl_llava.tools.plan.processes import find_processes
 from trl_llava.tools.plan.report import Plan, as_dict, describe, print_fitting, print_need
-from trl_llava.tools.plan.stages import supervised_need
-from trl_llava.tools.plan.starts import Sources
+from trl_llava.tools.plan.starts import Sources, read_recipe
+from trl_llava.tools.plan.supervised import supervised_need
 from trl_llava.tools.recipe_stage import find_stage, recipe_path
 
 STAGES = ("sft", "reward", "ppo")
@@ -61,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse, whose way out is an error like every other."""
+    """Argparse, with an error like every other instead of its exit."""
 
     def error(self, message: str) -> NoReturn:
         raise RecipeError(f"command line: {message}. `trl-llava plan --help` shows the options.")
@@ -79,10 +77,10 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=STAGES, help="the recipe's stage, if its file name does not say")
     parser.add_argument("--reserve", type=float, default=1.0, help="GiB for CUDA itself and fragments (default: 1)")
     parser.add_argument("--length", type=int, help="tokens of the longest row (PPO: prompt) instead of the recipe's")
-    parser.add_argument("--images_per_row", type=int, default=1, help="pictures per row (default: 1)")
+    parser.add_argument("--images_per_row", type=int, default=1, help="images per row (default: 1)")
     parser.add_argument("--base", help="base model where one is not there yet: Hub ID or folder")
     parser.add_argument("--judged_length", type=int, help="PPO: tokens that the reward model reads of a row")
-    parser.add_argument("--shared_length", type=int, help="reward: tokens that both answers begin with (the image's)")
+    parser.add_argument("--shared_length", type=int, help="reward: tokens that a pair begins with (the image's)")
     parser.add_argument("--num_processes", type=int, help="processes, one GPU each (default: 1)")
     parser.add_argument("--accelerate_config", help="as for the stages: a file, or a name in accelerate_configs/")
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
@@ -90,14 +88,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses sizes that no machine has, before anything is planned.
-
-    Args:
-        options: The plan's own.
-
-    Raises:
-        RecipeError: If one is out of range.
-    """
+    """Refuses sizes that no machine has, before anything is planned."""
     for name in ("length", "judged_length", "shared_length", "num_processes"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -116,32 +107,22 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settings]:
-    """Reads recipe and options.
-
-    Args:
-        options: The plan's own.
-        words: Recipe and overrides.
-
-    Returns:
-        The stage, and the recipe's settings.
-
-    Raises:
-        RecipeError: If the stage is none of `STAGES`, or no length is known.
-    """
+    """The stage and the settings of a recipe; `words` are `--config` and overrides."""
     stage = options.stage or find_stage(words)
     if stage not in STAGES:
         raise RecipeError(
             f"this is a recipe for {stage}, whose step is TRL's own and not modelled here; a plan can be made for "
             f"{', '.join(STAGES)}."
         )
-    values, model_args = _read_recipe(stage, words)
+    args, model_args = read_recipe(stage, words)
+    quiet_libraries(args)
     limit = "max_prompt_length" if stage == "ppo" else "max_length"
-    length = options.length or values[limit]
+    length = options.length or getattr(args, limit)
     if not length:
         raise RecipeError(f"`{limit}` is not set, so the longest row is not known: set it, or give --length.")
     job = Job(
         stage=stage,
-        values=values,
+        args=args,
         model_args=model_args,
         processes=find_processes(options.accelerate_config, options.num_processes),
         images=options.images_per_row,
@@ -152,54 +133,24 @@ def read_job(options: argparse.Namespace, words: list[str]) -> tuple[Job, Settin
         shared_length=options.shared_length,
     )
     settings = Settings(
-        rows=values["per_device_train_batch_size"],
-        accumulation=values["gradient_accumulation_steps"],
-        checkpointing=values["gradient_checkpointing"],
+        rows=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        checkpointing=args.gradient_checkpointing,
         four_bit=model_args.load_in_4bit,
-        rollout_rows=values.get("local_rollout_forward_batch_size"),
+        rollout_rows=getattr(args, "local_rollout_forward_batch_size", None),
     )
     return job, settings
 
 
-def _read_recipe(stage: str, words: list[str]) -> tuple[dict[str, Any], LlavaModelConfig]:
-    """Every field of the recipe, and its model fields."""
-    parser = make_parser(stage, f"trl-llava plan ({stage})")
-    values = parser.check(words).values
-    # What the configs find out about this machine does not matter.
-    parsed = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
-    args, model_args = parsed.training_args, parsed.model_args
-    quiet_libraries(args)
-    for name in values:  # `name@revision` is two fields by now, and `activation_checkpointing` has its old name too
-        if name.endswith(("_model_path", "_model_revision")) or name.startswith("gradient_checkpointing"):
-            values[name] = getattr(args, name)
-    model_args.trust_remote_code = args.trust_remote_code
-    return values, model_args
-
-
 def need_of(job: Job, settings: Settings) -> Need:
-    """What a step needs, of one process.
-
-    Args:
-        job: The stage.
-        settings: The settings.
-
-    Returns:
-        A moment for each phase.
-    """
+    """What a step needs with these settings, of one process."""
+    if settings.checkpointing and (job.args.gradient_checkpointing_kwargs or {}).get("offload"):
+        raise InputError("gradient_checkpointing_kwargs: what `offload` takes is not known here; plan without it")
     return ppo_need(job, settings) if job.stage == "ppo" else supervised_need(job, settings)
 
 
 def make_plan(job: Job, settings: Settings, own: Need) -> Plan:
-    """Finds out which settings with the same rows per step fit.
-
-    Args:
-        job: The stage.
-        settings: The recipe's own.
-        own: What they need.
-
-    Returns:
-        The plan.
-    """
+    """Finds out which settings with the same rows per step fit; `own` is what the recipe's own settings need."""
     known = {settings: own}
     found = [_largest(job, choice, known) for choice in _choices(job, settings)]
     fitting = [(choice, known[choice].worst.total) for choice in found if choice is not None]
@@ -209,24 +160,25 @@ def make_plan(job: Job, settings: Settings, own: Need) -> Plan:
 
 def _choices(job: Job, settings: Settings) -> Iterator[Settings]:
     """With and without checkpointing and 4 bits, faster ones first; 4 bits only where an adapter is trained."""
-    adapter = job.model_args.use_peft or job.model_args.adapter_name_or_path or job.values.get("sft_model_path")
+    fields = job.model_args
+    adapter = fields.use_peft or fields.adapter_name_or_path or getattr(job.args, "sft_model_path", None)
     for four_bit in dict.fromkeys((settings.four_bit, bool(adapter) or settings.four_bit)):
         for checkpointing in (False, True):
             yield replace(settings, four_bit=four_bit, checkpointing=checkpointing)
 
 
 def _largest(job: Job, choice: Settings, known: dict[Settings, Need]) -> Settings | None:
-    """The largest micro-batch that fits and keeps the rows of a step; what dry runs tell is noted in `known`.
+    """The largest micro-batch that fits and keeps the rows of a step; `known` keeps the dry runs.
 
-    Two of them tell what a phase holds whatever the rows, and at least for each row: more rows may have another moment
+    Two of them show what a phase holds whatever the rows, and at least for each row: more rows may have another moment
     that is the worst. So the largest that may fit is run dry too, and if it does not fit after all, the next one.
     """
     assert job.limit is not None
     total = choice.rows * choice.accumulation
 
     def with_rows(rows: int) -> Settings:
-        asked = None if choice.rollout_rows is None else rows
-        return replace(choice, rows=rows, accumulation=total // rows, rollout_rows=asked)
+        at_once = None if choice.rollout_rows is None else rows
+        return replace(choice, rows=rows, accumulation=total // rows, rollout_rows=at_once)
 
     def need(rows: int) -> dict[str, int]:
         settings = with_rows(rows)

@@ -1,16 +1,12 @@
-"""Models without weights: every module, parameter and dtype of the real one, and no memory behind them.
+"""Models without weights, on the meta device: every module, parameter and dtype of the real one, by its config."""
 
-They are built from config.json on the meta device, get their adapters there, and are then turned into fake tensors of
-the CPU, because autocast and the choice of an attention kernel go by the device.
-"""
-
+import copy
 import math
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
@@ -38,12 +34,6 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(self, layer: nn.Linear, model_args: LlavaModelConfig) -> None:
-        """Take a layer's shape.
-
-        Args:
-            layer: The layer in full precision, on the meta device.
-            model_args: `load_in_4bit`, `use_bnb_nested_quant` and the dtype to compute in.
-        """
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
         self.compute_dtype = layer.weight.dtype
@@ -56,14 +46,7 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Multiply as the real layer does, holding the same tensors.
-
-        Args:
-            input: (..., in_features).
-
-        Returns:
-            (..., out_features), in the input's dtype.
-        """
+        """(..., out_features) of (..., in_features), in the input's dtype; holds the same tensors as the real one."""
         output = _Unpacked.apply(input.to(self.compute_dtype), self.out_features)
         return (output if self.bias is None else output + self.bias).to(input.dtype)
 
@@ -82,36 +65,14 @@ class _Unpacked(torch.autograd.Function):
 
 
 def build_policy(config: PreTrainedConfig, model_args: LlavaModelConfig) -> PreTrainedModel:
-    """The image-text model of a config, as `models.load_policy` would load it, on the meta device.
-
-    Args:
-        config: Of the model.
-        model_args: dtype, attention, quantisation, what is frozen.
-
-    Returns:
-        The model.
-
-    Raises:
-        InputError: If the config is not of an image-text model.
-    """
+    """The image-text model of a config, as `models.load_policy` would load it."""
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise InputError(f"model_name_or_path is a {config.model_type} model, which does not take images")
     return _build(AutoModelForImageTextToText, config, model_args)
 
 
 def build_classifier(config: PreTrainedConfig, model_args: LlavaModelConfig) -> PreTrainedModel:
-    """The model with a score head of a config, as `models.load_sequence_classifier` would load it.
-
-    Args:
-        config: Of the model, or of the generation model of its family.
-        model_args: As for `build_policy`.
-
-    Returns:
-        The model, on the meta device, with one label.
-
-    Raises:
-        InputError: If the family has no score-head model.
-    """
+    """The model with a score head and one label, as `models.load_sequence_classifier` would load it."""
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise InputError(f"a {config.model_type} model has no score head: reward and value models are LLaVA models")
     config.num_labels = 1
@@ -142,6 +103,7 @@ def _quantize(model: PreTrainedModel, model_args: LlavaModelConfig) -> None:
     for name, parameter in model.named_parameters():
         if HEAD not in name.split("."):
             parameter.requires_grad_(False)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = model_args.load_in_4bit, model_args.load_in_8bit  # TRL asks
 
 
 def add_adapter(
@@ -152,17 +114,9 @@ def add_adapter(
     trained: PeftConfig | None = None,
     frozen_copy: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Put the recipe's fresh adapter, or the shape of one that is there, on a meta model.
+    """Put the adapter that is `trained` already, or a fresh one if the recipe has one, on a meta model.
 
-    Args:
-        model: The model.
-        model_args: The recipe's `lora_*` fields.
-        task: CAUSAL_LM, or SEQ_CLS for models with a score head.
-        trained: Config of an adapter that is there; None puts on a fresh one, if the recipe asks for one.
-        frozen_copy: Add a second, frozen adapter "reference" of the same shape.
-
-    Returns:
-        The PEFT model, or the model as it is where there is no adapter.
+    `task` is CAUSAL_LM, or SEQ_CLS for models with a score head. `frozen_copy` adds a second one, "reference".
     """
     config = trained if isinstance(trained, LoraConfig) else lora_config(model_args, model, task=task)  # type: ignore[arg-type]
     if config is None:
@@ -180,23 +134,12 @@ def add_adapter(
     return peft_model
 
 
-def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn a meta model's tensors into fake ones of the CPU, in place; tied weights stay tied.
-
-    Args:
-        model: The model.
-        mode: The mode it will run under.
-    """
-    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the second only keeps the first's key its own
-    with mode:
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in fakes:
-                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        if isinstance(tensor, nn.Parameter):
-                            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                        fakes[id(tensor)] = (fake, tensor)
-                    tensors[name] = fakes[id(tensor)][0]
+def shaped(args: LlavaModelConfig, shape: LlavaModelConfig | None) -> LlavaModelConfig:
+    """Model fields with the `lora_*` of another recipe; None leaves them as they are."""
+    if shape is None:
+        return args
+    changed = copy.copy(args)
+    for name in vars(shape):
+        if name.startswith(("lora_", "use_peft", "use_dora", "use_rslora")):
+            setattr(changed, name, getattr(shape, name))
+    return changed

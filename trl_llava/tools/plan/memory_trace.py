@@ -1,15 +1,14 @@
 """The bytes that tensors hold while a piece of code runs, at their peak and by part.
 
 What is counted is storage: views are free, and a tensor counts until the last reference to its storage is gone, one
-that autograd keeps included. It works alike on real tensors and on fake ones, which have a shape and no memory: so the
-same code gives what a step will need and what it did need. Not seen are buffers inside of a kernel, the CUDA context,
-and what an allocator loses to fragments.
+that autograd keeps included. It works alike on real tensors and on tensors without memory: so the same code gives what
+a step will need and what it did need. Not seen are buffers inside of a kernel, the CUDA context, and what an allocator
+loses to fragments.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,12 +19,6 @@ from torch.utils._pytree import tree_leaves
 class MemoryTrace(TorchDispatchMode):
     """Follows every storage that comes into being inside its `with` block.
 
-    Attributes:
-        part: What storages that come now are counted as.
-        live: Bytes alive, by part.
-        peak: The most bytes that were alive at once.
-        at_peak: Bytes alive at that moment, by part.
-
     Example:
         >>> with MemoryTrace() as trace:
         ...     kept = torch.zeros(8) + torch.zeros(8)  # three tensors of 32 bytes at once
@@ -35,10 +28,10 @@ class MemoryTrace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = "activations"
-        self.live: Counter[str] = Counter()
-        self.peak = 0
-        self.at_peak: dict[str, int] = {}
+        self.part = "activations"  # what storages that come now are counted as
+        self.live: Counter[str] = Counter()  # bytes alive, by part
+        self.peak = 0  # the most bytes that were alive at once
+        self.at_peak: dict[str, int] = {}  # bytes alive at that moment, by part
         self._parts: dict[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,12 +42,7 @@ class MemoryTrace(TorchDispatchMode):
         return result
 
     def hold(self, tensors: Iterable[torch.Tensor], part: str) -> None:
-        """Count tensors that were there before the block, or count known ones as another part.
-
-        Args:
-            tensors: The tensors.
-            part: What they are from now on.
-        """
+        """Count tensors that were there before the block, or count known ones as another part."""
         for tensor in tensors:
             self._count(tensor, part)
             storage = tensor.untyped_storage()
@@ -62,22 +50,6 @@ class MemoryTrace(TorchDispatchMode):
             self.live[old] -= storage.nbytes()
             self.live[part] += storage.nbytes()
             self._parts[storage._cdata] = part
-
-    @contextmanager
-    def counting_as(self, part: str) -> Iterator[None]:
-        """Count what comes into being inside as one part.
-
-        Args:
-            part: Its name.
-
-        Yields:
-            Nothing.
-        """
-        before, self.part = self.part, part
-        try:
-            yield
-        finally:
-            self.part = before
 
     def restart(self) -> None:
         """Forget the peak, so that the next one is found."""

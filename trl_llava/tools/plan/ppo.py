@@ -1,149 +1,156 @@
-"""The worst moment of each phase of a PPO step."""
+"""The worst moment of each phase of a PPO step: PPO's own generation, passes and update, on models without memory.
 
+Letters: `B` batch, `R` response length.
+"""
+
+import copy
 import math
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import PreTrainedConfig
 
-from trl_llava.models.base_model import base_of
 from trl_llava.models.chunked_head import Sampling
-from trl_llava.models.shared_prefix import why_not
-from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
+from trl_llava.models.image_features import encode_images
+from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.shared_prefix import pack_groups, why_not
+from trl_llava.ppo.completions import Completions
+from trl_llava.ppo.generation import Generator, suppressed_tokens
 from trl_llava.ppo.generation_batches import CPU_GIB, GIB, SHARE_OF_FREE, bytes_per_token, rows_at_once
-from trl_llava.tools.plan.dry_passes import (
-    ask_policy,
-    autocast,
-    encode,
-    images_as,
-    packed_states,
-    prefill,
-    response_states,
-    text_inputs,
-)
-from trl_llava.tools.plan.job import Job, Need, Settings
-from trl_llava.tools.plan.memory_model import ALONE, Moment, kv_cache, trained, without_growth
-from trl_llava.tools.plan.memory_trace import MemoryTrace
-from trl_llava.tools.plan.micro_batches import Shape, largest
+from trl_llava.ppo.passes import PolicyAndValue
+from trl_llava.ppo.role_passes import RolePasses
+from trl_llava.ppo.rollout import Rollout
+from trl_llava.ppo.setup import prepare_roles
+from trl_llava.ppo.update import Updater
+from trl_llava.tools.plan.dry_run import dry_run
+from trl_llava.tools.plan.formulas import ALONE, kv_cache, trained
+from trl_llava.tools.plan.inputs import image_inputs, text_inputs
+from trl_llava.tools.plan.job import Job, Moment, Need, Settings
+from trl_llava.tools.plan.no_memory import NoMemory
 from trl_llava.tools.plan.roles import Roles, load_roles
-from trl_llava.tools.plan.stages import between_steps, dry_run, optimizer_step, prepare
+from trl_llava.tools.plan.shapes import Shape, largest
 from trl_llava.tools.plan.starts import judged_length
+from trl_llava.tools.plan.supervised import between_steps, optimizer_step
 
 JUDGING = 512
 """Tokens that a judging turn with captions is taken to have, where nothing says how many."""
 
+HOST = torch.device("cuda", 0)
+"""Where image features lie between passes: dry runs are on the CPU, so any other device shows what is copied to it."""
+
 
 def ppo_need(job: Job, settings: Settings) -> Need:
-    """What a PPO step needs, of one process.
-
-    Args:
-        job: The stage.
-        settings: The settings.
-
-    Returns:
-        Moments of images, generation, the passes of all roles, the rewards, the update and the optimizer's step; the
-        features of pictures on the CPU.
-
-    Raises:
-        InputError: If a model or an optimizer is of a kind that the plan does not know.
-        NotFoundError: If the config of a model cannot be read.
-    """
+    """What a PPO step needs: moments of all its phases, and the image features on the CPU."""
     roles = load_roles(job, settings)
     job = replace(job, processes=job.processes.for_width(roles.config("policy").get_text_config().hidden_size))
-    parameters = trained([roles.policy, roles.value])
-    held = roles.held(job.processes, but="reward") + roles.held(only="reward") + between_steps(parameters, job)
-    phases = _Phases(job, settings, roles, held)
-    accumulated = settings.rows * settings.accumulation // job.values["num_mini_batches"] > settings.rows
+    phases = _Phases(job, settings, roles)
     peaks = {"images": phases.images(), "generation": phases.generation()}
-    if job.processes.zero_stage == 3 and job.values["ds3_gather_for_generation"]:
+    if job.processes.zero_stage == 3 and job.args.ds3_gather_for_generation:
         for peak in peaks.values():  # all of it, besides each process's share
             peak["gathered weights"] = roles.held(but="reward").total()
     peaks["passes"] = phases.passes()
     if roles.reward is not None:
         peaks["rewards"] = phases.rewards()
-    peaks["update"] = phases.update(accumulated=accumulated)
-    moments = [Moment(name, held + peak) for name, peak in peaks.items()]
-    moments.append(optimizer_step(held, parameters, job))
+    peaks["update"] = phases.update()
+    moments = [Moment(name, phases.held + peak) for name, peak in peaks.items()]
+    moments.append(optimizer_step(phases.held, phases.parameters, job))
     return Need(moments, phases.host, [*roles.notes, *phases.notes])
 
 
 class _Phases:
     """The phases of one step, each run dry.
 
-    The rows of a step are asked at once; `settings.rollout_rows` of them run at a time, and in the update
-    `settings.rows`, or fewer where `max_tokens_per_micro_batch` is less. What tower and projector made of the pictures
-    is on the CPU, but for those that a pass looks at.
+    Completions of a step's prompts are generated at once; `settings.rollout_rows` of them run at a time, and in the
+    update `settings.rows`, or fewer where `max_tokens_per_micro_batch` is less.
     """
 
-    def __init__(self, job: Job, settings: Settings, roles: Roles, held: Counter[str]) -> None:
-        self.job, self.settings, self.roles, self.held = job, settings, roles, held
-        values = job.values
-        self.answer = values["response_length"]
-        self.length = job.length + self.answer
+    def __init__(self, job: Job, settings: Settings, roles: Roles) -> None:
+        self.job, self.settings, self.roles = job, settings, roles
+        self.args = copy.copy(job.args)
+        self.args.gradient_checkpointing, self.args.torch_compile = settings.checkpointing, False
+        prepare_roles(roles.policy, roles.value, roles.reference, self.args)
+        self.without_memory = NoMemory()
+        for model in roles.named().values():
+            self.without_memory.take(model)
+        self.parameters = trained([roles.policy, roles.value])
+        shared_out = roles.held(job.processes, but="reward")
+        self.held = shared_out + roles.held(only="reward") + between_steps(self.parameters, job)
+        AcceleratorState._reset_state(reset_partial_state=True)  # which keeps the precision of an earlier one
+        self.accelerator = Accelerator(cpu=True, mixed_precision="bf16" if job.autocast else "no")
+        self.response = self.args.response_length
         self.rows = settings.rows * settings.accumulation
         self.at_once = min(settings.rollout_rows or self.rows, self.rows)
-        self.answers = values["num_generations_per_prompt"]
-        models = [model for model in (roles.policy, roles.value, roles.reference) if model is not None]
-        wanted = values["share_prefix"] and self.answers > 1
-        self.packed = wanted and not any(why_not(model) for model in models)
-        self.sampling = Sampling(values["temperature"], (), values["logits_chunk_size"])
+        self.completions = self.args.num_generations_per_prompt
+        passing = (roles.policy, roles.value, roles.reference)
+        wanted = self.args.share_prefix and self.completions > 1
+        self.packed = wanted and not any(model is not None and why_not(model) for model in passing)
+        self.sampling = Sampling(self.args.temperature, suppressed_tokens(roles.policy), self.args.logits_chunk_size)
         self.host: Counter[str] = Counter()
         self.notes: list[str] = []
-        self._features: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._features: dict[str, torch.Tensor] = {}
 
     def images(self) -> Counter[str]:
-        """Tower and projector of each model but the reward, `local_rollout_forward_batch_size` rows at a time."""
-        pictures = self.rows // self.answers * self.job.images
-        seeing = {"policy": self.roles.policy, "value": self.roles.value, "reference": self.roles.reference}
-        worst: Counter[str] = Counter()
-        for role, model in seeing.items():
-            if model is None or not self.job.images or _trains_eyes(model):
+        """Tower and projector of each role but the reward, `local_rollout_forward_batch_size` prompts at a time."""
+        prompts, worst = self.rows // self.completions, Counter[str]()
+        for role, model in self.roles.named().items():
+            if role == "reward" or not self.job.images:
                 continue
-            config = self.roles.config(role)
-
-            def run(trace: MemoryTrace, model: nn.Module = model, role: str = role, config: Any = config) -> None:
-                found = encode(model, config, min(self.at_once * self.job.images, pictures))
-                self._features[role] = (tuple(found[0].shape), found[0].dtype)
-
-            peak = self._dry(model, run)
-            shape, dtype = self._features[role]
+            peak, features = self._encoded(model, self._inputs(role, Shape(min(self.at_once, prompts), 1, 1)))
+            if features is None:  # tower or projector are trained, and run in every pass
+                continue
+            self._features[role] = features[0]
             if role not in self.roles.sharing:
-                self.host["image features of a step"] += pictures * shape[0] * shape[1] * dtype.itemsize
-            worst = max(worst, peak, key=lambda parts: parts.total())
+                self.host["image features of a step"] += prompts * self.job.images * features[0].nbytes
+            worst = max(worst, peak, key=Counter.total)
         return worst
 
+    def _encoded(self, model: nn.Module, inputs: ModelInputs) -> tuple[Counter[str], list[torch.Tensor] | None]:
+        found: list[ModelInputs] = []
+        peak = self._dry([model], lambda: found.append(encode_images(model, inputs, self.at_once)))
+        return peak, found[0].features
+
     def generation(self) -> Counter[str]:
-        """The pass over the prompts, or all keys and values of finished answers: whichever is more."""
-        config, found = self.roles.config("policy"), {}
-        rows = self._answered_at_once(config)
-        static = self.length if self.job.values["cache_implementation"] == "static" else None
-        # Several answers to a prompt go on from one pass over it.
-        prompts = math.ceil(rows / self.answers) if self.packed and static is None else rows
-
-        def run(trace: MemoryTrace) -> None:
-            seen = self._seen("policy", prompts, trace)
-            sizes = (prompts, self.job.length)
-            found["dtype"] = prefill(self.roles.policy, *sizes, seen, bf16=self.job.autocast, static=static)
-
-        peak = self._dry(self.roles.policy, run)
-        number = found["dtype"].itemsize
-        vocabulary = config.get_text_config().vocab_size
-        last = Counter({"KV cache": kv_cache(config, rows, self.length, number)})
-        last["logits"] = 3 * 4 * rows * vocabulary  # scores, noise, their sum
-        last["image features"] = self._seen_bytes("policy", prompts)
-        first = kv_cache(config, prompts, static or self.job.length, number)
-        if static is not None:  # no layer is ever there twice
-            first = last["KV cache"] = without_growth(config, first)
+        """The pass over the prompts, or all keys and values of finished completions: whichever is more."""
+        config, policy = self.roles.config("policy"), self.roles.policy
+        rows = self._generated_at_once()
+        shape = Shape(math.ceil(rows / self.completions), self.completions, self.job.length)
+        # Without memory, every token that is drawn is 1: all rows end behind the first.
+        ends_at, no_tokenizer = 1, SimpleNamespace(pad_token_id=0)
+        generator = Generator(self.args, self.accelerator, no_tokenizer, ends_at, self.sampling)
+        generator.batches.bound = sys.maxsize
+        inputs = self._inputs("policy", shape)
+        peak = self._dry([policy], partial(generator.generate, policy, inputs, 1))
+        number = self._number()
+        last = Counter({"KV cache": kv_cache(config, rows, self._length, number)})
+        last["logits"] = 3 * 4 * rows * config.get_text_config().vocab_size  # scores, noise, their sum
+        if "policy" in self._features:
+            last["image features"] = shape.prompts * self.job.images * self._features["policy"].nbytes
+        first = kv_cache(config, shape.prompts, self.job.length, number)
         peak["KV cache"] = min(first, peak["activations"])  # made within the pass, so counted there
         peak["activations"] -= peak["KV cache"]
-        return max(last, peak, key=lambda parts: parts.total())
+        return max(last, peak, key=Counter.total)
 
-    def _answered_at_once(self, config: PreTrainedConfig) -> int:
+    @property
+    def _length(self) -> int:
+        """Tokens of the longest prompt with its completion."""
+        return self.job.length + self.response
+
+    def _number(self) -> int:
+        """Bytes of a number of keys and values."""
+        policy: Any = self.roles.policy
+        return policy.get_input_embeddings().weight.dtype.itemsize
+
+    def _generated_at_once(self) -> int:
         """Rows of a batch of generation, as `generation_batches` sizes it."""
-        gib = self.job.values["generation_cache_gib"]
+        gib = self.args.generation_cache_gib
         said = f"generation_cache_gib {gib}"
         if gib is not None:
             bound = gib * GIB
@@ -151,9 +158,7 @@ class _Phases:
             bound, said = CPU_GIB * GIB, "generation_cache_gib on a CPU"
         else:
             bound, said = SHARE_OF_FREE * (self.job.limit - self.held.total()), "half of what is free then"
-        policy: Any = self.roles.policy
-        number = policy.get_input_embeddings().weight.dtype.itemsize
-        row = bytes_per_token(config, number) * self.length
+        row = bytes_per_token(self.roles.config("policy"), self._number()) * self._length
         rows = rows_at_once(row, bound, self.at_once)
         self.notes.append(
             f"generation answers {rows} rows at once: {row / GIB:.3g} GiB of keys and values each, at most "
@@ -162,115 +167,119 @@ class _Phases:
         return rows
 
     def passes(self) -> Counter[str]:
-        """What policy (reference alike) and value model say of the answers, without gradients."""
+        """The passes of policy, reference and value model over the rollout, without gradients."""
+        roles = self.roles
+        both = PolicyAndValue(roles.policy, roles.value)
+        passes = RolePasses(self._one_part(), self.accelerator, both, roles.reference, self.sampling, self.packed)
+        models = [model for role, model in roles.named().items() if role != "reward"]
         worst: Counter[str] = Counter()
         for shape in self._shapes(self.at_once, self.packed):
-
-            def ask(trace: MemoryTrace, shape: Shape = shape) -> None:
-                with torch.no_grad(), autocast(self.job.autocast):
-                    ask_policy(self.roles.policy, self._states("policy", shape, trace), self.sampling, trace)
-
-            def value(trace: MemoryTrace, shape: Shape = shape) -> None:
-                with torch.no_grad(), autocast(self.job.autocast):
-                    self._values(shape, trace)
-
-            pairs = [self._dry(self.roles.policy, ask), self._dry(self.roles.value, value)]
-            worst = max(worst, *pairs, key=lambda parts: parts.total())
+            inputs = {role: self._inputs(role, shape) for role in roles.named() if role != "reward"}
+            prompts = (inputs["policy"], inputs.get("reference", inputs["policy"]), inputs["value"])
+            run = partial(passes.logprobs_and_values, *prompts, self._completions(shape))
+            worst = max(worst, self._dry(models, run), key=Counter.total)
         return worst
 
     def rewards(self) -> Counter[str]:
-        """The reward model over prompts, answers and judging turns, without gradients or autocast."""
-        model = self.roles.reward
-        length, rows = self._judged_length(), self.at_once
-        if (budget := self.job.values["max_tokens_per_micro_batch"]) is not None:
-            rows = min(rows, max(1, budget // length))
+        """The reward model over prompts, completions and judging turns, without gradients or autocast."""
+        model, length = self.roles.reward, self._judged_length()
         assert model is not None
-
-        def run(trace: MemoryTrace) -> None:
-            seen = self._seen("reward", rows, trace)
-            with torch.no_grad():
-                model(**text_inputs(rows, length), **seen, use_cache=False)
-
-        return self._dry(model, run)
+        packed = why_not(model) is None  # as in `FactualReward`, what the completions of a prompt share runs once
+        prompt = min(self.job.length, length - 1)
+        budget, worst = self.args.max_tokens_per_micro_batch, Counter[str]()
+        for shape in largest(self.at_once, self.completions if packed else 1, prompt, length - prompt, budget):
+            text = text_inputs(shape.rows, shape.length + length - prompt)
+            if packed:
+                rows = [[1] * shape.length + [2 + place] * (length - prompt) for place in range(shape.completions)]
+                groups = [row // shape.completions for row in range(shape.rows)]
+                text = pack_groups(rows * shape.prompts, groups).packed._asdict()
+            batch = {**text, **self._images("reward", shape.prompts)}
+            run = torch.no_grad()(partial(model, **batch, use_cache=False))
+            worst = max(worst, self._dry([model], run, batch), key=Counter.total)
+        return worst
 
     def _judged_length(self) -> int:
         """Tokens that the reward model reads: as many as it was trained on at most, if a recipe says that."""
         if self.job.judged_length is not None:
             return self.job.judged_length
-        found = judged_length(self.job.values["reward_model_path"], self.job.sources)
-        length, said = found or (self.length + JUDGING, f"{self.length} of prompt and answer, {JUDGING} for its turn")
+        found = judged_length(self.args.reward_model_path, self.job.sources)
+        supposed = (self._length + JUDGING, f"{self._length} of prompt and answer, {JUDGING} for its turn")
+        length, said = found or supposed
         self.notes.append(f"the reward model reads {length} tokens a row ({said}): --judged_length says otherwise")
         return length
 
-    def update(self, *, accumulated: bool) -> Counter[str]:
-        """Forward passes of policy and value model over a micro-batch, then one backward pass through both."""
-        policy, value = self.roles.policy, self.roles.value
-        for model in (policy, value):
-            prepare(model, self.settings, self.job.values["gradient_checkpointing_kwargs"])
-        # A mini-batch is drawn from all rows: it may hold one answer to each prompt, or all answers to some.
-        shapes = self._shapes(self.settings.rows, self.packed)
-        drawn = self.job.values["num_mini_batches"] > 1 and self.rows // self.answers >= self.settings.rows
-        if self.packed and drawn:
-            shapes += self._shapes(self.settings.rows, False)
+    def update(self) -> Counter[str]:
+        """A micro-batch's forward passes of policy and value model, then one backward pass through both."""
+        policy, value, settings = self.roles.policy, self.roles.value, self.settings
+        # A mini-batch is drawn from all rows: it may hold one completion of each prompt, or all those of some.
+        shapes = self._shapes(settings.rows, self.packed)
+        if self.packed and self.args.num_mini_batches > 1 and self.rows // self.completions >= settings.rows:
+            shapes += self._shapes(settings.rows, False)
+        accumulated = self.rows // self.args.num_mini_batches > settings.rows
+        model = self.accelerator.prepare_model(PolicyAndValue(policy, value), device_placement=False)
+        optimizer: Any = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+        updater = Updater(self._one_part(), self.accelerator, model, optimizer, self.sampling, self.packed)
         worst: Counter[str] = Counter()
         for shape in shapes:
-
-            def run(trace: MemoryTrace, shape: Shape = shape) -> None:
-                with autocast(self.job.autocast):
-                    states = self._states("policy", shape, trace)
-                    logprobs = ask_policy(policy, states, self.sampling, trace)
-                    values = self._values(shape, trace)
-                (logprobs.sum() + values.sum()).backward()
-
-            more = accumulated or shape.rows < self.settings.rows
-            peak = dry_run([policy, value], run, accumulated=more, processes=self.job.processes)
-            worst = max(worst, peak, key=lambda parts: parts.total())
+            model.train()
+            run = partial(updater.train_on, self._rollout(shape), 1, nothing_moved_yet=False)
+            more = accumulated or shape.rows < settings.rows
+            peak = dry_run([policy, value], run, self.without_memory, self.job.processes, accumulated=more)
+            worst = max(worst, peak, key=Counter.total)
         return worst
 
-    def _shapes(self, most: int, packed: bool) -> list[Shape]:
-        answers = min(self.answers, most) if packed else 1
-        budget = self.job.values["max_tokens_per_micro_batch"]
-        return largest(most, answers, self.job.length, self.answer, budget)
+    def _one_part(self) -> Any:
+        """The config under which all rows are one mini-batch and one micro-batch."""
+        args = copy.copy(self.args)
+        args.per_device_train_batch_size = args.local_rollout_forward_batch_size = self.rows
+        args.max_tokens_per_micro_batch, args.num_mini_batches, args.num_ppo_epochs = None, 1, 1
+        return args
 
-    def _dry(self, model: nn.Module, run: Any) -> Counter[str]:
-        model.eval()
-        whole = model is self.roles.reward  # DeepSpeed has nothing to do with it
-        peak = dry_run([model], run, accumulated=False, processes=ALONE if whole else self.job.processes)
+    def _shapes(self, most: int, packed: bool) -> list[Shape]:
+        completions = min(self.completions, most) if packed else 1
+        return largest(most, completions, self.job.length, self.response, self.args.max_tokens_per_micro_batch)
+
+    def _dry(
+        self, models: list[nn.Module], run: Callable[[], Any], batch: dict[str, torch.Tensor] | None = None
+    ) -> Counter[str]:
+        for model in models:
+            model.eval()
+        processes = ALONE if models == [self.roles.reward] else self.job.processes
+        peak = dry_run(models, run, self.without_memory, processes, accumulated=False, batch=batch or {})
         del peak["gradients"]
         return peak
 
-    def _seen(self, role: str, rows: int, trace: MemoryTrace) -> dict[str, Any]:
-        """The pictures of some rows as a pass takes them: features from the CPU, or pixels."""
-        images, config, features = rows * self.job.images, self.roles.config(role), None
-        if not images:
-            return {}
+    def _images(self, role: str, prompts: int) -> dict[str, torch.Tensor]:
+        return image_inputs(self.roles.config(role), prompts * self.job.images, self.without_memory.fake)
+
+    def _inputs(self, role: str, shape: Shape) -> ModelInputs:
+        """A micro-batch's prompts as a role reads them, with image features where they are made once a step."""
+        text = text_inputs(shape.prompts, shape.length, left=True)
+        inputs = ModelInputs(text["input_ids"], text["attention_mask"], [self.job.images] * shape.prompts)
         if role in self._features:
-            shape, dtype = self._features[role]
-            with trace.counting_as("image features"):
-                features = [torch.empty(shape, dtype=dtype) for _ in range(images)]
-        return images_as(features, config, images)
+            one = self._features[role]
+            with self.without_memory.fake:
+                inputs.features = [one.new_empty(one.shape, device=HOST) for _ in range(sum(inputs.images_per_row))]
+        else:
+            inputs.extras = self._images(role, shape.prompts)
+        return inputs.repeated(shape.completions)
 
-    def _seen_bytes(self, role: str, rows: int) -> int:
-        if role not in self._features:
-            return 0
-        shape, dtype = self._features[role]
-        return rows * self.job.images * math.prod(shape) * dtype.itemsize
+    def _completions(self, shape: Shape) -> Completions:
+        return Completions.from_tokens(torch.ones(shape.rows, self.response, dtype=torch.long), None)
 
-    def _states(self, role: str, shape: Shape, trace: MemoryTrace) -> torch.Tensor:
-        model, answers = getattr(self.roles, role), shape.answers * self.answer
-        seen = self._seen(role, shape.prompts, trace)
-        if shape.answers > 1:
-            return packed_states(model, shape.prompts, shape.length, answers, seen)
-        return response_states(model, shape.prompts, shape.length + answers, self.answer, seen)
-
-    def _values(self, shape: Shape, trace: MemoryTrace) -> torch.Tensor:
-        states = self._states("value", shape, trace)
-        model: Any = self.roles.value
-        base = base_of(model)
-        return base.score(states).squeeze(-1).float()
-
-
-def _trains_eyes(model: nn.Module) -> bool:
-    """Whether tower or projector are trained, so that nothing of what they make can be kept."""
-    seeing = {*TOWER_NAMES, *PROJECTOR_NAMES}
-    return any(p.requires_grad and seeing & set(name.split(".")) for name, p in model.named_parameters())
+    def _rollout(self, shape: Shape) -> Rollout:
+        responses, mask, stopped, _ = self._completions(shape)
+        numbers = torch.zeros(mask.shape)
+        return Rollout(
+            inputs=self._inputs("policy", shape),
+            value_inputs=self._inputs("value", shape),
+            columns={},
+            responses=responses,
+            mask=mask,
+            stopped=stopped,
+            logprobs=numbers,
+            ref_logprobs=numbers,
+            values=numbers,
+            advantages=numbers,
+            returns=numbers,
+        )

@@ -1,6 +1,7 @@
-"""How a launch would share a run out, read from its `accelerate` configuration."""
+"""How a launch shares a run out among processes, read from its `accelerate` configuration."""
 
 import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,55 @@ import yaml
 
 from trl_llava.errors import RecipeError
 from trl_llava.run.launch import find_accelerate_config
-from trl_llava.tools.plan.sharing import Processes, ZeroSizes
+
+
+@dataclass(frozen=True)
+class ZeroSizes:
+    """DeepSpeed's `zero_optimization`, as far as it decides memory; numbers of weights, with DeepSpeed's defaults."""
+
+    reduce_bucket: int | None = (
+        500_000_000  # reduce_bucket_size: gradients averaged at once; None ("auto"): width ** 2
+    )
+    persistent: int | None = (
+        100_000  # stage3_param_persistence_threshold: weights up to it are whole; None: 10 * width
+    )
+    live: int = 1_000_000_000  # stage3_max_live_parameters, gathered at once
+    overlap: bool = False  # overlap_comm: a second bucket for ZeRO-1 and -2
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How a run is shared out among processes, one GPU each.
+
+    ZeRO shares out optimizer states at stage 1, gradients too at 2, weights too at 3 as FSDP does; DDP nothing.
+    """
+
+    count: int = 1
+    zero_stage: int = 0
+    fsdp: bool = False  # without DeepSpeed's buffers
+    sizes: ZeroSizes = field(default_factory=ZeroSizes)
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self.zero_stage > 0 and not self.fsdp
+
+    def for_width(self, width: int) -> "Processes":
+        """A copy with what "auto" means for a model of this hidden size."""
+        sizes = self.sizes
+        bucket = width * width if sizes.reduce_bucket is None else sizes.reduce_bucket
+        persistent = 10 * width if sizes.persistent is None else sizes.persistent
+        return replace(self, sizes=replace(sizes, reduce_bucket=bucket, persistent=persistent))
+
+    def share(self, count: int) -> int:
+        """A process's part of some numbers or bytes, rounded up."""
+        return -(-count // self.count)
 
 
 def find_processes(name: str | None, count: int | None) -> Processes:
-    """How a launch would share a run out.
+    """Number of processes, and what is divided among them; `name` is `--accelerate_config`, `count` `--num_processes`.
 
-    Args:
-        name: `--accelerate_config`: a file, or a name in accelerate_configs/.
-        count: `--num_processes`.
-
-    Returns:
-        Number of processes, and what ZeRO divides among them (FSDP divides all).
-
-    Raises:
-        RecipeError: If the configuration cannot be read, or nothing says how many processes there are.
+    A configuration that cannot be read, or that leaves the number open, is a `RecipeError`.
     """
     if name is None:
         return Processes(count or 1)
@@ -72,11 +107,11 @@ def _zero(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _sizes(zero: dict[str, Any]) -> ZeroSizes:
-    """What it says of sizes; "auto" is known with the model's width."""
+    """The sizes that a configuration sets; "auto" is known with the model's width."""
 
     def size(name: str, default: int | None) -> int | None:
-        said = zero.get(name, default)
-        return None if said in (None, "auto") else int(said)
+        given = zero.get(name, default)
+        return None if given in (None, "auto") else int(given)
 
     usual = ZeroSizes()
     return ZeroSizes(

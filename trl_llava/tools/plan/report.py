@@ -7,21 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_llava.ppo.generation_batches import GIB
-from trl_llava.tools.plan.job import Job, Need, Settings
-from trl_llava.tools.plan.memory_model import PARTS
+from trl_llava.tools.plan.job import PARTS, Job, Need, Settings
 
 
 @dataclass
 class Plan:
-    """What a recipe needs, and what would fit.
-
-    Attributes:
-        job: The stage.
-        settings: The recipe's own settings.
-        own: What they need.
-        fitting: Settings that fit, with the bytes they need.
-        least: The settings that need least.
-    """
+    """What a recipe's own settings need, and what would fit, in bytes; `least` are the settings that need least."""
 
     job: Job
     settings: Settings
@@ -31,28 +22,15 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe fits as it is.
-
-        Returns:
-            Whether.
-        """
+        """Whether the recipe fits as it is."""
         return self.job.limit is not None and self.own.worst.total <= self.job.limit
 
 
 def print_need(console: Console, job: Job, settings: Settings, need: Need, gpu_memory: float, reserve: float) -> None:
-    """Prints what the recipe needs as it is.
-
-    Args:
-        console: Where to.
-        job: The stage.
-        settings: The recipe's own settings.
-        need: What they need.
-        gpu_memory: GiB of one GPU.
-        reserve: GiB of them that are not for tensors.
-    """
+    """Prints what the recipe needs as it is."""
     processes = f"{job.processes.count} processes" if job.processes.count > 1 else "one process"
     shared = f" under ZeRO-{job.processes.zero_stage}" if job.processes.zero_stage else ""
-    model = job.model_args.model_name_or_path or job.values.get("sft_model_path") or job.sources.base
+    model = job.model_args.model_name_or_path or getattr(job.args, "sft_model_path", None) or job.sources.base
     longest = "longest prompt" if job.stage == "ppo" else "longest row"
     console.print(f"{job.stage}: {model}, {processes}{shared}, {longest} {job.length} tokens", markup=False)
     console.print(f"As the recipe is: {describe(settings)}", markup=False)
@@ -75,12 +53,7 @@ def print_need(console: Console, job: Job, settings: Settings, need: Need, gpu_m
 
 
 def print_fitting(console: Console, plan: Plan) -> None:
-    """Prints the settings that fit.
-
-    Args:
-        console: Where to.
-        plan: The plan.
-    """
+    """Prints the settings that fit."""
     if not plan.fitting:
         settings, need = plan.least
         console.print(f"Nothing fits. Least is {_gib(need)} GiB: {describe(settings)}", markup=False)
@@ -96,26 +69,12 @@ def print_fitting(console: Console, plan: Plan) -> None:
 
 
 def best(plan: Plan) -> tuple[Settings, int]:
-    """The settings that change least of what a recipe says of precision, and run most rows at once.
-
-    Args:
-        plan: A plan in which something fits.
-
-    Returns:
-        The settings, and the bytes they need.
-    """
+    """The settings that change least of what a recipe says of precision, and run most rows at once."""
     return max(plan.fitting, key=lambda pair: (pair[0].four_bit == plan.settings.four_bit, pair[0].rows))
 
 
 def fields_of(settings: Settings) -> dict[str, str]:
-    """Settings as the recipe's fields.
-
-    Args:
-        settings: The settings.
-
-    Returns:
-        Field -> value as YAML and the command line take it.
-    """
+    """Settings as the recipe's fields."""
     fields = {
         "per_device_train_batch_size": str(settings.rows),
         "gradient_accumulation_steps": str(settings.accumulation),
@@ -128,14 +87,7 @@ def fields_of(settings: Settings) -> dict[str, str]:
 
 
 def describe(settings: Settings) -> str:
-    """Settings as options of the command line.
-
-    Args:
-        settings: The settings.
-
-    Returns:
-        The options.
-    """
+    """Settings as options of the command line."""
     return " ".join(f"--{field} {value}" for field, value in fields_of(settings).items())
 
 
@@ -146,16 +98,7 @@ def _gib(size: int) -> str:
 
 
 def as_dict(plan: Plan, gpu_memory: float, reserve: float) -> dict[str, Any]:
-    """The plan as JSON takes it; sizes in bytes.
-
-    Args:
-        plan: The plan.
-        gpu_memory: GiB of one GPU.
-        reserve: GiB of them that are not for tensors.
-
-    Returns:
-        Stage, processes, limit, settings, phases with their parts, CPU memory, notes, what fits and what needs least.
-    """
+    """The plan as JSON takes it; sizes in bytes."""
     return {
         "stage": plan.job.stage,
         "processes": asdict(plan.job.processes),

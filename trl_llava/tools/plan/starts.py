@@ -21,61 +21,40 @@ from trl_llava.models.starts import agreed_base
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """The recipe of an earlier stage, beside the one that is planned.
-
-    Attributes:
-        file: Its path.
-        values: Every field.
-        model_args: Its model fields.
-    """
-
-    file: str
-    values: dict[str, Any]
-    model_args: LlavaModelConfig
-
-
-@dataclass(frozen=True)
 class Sources:
-    """Where to look for what an earlier stage has yet to write.
+    """Where to look for what an earlier stage has yet to write."""
 
-    Attributes:
-        base: Hub ID or folder that `--base` names.
-        recipe: Path of the planned recipe; those beside it may say what will be written.
-        remote: `trust_remote_code`.
-    """
-
-    base: str | None = None
-    recipe: str | None = None
-    remote: bool = False
+    base: str | None = None  # Hub ID or folder that `--base` names
+    recipe: str | None = None  # path of the planned recipe; those beside it may say what will be written
+    remote: bool = False  # trust_remote_code
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a role starts from.
+    """What a role starts from: a base, and an adapter on it or none."""
 
-    Attributes:
-        config: Of its base model.
-        name: Hub ID or folder of the base.
-        adapter: Config of the adapter on it; None for a whole model, or where it has yet to be written.
-        shape: Where an adapter has yet to be written, the model fields whose `lora_*` say its shape.
-        notes: What the plan has taken from elsewhere.
-    """
-
-    config: PreTrainedConfig
-    name: str
-    adapter: LoraConfig | None = None
-    shape: LlavaModelConfig | None = None
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    config: PreTrainedConfig  # of the base
+    name: str  # Hub ID or folder of the base
+    adapter: LoraConfig | None = None  # if it is there already
+    shape: LlavaModelConfig | None = None  # if it has yet to be written: the model fields whose `lora_*` say its shape
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what the plan has taken from elsewhere
 
     @property
     def has_adapter(self) -> bool:
-        """Whether it is an adapter.
-
-        Returns:
-            Whether, there already or not.
-        """
+        """Whether it is an adapter, there already or not."""
         return self.adapter is not None or self.shape is not None
+
+
+def read_recipe(stage: str, words: list[str]) -> tuple[Any, LlavaModelConfig]:
+    """The stage's config and model fields of `--config` and overrides, as on a machine that has a GPU."""
+    parser = make_parser(stage, f"trl-llava plan ({stage})")
+    values = parser.check(words).values
+    # A config refuses precisions that this machine has not, which does not matter.
+    parsed = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
+    args, model_args = parsed.training_args, parsed.model_args
+    args.bf16, args.fp16 = values["bf16"], values["fp16"]
+    model_args.trust_remote_code = args.trust_remote_code
+    return args, model_args
 
 
 def find_start(
@@ -88,20 +67,7 @@ def find_start(
 ) -> Start:
     """What a field of a recipe names: a model, an adapter on one, or what an earlier stage will write.
 
-    Args:
-        name_of_field: The field.
-        name: Hub ID or folder.
-        revision: Branch, tag or commit.
-        sources: Where to look for what is not there.
-        lora: Model fields whose `lora_*` say the shape of an adapter that nothing else says.
-        given: The recipe's base of an adapter.
-
-    Returns:
-        The start.
-
-    Raises:
-        InputError: If nothing is named, or an adapter is none that the plan knows.
-        NotFoundError: If it is not there, and neither `--base` nor a recipe beside says what it will be.
+    `lora` says the shape of an adapter that nothing else says; `given` is the recipe's base of an adapter.
     """
     if name is None:
         raise InputError(f"{name_of_field} is not set; a plan needs to know the model")
@@ -126,18 +92,7 @@ def find_start(
 
 
 def base_config(model_args: LlavaModelConfig, sources: Sources) -> Start:
-    """What `model_name_or_path` names; `--base` where that is not there.
-
-    Args:
-        model_args: The recipe's model fields.
-        sources: `--base`.
-
-    Returns:
-        The start, without an adapter.
-
-    Raises:
-        NotFoundError: If neither is there.
-    """
+    """What `model_name_or_path` names; `--base` where that is not there."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     try:
         folder = _local("model_name_or_path", name, revision, sources.remote)
@@ -150,19 +105,9 @@ def base_config(model_args: LlavaModelConfig, sources: Sources) -> Start:
     return Start(load_config("model_name_or_path", folder, None, sources.remote), str(name))
 
 
-def recipe_that_writes(name: str, recipe: str | None) -> Earlier | None:
-    """The recipe beside a recipe whose run will write a folder, or the checkpoint that it is.
-
-    Args:
-        name: The folder.
-        recipe: Path of the recipe; None finds nothing.
-
-    Returns:
-        The recipe, or None.
-
-    Raises:
-        RecipeError: If that recipe cannot be used.
-    """
+@lru_cache(maxsize=8)
+def recipe_that_writes(name: str, recipe: str | None) -> tuple[str, Any, LlavaModelConfig] | None:
+    """The recipe beside `recipe` whose run will write a folder, or a checkpoint in it: path, config, model fields."""
     if recipe is None:
         return None
     wanted = {os.path.normpath(name), os.path.dirname(os.path.normpath(name))}
@@ -174,72 +119,50 @@ def recipe_that_writes(name: str, recipe: str | None) -> Earlier | None:
             continue  # nobody has said that it is a recipe
         writes = isinstance(keys, dict) and os.path.normpath(str(keys.get("output_dir"))) in wanted
         if writes and stage in ("sft", "reward", "ppo", "dpo"):
-            return read_recipe(stage, str(path))
+            return str(path), *read_recipe(stage, ["--config", str(path)])
     return None
 
 
-@lru_cache(maxsize=8)
-def read_recipe(stage: str, path: str) -> Earlier:
-    """Read another stage's recipe.
-
-    Args:
-        stage: sft, reward, ppo or dpo.
-        path: The file.
-
-    Returns:
-        What it says.
-
-    Raises:
-        RecipeError: If it cannot be used.
-    """
-    parser = make_parser(stage, f"trl-llava plan ({stage})")
-    words = ["--config", path]
-    values = parser.check(words).values
-    parsed = parser.parse([*words, "--use_cpu", "--bf16", "false", "--fp16", "false"])
-    return Earlier(path, values, parsed.model_args)
-
-
 def judged_length(reward_model: str, sources: Sources) -> tuple[int, str] | None:
-    """The longest row that a reward model was trained on, which is what it reads of a rollout at most.
+    """The longest row that a reward model was trained on, which is the longest that it reads, and what says so.
 
-    Args:
-        reward_model: `reward_model_path`.
-        sources: Where recipes may be.
-
-    Returns:
-        Its `max_length` and the recipe that says it, the run's own or the one beside the planned one; None if none.
+    That is the recipe of its own run, or the one beside the planned one; None if neither says it.
     """
     own = Path(reward_model, "recipe.yaml")
     if own.is_file():
         length = yaml.safe_load(own.read_text(encoding="utf-8")).get("max_length")
         return (length, f"max_length of {own}") if length else None
     earlier = recipe_that_writes(reward_model, sources.recipe)
-    if earlier is None or not earlier.values.get("max_length"):
+    if earlier is None or not getattr(earlier[1], "max_length", None):
         return None
-    return earlier.values["max_length"], f"max_length of {earlier.file}"
+    return earlier[1].max_length, f"max_length of {earlier[0]}"
 
 
 def _to_come(
-    name_of_field: str, name: str, earlier: Earlier | None, sources: Sources, lora: LlavaModelConfig
+    name_of_field: str,
+    name: str,
+    earlier: tuple[str, Any, LlavaModelConfig] | None,
+    sources: Sources,
+    lora: LlavaModelConfig,
 ) -> Start:
     """What will be written: as the stage's recipe says, or an adapter of this recipe's `lora_*` on `--base`."""
     shape, base = copy.copy(lora), sources.base
     notes = [f"{name} is not there yet: planned for an adapter on {base} (--base), lora_r {shape.lora_r}"]
     shape.use_peft = True
     if earlier is not None:
-        shape = copy.copy(earlier.model_args)
+        file, shape = earlier[0], copy.copy(earlier[2])
         if shape.adapter_name_or_path and not shape.use_peft:
             raise RecipeError(
-                f"{name_of_field}: {name} is not there yet, and {earlier.file} goes on with the adapter "
+                f"{name_of_field}: {name} is not there yet, and {file} goes on with the adapter "
                 f"{shape.adapter_name_or_path}: plan that stage first, or give a {name_of_field} that is there."
             )
         base = base or shape.model_name_or_path
         what = f"an adapter of lora_r {shape.lora_r} on {base}" if shape.use_peft else f"a whole model like {base}"
-        notes = [f"{name} is not there yet: planned for {what}, as {earlier.file} says"]
-    asked = f"{name_of_field} is not there yet; its base"
+        notes = [f"{name} is not there yet: planned for {what}, as {file} says"]
+    its_base = f"{name_of_field} is not there yet; its base"
     revision = shape.model_revision if base == shape.model_name_or_path else None
-    folder = _local(asked, base, revision, sources.remote)
-    config = load_config(asked, folder, None, sources.remote)
+    folder = _local(its_base, base, revision, sources.remote)
+    config = load_config(its_base, folder, None, sources.remote)
     if not shape.use_peft:
         return Start(config, name, notes=tuple(notes))
     return Start(config, str(base), shape=shape, notes=tuple(notes))
