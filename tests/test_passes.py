@@ -1,5 +1,6 @@
 """Image features computed once give the numbers that pixels give in every pass, for every family."""
 
+import copy
 import gc
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,74 @@ def test_a_window_is_left_to_transformers(
     generator = make_generator(cache_implementation="static")
     found = [generator.generate(policy, inputs, 1).responses for _ in range(2)]
     assert torch.equal(*found) and [reason in record.message for record in caplog.records] == [True]  # said once
+
+
+class PlayedGraph:
+    """A CUDA graph without a GPU: recording computes nothing that stays, a replay runs the step again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
+        self.fault, self.recorded, self.replayed = fault, 0, 0
+        draw_with = decoding.StaticDecoder._draw_with
+
+        def watched(decoder: Any, policy: Any, state: Any) -> Any:
+            self.draw, self.state = draw_with(decoder, policy, state), state
+            return lambda: self.draw() + (100 if fault == "other logits" and self.recording else 0)
+
+        monkeypatch.setattr(decoding, "_on_gpu", lambda state: True)
+        monkeypatch.setattr(decoding.StaticDecoder, "_draw_with", watched)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+        self.recording = False
+
+    def __enter__(self) -> None:
+        if self.fault == "cannot be recorded":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        self.recording, self.before = True, copy.deepcopy(self.state)
+
+    def __exit__(self, *error: Any) -> None:
+        self.recording, self.recorded = False, self.recorded + 1
+        for name in ("ids", "positions", "step", "ended"):
+            getattr(self.state, name).copy_(getattr(self.before, name))
+        for layer, old in zip(self.state.cache.layers, self.before.cache.layers, strict=True):
+            layer.cumulative_length.copy_(old.cumulative_length)
+
+    def replay(self) -> None:
+        self.replayed += 1
+        self.draw()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (None, ""),
+        ("cannot be recorded", "operation not permitted when stream is capturing."),
+        ("other logits", "its logits are 100 off, where rounding explains"),
+    ],
+)
+def test_a_recorded_step_is_replayed_or_left_with_a_message(
+    fault: str | None,
+    message: str,
+    tiny_llava_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    end_often(policy)
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir).select([0, 2, 0, 1, 2, 2, 3])
+    settings = {"response_length": 14, "local_rollout_forward_batch_size": 7, "keep_logprobs": True}
+    plain = make_generator(**settings).generate(policy, inputs, 1)
+    monkeypatch.setattr(decoding, "BUCKET", 5)
+    monkeypatch.setattr(decoding, "CHECK_EVERY", 2)
+    graph = PlayedGraph(monkeypatch, fault)
+    static = make_generator(**settings, cache_implementation="static").generate(policy, inputs, 1)
+    assert torch.equal(static.responses, plain.responses) and torch.equal(static.mask, plain.mask)
+    torch.testing.assert_close(static.logprobs, plain.logprobs, rtol=0, atol=1e-5)
+    said = [record.getMessage() for record in caplog.records if record.name == decoding.__name__]
+    if fault is None:
+        assert graph.recorded == 3 and graph.replayed > 9 and not said
+    else:
+        assert graph.recorded <= 1 and len(said) == 1 and message in said[0]  # once
 
 
 def test_static_decoding_is_not_for_zero3(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

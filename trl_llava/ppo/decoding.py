@@ -190,13 +190,13 @@ class StaticDecoder:
 
     def _fill_bucket(self, policy: nn.Module, state: DecodingState, room: int) -> int:
         """Draw up to `room` tokens; returns how many, fewer if all rows have ended."""
-        on_gpu = state.ids.is_cuda
-        draw, done = self._draw_with(policy, state), 0
+        draw = self._draw_with(policy, state)  # holds tensors that a recorded step reads: it must live as long
+        step, done, on_gpu = draw, 0, _on_gpu(state)
         if on_gpu and self.replays and room > 1:
-            draw, done = self._record(draw, state), 1
+            step, done = self._record(draw, state), 1
         while done < room:
             for _ in range(min(CHECK_EVERY if on_gpu else 1, room - done)):
-                draw()
+                step()
                 done += 1
             if bool(state.ended.all()):
                 break
@@ -261,6 +261,10 @@ class StaticDecoder:
         logger.warning("Decoding is not replayed as a CUDA graph, and so is slower: %s.", reason)
         draw()
         return draw
+
+
+def _on_gpu(state: DecodingState) -> bool:
+    return state.ids.is_cuda
 
 
 def _take_back(state: DecodingState, before: dict[str, torch.Tensor]) -> None:
