@@ -14,9 +14,8 @@ def split_revision(field: str, name: str, revision: str | None = None) -> tuple[
 
     `revision` is the one that a field of its own names: two that differ are an `InputError`.
 
-    Example:
-        >>> split_revision("model_name_or_path", "org/name@v1")
-        ('org/name', 'v1')
+    >>> split_revision("model_name_or_path", "org/name@v1")
+    ('org/name', 'v1')
     """
     match = _WITH_REVISION.fullmatch(name)
     if match is None or name.startswith((".", "~")) or Path(name).exists():

@@ -39,9 +39,8 @@ else:
 def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
     """(B,) int64 index of each row's last real token, from a (B, L) mask padded on any side; 0 for a row without one.
 
-    Example:
-        >>> last_token_index(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]))
-        tensor([1, 3])
+    >>> last_token_index(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]))
+    tensor([1, 3])
     """
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (positions * attention_mask.bool()).argmax(dim=1)

@@ -148,9 +148,8 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
     Wilson 1927, doi:10.1080/01621459.1927.10502953, without continuity correction.
 
-    Example:
-        >>> tuple(round(end, 4) for end in wilson_interval(0.8, 10))
-        (0.4902, 0.9433)
+    >>> tuple(round(end, 4) for end in wilson_interval(0.8, 10))
+    (0.4902, 0.9433)
     """
     z = 1.959963984540054  # the 97.5 % point of the standard normal distribution
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)

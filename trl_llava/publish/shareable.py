@@ -51,9 +51,8 @@ def lay_out_resumable(source: Path, target: Path) -> None:
 def without_paths(value: Any) -> Any:
     """Leave of every absolute path in JSON or YAML values its last part.
 
-    Example:
-        >>> without_paths({"dataset_name": "/home/me/rows.json", "model_name_or_path": "org/base"})
-        {'dataset_name': 'rows.json', 'model_name_or_path': 'org/base'}
+    >>> without_paths({"dataset_name": "/home/me/rows.json", "model_name_or_path": "org/base"})
+    {'dataset_name': 'rows.json', 'model_name_or_path': 'org/base'}
     """
     if isinstance(value, dict):
         return {key: without_paths(entry) for key, entry in value.items()}
