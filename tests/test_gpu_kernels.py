@@ -1,5 +1,6 @@
 """What a recipe asks of a GPU is refused without one; liger, played by a stub, is called for each base once."""
 
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -71,6 +72,14 @@ def test_liger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gpu_kernels, "is_liger_kernel_available", lambda: False)
     with pytest.raises(MissingPackageError, match=r"needs liger-kernel.*`pip install liger-kernel`"):
         check_gpu_kernels(arguments(GPU), None)
+
+
+def test_backends_that_liger_misses_are_no_news(liger: list, caplog: pytest.LogCaptureFixture) -> None:
+    check_gpu_kernels(arguments(GPU), None)
+    log = logging.getLogger("liger_kernel.backends.registry")
+    log.warning("Backend impl '%s' for op '%s' could not be imported: no module", "cute", "rms_norm")
+    log.warning("a fault of its own")
+    assert caplog.messages == ["a fault of its own"]
 
 
 def test_a_family_that_liger_does_not_know_is_named(

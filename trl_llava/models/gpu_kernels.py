@@ -3,6 +3,7 @@
 transformers applies liger's kernels in SFT and reward training; PPO's trainer has to. Neither was run on a GPU.
 """
 
+import logging
 from collections.abc import Iterable
 from importlib import import_module
 
@@ -43,6 +44,13 @@ def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) 
             "`use_liger_kernel: true` needs liger-kernel 0.3 or later, which is not installed: "
             "`pip install liger-kernel`"
         )
+    if args.use_liger_kernel:
+        logging.getLogger("liger_kernel.backends.registry").addFilter(_is_no_missing_backend)
+
+
+def _is_no_missing_backend(record: logging.LogRecord) -> bool:
+    """Keep out what liger says, with the error of each import, of kernels in languages that are not installed."""
+    return "could not be imported" not in str(record.msg)
 
 
 def choose_attention_kernels(cudnn_attention: bool) -> None:
