@@ -1,8 +1,12 @@
 """Fixtures shared by the tests: tiny models in folders, their processors, drawn pictures. Nothing is downloaded."""
 
 import os
+import sys
 
+import devices
 import hub_server
+
+os.environ.update(devices.hidden(sys.argv[1:]))  # before anything looks for devices
 
 # Before anything imports huggingface_hub. The loopback Hub answers nothing before a test starts it.
 os.environ["HF_HUB_OFFLINE"] = "1"
