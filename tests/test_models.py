@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,6 +33,49 @@ def test_policy_loads_in_the_configured_dtype_with_tower_and_projector_frozen(ti
     assert model.config._attn_implementation == "eager"
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("vision_tower" not in name and "multi_modal_projector" not in name), name
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (torch.device("cpu"), torch.device("cpu")),
+        (torch.device("cuda"), 3),  # accelerate's device of a single process
+        (torch.device("cuda", 2), 2),
+    ],
+)
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantised_base_goes_where_the_process_computes(
+    tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch, bits: str, device: torch.device, expected: object
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    given: dict[str, object] = {}
+
+    def stop(*_: object, **arguments: object) -> None:
+        given.update(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(PartialState(), "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", stop)
+    with pytest.raises(InterruptedError):
+        models.load_policy(args_for(tiny_llava_dir, dtype="bfloat16", **{bits: True}))
+    assert given["device_map"] == {"": expected}
+
+
+@pytest.mark.parametrize("pad_to_square", [None, True])
+def test_pixels_are_pils_whatever_is_installed(
+    tiny_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pad_to_square: bool | None
+) -> None:
+    processor = models.load_processor(str(tiny_llava_dir), pad_to_square=pad_to_square)
+    assert processor.image_processor.backend == "pil"
+    processor.save_pretrained(tmp_path / "saved")
+    # A machine with torchvision reads the same file as its own class: no file names a backend.
+    assert "Pil" not in (tmp_path / "saved" / "processor_config.json").read_text()
+    again = models.load_processor(str(tmp_path / "saved"))
+    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
+    monkeypatch.setattr(type(processor.image_processor), "backend", "torchvision")  # plays such a machine
+    monkeypatch.setattr(models, "load_image_processor", lambda *_: again.image_processor)
+    assert models.load_processor(str(tiny_llava_dir)).image_processor is again.image_processor
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from trl_llava.demo.data import IMAGES
 from trl_llava.demo.metrics import Answered, Truthfulness, measure
 from trl_llava.models.adapters import load_adapter
+from trl_llava.models.load import load_processor
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def evaluate(base: str | Path, adapter: str | Path | None, data: Path, rows: lis
         model = load_adapter(model, str(adapter), is_trainable=False)
     images = [Image.open(data / IMAGES / row["images"][0]).convert("RGB") for row in rows]
     questions = [row["prompt"][-1]["content"] for row in rows]
-    replies = generate_answers(model, AutoProcessor.from_pretrained(base), images, questions)
+    replies = generate_answers(model, load_processor(str(base)), images, questions)
     answers = [
         Answered(row["kind"], row["answer_type"], tuple(row["objects"]), *reply)
         for row, reply in zip(rows, replies, strict=True)

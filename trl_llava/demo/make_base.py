@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -171,7 +171,7 @@ def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
     rng = random.Random(f"base {seed}")
     scenes = [make_scene(rng) for _ in range(max(64, round(scale * 6000)))]
     size = {"height": SIZE, "width": SIZE}
-    image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     images = [draw(scene) for scene in scenes]
     pixels = image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:

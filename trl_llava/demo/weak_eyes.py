@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
+
+from trl_llava.models.load import load_processor
 
 
 @torch.no_grad()
@@ -15,7 +17,7 @@ def make_weak_eyed(base: str | Path, output_dir: str | Path, image_size: int) ->
     size before the old kernel. So colours and places stay and shapes blur, as details of a photo do at 224 pixels.
     """
     model = AutoModelForImageTextToText.from_pretrained(base)
-    processor = AutoProcessor.from_pretrained(base)
+    processor = load_processor(str(base))
     tower = model.model.vision_tower
     old = tower.embeddings.patch_embedding
     factor, rest = divmod(tower.config.image_size, image_size)

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaConfig,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from trl_llava.errors import InputError, OccupiedError
+from trl_llava.models.load import load_image_processor
 
 
 def assemble_llava(
@@ -82,7 +82,7 @@ def assemble_llava(
     language = AutoModelForCausalLM.from_pretrained(language_name_or_path, dtype=dtype, revision=revision, **remote)
     tokenizer = AutoTokenizer.from_pretrained(language_name_or_path, revision=revision, **remote)
     tower = _load_tower(vision_name_or_path, language.dtype, vision_revision, remote)
-    image_processor = AutoImageProcessor.from_pretrained(vision_name_or_path, revision=vision_revision, **remote)
+    image_processor = load_image_processor(vision_name_or_path, vision_revision, **remote)
 
     select_strategy = _strategy_that_fits(tower, select_strategy)
     _add_missing_tokens(language, tokenizer, image_token)

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoProcessor,
@@ -67,6 +68,9 @@ def load_processor(
     check_there(field, name, revision)
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        # Not `backend="pil"` above: it would reach the video processor too, which exists for torchvision only.
+        if getattr(getattr(processor, "image_processor", None), "backend", None) == "torchvision":
+            processor.image_processor = load_image_processor(name, revision, trust_remote_code)
     except ImportError as error:
         raise MissingPackageError(
             f"the processor of '{name}' needs a package that is not installed (LLaVA-OneVision's video part needs "
@@ -99,6 +103,17 @@ def load_processor(
     if pad_to_square is not None:
         set_square_padding(processor, pad_to_square)
     return processor
+
+
+def load_image_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The image processor of a model, which computes with PIL on every machine.
+
+    transformers would take torchvision where it is installed, which rounds other values: the pixels of a recipe would
+    depend on the machine. What is saved names no backend, so files are the same either way.
+    """
+    return AutoImageProcessor.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code, backend="pil"
+    )
 
 
 def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
@@ -234,9 +249,16 @@ def _loading_arguments(model_args: LlavaModelConfig) -> dict[str, Any]:
     }
     if model_args.load_in_4bit or model_args.load_in_8bit:
         arguments["quantization_config"] = quantization_config(model_args)
-        device = PartialState().device
-        arguments["device_map"] = {"": device.index if device.type == "cuda" else device}
+        arguments["device_map"] = {"": _this_device()}
     return arguments
+
+
+def _this_device() -> torch.device | int:
+    """Where this process computes, for a device map: a GPU by its number, which accelerate leaves out for one."""
+    device = PartialState().device
+    if device.type != "cuda":
+        return device
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @contextmanager

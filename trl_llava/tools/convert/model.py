@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from trl_llava.errors import InputError
+from trl_llava.models.load import load_image_processor
 from trl_llava.models.vision_tower import set_square_padding
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 from trl_llava.tools.convert.layouts import model_shards, read_shard
@@ -158,7 +158,7 @@ def _vision_source(folder: Path, settings: dict[str, Any], given: str | None) ->
 
 def _processor(folder: Path, settings: dict[str, Any], vision: VisionSource) -> tuple[LlavaProcessor, str]:
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(vision.name),
+        image_processor=load_image_processor(vision.name),
         tokenizer=load_paper_tokenizer(folder),
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy=_strategy(settings),
