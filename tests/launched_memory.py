@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from launched_stages import without_operations_of_inference
+from measured import logits_folded_in_place
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from trl_llava.ppo_trainer import LlavaPPOTrainer
@@ -96,7 +97,7 @@ def followed(train: Callable[..., Any]) -> Callable[..., Any]:
     def trained(self: Any, *args: Any, **kwargs: Any) -> Any:
         peaks: dict[str, int] = {}
         lengths: list[int] = []
-        with MemoryTrace() as trace:
+        with logits_folded_in_place(), MemoryTrace() as trace:
             trace.hold(weights_of(self.model).values(), "weights")
             follow_steps(trace, peaks)
             self.data_collator = noting_lengths(self.data_collator, lengths)

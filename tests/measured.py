@@ -5,12 +5,15 @@ there are padding masks, as in any real batch; the longest is the plan's.
 """
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from datasets import Dataset, Image, List
 from PIL import Image as Pictures
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.tools.plan.command import need_of
@@ -36,9 +39,22 @@ def with_pictures(**columns: list[Any]) -> Dataset:
     return Dataset.from_dict({**columns, "images": pictures}).cast_column("images", List(Image()))
 
 
+@contextmanager
+def logits_folded_in_place() -> Any:
+    """What torch takes to fold TRL's tiles of logits (1.16 and newer) is left out: a GPU's kernel does it in place."""
+    with ExitStack() as stack:
+        if find_spec("trl.kernels") is not None:
+            from trl.kernels import chunked_logprob
+
+            for name in ("_forward_tile", "_backward_tile"):
+                untraced = _disable_current_modes()(getattr(chunked_logprob, name))
+                stack.enter_context(patch.object(chunked_logprob, name, untraced))
+        yield
+
+
 def peak_of(trainer: Any, *others: Any) -> int:
     """The peak of training; `others` are models besides the trainer's."""
-    with MemoryTrace() as trace:
+    with logits_folded_in_place(), MemoryTrace() as trace:
         for model in (trainer.model, *others):
             trace.hold([*model.parameters(), *model.buffers()], "weights")
         trainer.train()

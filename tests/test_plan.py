@@ -38,6 +38,7 @@ from trl_llava.tools.plan.formulas import (
 )
 from trl_llava.tools.plan.job import Job, Moment, Need, Settings
 from trl_llava.tools.plan.memory_trace import MemoryTrace
+from trl_llava.tools.plan.no_memory import NoMemory
 from trl_llava.tools.plan.processes import Processes, ZeroSizes, find_processes
 
 DEEPSPEED = {"distributed_type": "DEEPSPEED"}
@@ -81,6 +82,22 @@ def test_a_trace_tells_parts_apart():
         third = torch.zeros(1)
     assert trace.at_peak == {"weights": 32, "logits": 16, "activations": 4}
     assert (second.shape, third.shape) == ((4,), (1,))
+
+
+def test_without_memory_whole_numbers_are_real_and_floats_have_a_shape():
+    layer, without_memory = torch.nn.Linear(4, 3, device="meta"), NoMemory()
+    without_memory.take(layer)
+    with without_memory, MemoryTrace() as trace:
+        mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        scores = layer(torch.zeros(2, 4))
+        chosen = scores.argmax(-1)
+        loss = (scores * mask).sum()
+        loss.backward()
+        read = loss.item()
+    assert mask.sum(1).tolist() == [2, 1]
+    assert (chosen.tolist(), read) == ([1, 1], 1.0)
+    assert (type(scores).__name__, scores.shape, layer.weight.grad.shape) == ("FakeTensor", (2, 3), (3, 4))
+    assert trace.live["activations"] >= scores.nbytes + chosen.nbytes + mask.nbytes
 
 
 EVERY_OTHER = {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}
