@@ -9,7 +9,7 @@ from PIL import Image
 
 from trl_llava.data import images
 from trl_llava.data.contract import RowError
-from trl_llava.data.images import image_size, load_image, load_images, path_inside
+from trl_llava.data.images import image_size, load_image, load_images, open_image, path_inside
 
 
 def encoded(image, format="PNG", **options):
@@ -162,6 +162,19 @@ def test_a_file_name_may_have_folders():
 
 def test_a_link_must_not_leave_the_folder_either(tmp_path, monkeypatch):
     folder, secret = tmp_path / "images", tmp_path / "secret"
+@pytest.mark.parametrize("size", [(30_000, 10), (10, 30_000), (201, 1)])
+def test_a_strip_is_refused_before_it_is_resized(size):
+    with pytest.raises(RowError, match=f"{size[0]}x{size[1]} pixels, its sides differ more than 200 to 1") as caught:
+        open_image(encoded(Image.new("1", size)), "a[0]")
+    assert caught.value.reason == "image too large"
+    assert open_image(Image.new("1", (200, 1)), "a[0]").size == (200, 1)
+
+
+def test_a_picture_is_refused_that_padding_would_make_huge():
+    with pytest.raises(RowError, match="20000x200 pixels, padded to a square 400000000, expected at most 357913940"):
+        open_image(encoded(Image.new("1", (20_000, 200))), "a[0]")
+
+
     folder.mkdir(), secret.mkdir()
     for place in (folder, secret):
         Image.new("RGB", (4, 4)).save(place / "a.png")

@@ -15,6 +15,9 @@ from trl_llava.data.contract import RowError
 MAX_PIXELS = 89_478_485
 """An image of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
 
+MAX_ASPECT = 200
+"""A strip longer than so many times its width is refused: resized by its short side it would fill gigabytes."""
+
 FOLLOW_LINKS = False
 """Whether a symbolic link may lead out of the image folder."""
 
@@ -82,6 +85,15 @@ def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
 
 def set_limits(max_pixels: int, follow_links: bool) -> None:
     """Set what a recipe allows, for this process and those that it starts."""
+    long, short = max(width, height), min(width, height)
+    if long > MAX_ASPECT * short:
+        problem = f"the image has {width}x{height} pixels, its sides differ more than {MAX_ASPECT} to 1"
+        raise RowError(row_name, problem, "Crop it or leave the row out", "image too large")
+    if long**2 > 4 * MAX_PIXELS:
+        problem = (
+            f"the image has {width}x{height} pixels, padded to a square {long**2}, expected at most {4 * MAX_PIXELS}"
+        )
+        raise _too_large(row_name, problem)
     global MAX_PIXELS, FOLLOW_LINKS
     MAX_PIXELS, FOLLOW_LINKS = max_pixels, follow_links
     Image.MAX_IMAGE_PIXELS = max_pixels
