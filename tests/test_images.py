@@ -89,6 +89,18 @@ def test_other_modes_become_rgb(mode, colour):
     assert load_image(encoded(Image.new(mode, (2, 2), colour)), "a[0]").mode == "RGB"
 
 
+def test_metadata_that_cannot_be_read_stop_nobody():
+    """Orientation 6, and a resolution that is a text where EXIF wants a fraction."""
+    header = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2)
+    turned = struct.pack("<HHI4s", 0x0112, 3, 1, struct.pack("<HH", 6, 0))
+    exif = header + turned + struct.pack("<HHI4s", 0x011A, 2, 3, b"72\0\0") + struct.pack("<I", 0)
+    photo = encoded(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif)
+    assert load_image(photo, "a[0]").size == image_size(photo, "a[0]") == (20, 40)
+    assert not load_image(photo, "a[0]").info
+    cut = encoded(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif[:20])
+    assert load_image(cut, "a[0]").size == image_size(cut, "a[0]") == (40, 20)
+
+
 def test_exif_orientation_is_applied():
     picture = Image.new("RGB", (4, 2), "red")
     exif = Image.Exif()
@@ -150,18 +162,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
         load_image(Image.new("RGB", (4, 4)), "a[0]")
 
 
-@pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png", "", "b/.."])
-def test_a_file_name_must_not_leave_its_folder(name):
-    with pytest.raises(RowError, match=r"a\[0\]: the image file name is .* without `\.\.`"):
-        path_inside("/data/images", name, "a[0]")
-
-
-def test_a_file_name_may_have_folders():
-    assert path_inside("/data/images", "train2017/0..1.png", "a[0]") == "/data/images/train2017/0..1.png"
-
-
-def test_a_link_must_not_leave_the_folder_either(tmp_path, monkeypatch):
-    folder, secret = tmp_path / "images", tmp_path / "secret"
 @pytest.mark.parametrize("size", [(30_000, 10), (10, 30_000), (201, 1)])
 def test_a_strip_is_refused_before_it_is_resized(size):
     with pytest.raises(RowError, match=f"{size[0]}x{size[1]} pixels, its sides differ more than 200 to 1") as caught:
@@ -175,6 +175,18 @@ def test_a_picture_is_refused_that_padding_would_make_huge():
         open_image(encoded(Image.new("1", (20_000, 200))), "a[0]")
 
 
+@pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png", "", "b/.."])
+def test_a_file_name_must_not_leave_its_folder(name):
+    with pytest.raises(RowError, match=r"a\[0\]: the image file name is .* without `\.\.`"):
+        path_inside("/data/images", name, "a[0]")
+
+
+def test_a_file_name_may_have_folders():
+    assert path_inside("/data/images", "train2017/0..1.png", "a[0]") == "/data/images/train2017/0..1.png"
+
+
+def test_a_link_must_not_leave_the_folder_either(tmp_path, monkeypatch):
+    folder, secret = tmp_path / "images", tmp_path / "secret"
     folder.mkdir(), secret.mkdir()
     for place in (folder, secret):
         Image.new("RGB", (4, 4)).save(place / "a.png")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from trl_llava.data.contract import RowError
 
@@ -28,6 +28,18 @@ ImageRef = Image.Image | str | dict[str, Any]
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of each EXIF orientation upright."""
+
+
 def load_image(ref: ImageRef, row_name: str) -> Image.Image:
     """Decode one image to 8-bit RGB, so that it no longer needs its file.
 
@@ -39,11 +51,15 @@ def load_image(ref: ImageRef, row_name: str) -> Image.Image:
     """
     image = open_image(ref, row_name)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image), row_name)
+        image.load()  # before its metadata, which a PNG may have behind its pixels
+        turn = _TURNS.get(_orientation(image))
+        rgb = _to_rgb(image if turn is None else image.transpose(turn), row_name)
     except RowError:
         raise
     except _DAMAGED as error:
         raise _damaged(ref, row_name, error) from error
+    rgb.info = {}  # nobody is to turn it once more
+    return rgb
 
 
 def load_images(rows: Sequence[dict[str, Any]]) -> list[list[Image.Image]]:
@@ -69,22 +85,6 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
         raise RowError(row_name, problem, "Replace it or leave the row out", "empty image")
     if width * height > MAX_PIXELS:
         raise _too_large(row_name, f"the image has {width}x{height} pixels, expected at most {MAX_PIXELS}")
-    return image
-
-
-def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
-    """Width and height in pixels, read from the header, as they are after the EXIF orientation is applied."""
-    image = open_image(ref, row_name)
-    width, height = image.size
-    try:
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-    except _DAMAGED as error:  # a PNG's may stand behind its pixels, so Pillow decodes those
-        raise _damaged(ref, row_name, error) from error
-    return (height, width) if turned else (width, height)
-
-
-def set_limits(max_pixels: int, follow_links: bool) -> None:
-    """Set what a recipe allows, for this process and those that it starts."""
     long, short = max(width, height), min(width, height)
     if long > MAX_ASPECT * short:
         problem = f"the image has {width}x{height} pixels, its sides differ more than {MAX_ASPECT} to 1"
@@ -94,6 +94,32 @@ def set_limits(max_pixels: int, follow_links: bool) -> None:
             f"the image has {width}x{height} pixels, padded to a square {long**2}, expected at most {4 * MAX_PIXELS}"
         )
         raise _too_large(row_name, problem)
+    return image
+
+
+def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
+    """Width and height in pixels, read from the header, as they are after the EXIF orientation is applied."""
+    image = open_image(ref, row_name)
+    width, height = image.size
+    if image.format == "PNG":  # its orientation may stand behind its pixels
+        try:
+            image.load()
+        except _DAMAGED as error:
+            raise _damaged(ref, row_name, error) from error
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) where the metadata cannot be read: the pixels are whole without it."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's parsers of EXIF and XMP raise nearly anything
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def set_limits(max_pixels: int, follow_links: bool) -> None:
+    """Set what a recipe allows, for this process and those that it starts."""
     global MAX_PIXELS, FOLLOW_LINKS
     MAX_PIXELS, FOLLOW_LINKS = max_pixels, follow_links
     Image.MAX_IMAGE_PIXELS = max_pixels
