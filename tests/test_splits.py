@@ -45,6 +45,19 @@ def test_a_mixture_keeps_order(tmp_path: Path) -> None:
     assert load(tmp_path, datasets=sources) == (["a 0", "a 1", "b 0"], None)
 
 
+def test_a_mixture_has_margins_everywhere_or_nowhere(tmp_path: Path) -> None:
+    for name, more in (("a", {"margin": 1}), ("b", {})):
+        words = {"prompt": ("user", "?"), "chosen": ("assistant", "yes"), "rejected": ("assistant", "no")}
+        row = {column: [{"role": role, "content": text}] for column, (role, text) in words.items()}
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**row, **more}]))
+    sources = [{"path": str(tmp_path / "a.json")}, {"path": str(tmp_path / "b.json")}]
+    recipe = {"output_dir": "unused", "bf16": False, "use_cpu": True, "datasets": sources}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    script_args, args, _, mixture, _ = make_parser("dpo").parse(["--config", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(RecipeError, match=r"b\.json has no margin, but .*a\.json has one"):
+        load_splits(script_args, mixture, args, "preference")
+
+
 def test_fractions_repeat_no_row(tmp_path: Path) -> None:
     # 3 of 4 rows shall be from `a`, which has 6: so 8 rows in all, 2 of `b`.
     sources = [{"path": write(tmp_path, "a", 6), "fraction": 3}, {"path": write(tmp_path, "b", 6), "fraction": 1}]

@@ -103,6 +103,8 @@ def rows_from(
         )
     _check_policy(on_bad_row)
     unchanged = image_folder is None and captions_file is None and is_normalised(dataset.features, stage)
+    if stage == "preference" and "margin" in dataset.column_names:
+        unchanged = unchanged and None not in dataset["margin"][:]
     if len(dataset) and unchanged and (not require_captions or all(dataset["captions"])):
         return dataset
     raw = RawRows(dataset, name, trusted_paths=image_folder is None)

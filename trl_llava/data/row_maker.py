@@ -16,7 +16,7 @@ from trl_llava.data.captions import captions_of, read_captions
 from trl_llava.data.contract import COMPLETIONS, RowError, Stage, check_captions, stage_features
 from trl_llava.data.formats import KNOWN_COLUMNS, to_row
 from trl_llava.data.images import is_inside, load_image, open_image, path_inside
-from trl_llava.data.sources import JSON_COLUMN, RawRows, json_columns, json_record
+from trl_llava.data.sources import JSON_COLUMN, RawRows, has_numbers, json_columns, json_record
 
 PROBLEM_COLUMNS = ("_reason", "_problem", "_fix")
 """What is wrong with a row, as in `RowError`; empty for a row that can be used."""
@@ -71,7 +71,7 @@ class RowMaker:
             carried = {}
         if captions_file is not None:
             read_captions(str(captions_file))  # a broken file is reported once, not by every worker
-        margin = stage == "preference" and "margin" in columns
+        margin = stage == "preference" and "margin" in columns and has_numbers(raw, "margin")
         features = Features({**stage_features(stage, margin=margin), **carried})
         found = (raw.is_json, raw.columns, raw.trusted_paths)
         return cls(raw.name, stage, features, *found, image_folder, captions_file, require_captions, decode)
@@ -91,6 +91,10 @@ class RowMaker:
             row = to_row(record, self.stage, name)
             paths = [_path_of(image) for image in row["images"]]
             row["images"] = [self._reference(image, name) for image in row["images"]]
+            if "margin" in self.features and "margin" not in row:
+                raise RowError(
+                    name, "it has no margin, but other rows have one", "Add it, or drop the column", "no margin"
+                )
             for ref in row["images"]:
                 (load_image if self.decode else open_image)(ref, name)
             if self.stage != "sft":

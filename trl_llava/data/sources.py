@@ -1,5 +1,6 @@
 """Where a data set is: found by Hub ID or path, and read without decoding an image."""
 
+import functools
 import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -118,6 +119,22 @@ def json_columns(raw: RawRows, untyped: Container[str] = ()) -> Features:
                 if key not in untyped:
                     column.append(value)
     return Features({key: _feature(column) for key, column in values.items()})
+
+
+def has_numbers(raw: RawRows, column: str) -> bool:
+    """Whether a column has a number in any row; one of nulls only counts as none."""
+    values = (
+        map(functools.partial(_value, column=column), raw.dataset[JSON_COLUMN]) if raw.is_json else raw.dataset[column]
+    )
+    return any(isinstance(value, (int, float)) for value in values)
+
+
+def _value(text: str, column: str) -> Any:
+    try:
+        record = json_record(text) if f'"{column}"' in text else None
+    except ValueError:
+        return None  # reported, with its row, when the rows are made
+    return record.get(column) if isinstance(record, dict) else None
 
 
 def _feature(values: list[Any]) -> Any:

@@ -46,6 +46,7 @@ def load_splits(
 
     with PartialState().main_process_first():
         parts = [load(source) for source in train_sources]
+        check_margins([source.path for source in train_sources], ["margin" in part.column_names for part in parts])
         train = concatenate_datasets(_keep_fractions(train_sources, parts, _seed(training_args)))
         if mixture.test_split_size is not None:
             return _hold_out(train, mixture.test_split_size, training_args)
@@ -73,6 +74,16 @@ def named_sources(
         )
     sources = mixture.datasets or [split(script_args.dataset_train_split)]
     return sources, split(script_args.dataset_test_split) if evaluates else None
+
+
+def check_margins(names: list[str], have_margins: list[bool]) -> None:
+    """Refuse a mixture in which rows with and without a margin would meet in one batch."""
+    if any(have_margins) and not all(have_margins):
+        bare = names[have_margins.index(False)]
+        raise RecipeError(
+            f"`datasets`: {bare} has no margin, but {names[have_margins.index(True)]} has one. Give all of them a "
+            "`margin` column, or none (`columns` of an entry says which are read)."
+        )
 
 
 def check_held_out(size: float, rows: int) -> None:

@@ -27,7 +27,7 @@ from trl_llava.data.lengths import LengthMeter
 from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
 from trl_llava.data.row_maker import RowMaker
 from trl_llava.data.sources import RawRows, read_source
-from trl_llava.data.splits import check_held_out, named_sources
+from trl_llava.data.splits import check_held_out, check_margins, named_sources
 from trl_llava.errors import RecipeError
 from trl_llava.hub.names import split_revision
 from trl_llava.models.model_inputs import counts_images
@@ -75,6 +75,11 @@ def main(argv: Sequence[str]) -> int:
         return 1
     reports = [_check_source(check, source) for source in check.sources]
     left = sum(report.usable - report.over_limit for report in reports)
+    trained_on = reports[: check.train_sources]
+    try:
+        check_margins([report.name for report in trained_on], [report.has_margin for report in trained_on])
+    except RecipeError as error:
+        check.failures.append(str(error))
     if check.test_split_size is not None and left:
         try:
             check_held_out(check.test_split_size, left)
@@ -168,6 +173,7 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
         return report
     found = raw.dataset.with_format("arrow").map(
         RowCheck(maker, LengthMeter(check.collator), check.one_image_for).batch,
+    report.unread, report.has_margin = maker.unread, "margin" in maker.features
         batched=True,
         batch_size=64,
         with_indices=True,

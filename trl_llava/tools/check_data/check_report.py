@@ -21,6 +21,8 @@ class SourceReport:
     usable: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # of the rows that cannot be used
     examples: dict[str, str] = field(default_factory=dict)  # the first row of each reason, with fix
+    unread: tuple[str, ...] = ()  # columns that the stage does not read
+    has_margin: bool = False
     answer_types: Counter[str] = field(default_factory=Counter)  # of usable rows
     text_only: int = 0  # usable rows without images
     without_captions: int = 0
