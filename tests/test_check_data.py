@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def test_what_makes_a_run_fail(files: Published, reports: list[Any], capsys: pyt
     assert run(files.recipe("sft", test_split_size=100)) == 1
     assert run(files.recipe("sft", model_name_or_path="nobody/nothing")) == 1
     assert "cannot load 'nobody/nothing'" in capsys.readouterr().out
+
+
+def test_columns_that_nobody_reads_and_margins_with_gaps(files: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(files.recipe("dpo", dataset_name=files.change("preferences", 0, note="x"))) == 0
+    assert re.search(r"columns of .* that are not read: .*\bnote\b", capsys.readouterr().out)
+    gap = files.change("preferences", 0, margin=1.0)
+    assert run(files.recipe("dpo", dataset_name=gap)) == 1
+    assert "preferences_changed.json[1]: it has no margin" in capsys.readouterr().out
+    mixture = [{"path": gap, "split": "train[:1]"}, {"path": f"{files.folder}/preferences.json"}]
+    assert run(files.recipe("dpo", dataset_name=None, datasets=mixture)) == 1
+    assert "preferences.json has no margin, but" in capsys.readouterr().out
 
 
 def test_rows_that_a_chat_template_cannot_render(

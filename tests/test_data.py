@@ -168,6 +168,38 @@ def test_nothing_is_decoded(folder, monkeypatch):
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_system_column_becomes_the_system_message(folder):
+    rows = load_rows(written(folder, [{**SFT, "system": "Be brief."}, {**SFT, "system": ""}]), "sft")
+    assert rows[0]["prompt"] == [message("system", "Be brief."), message("user", "Hi")]
+    assert rows[1]["prompt"] == [message("user", "Hi")]
+
+
+def test_an_empty_rejected_completion_is_a_lesson():
+    assert rows_from(Dataset.from_list([PAIR]), "preference")[0]["rejected"] == [message("assistant", "")]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_margin_is_in_every_row_or_in_none(folder, in_memory):
+    def load(*margins, **options):
+        records = [{**PAIR, "margin": margin} for margin in margins]
+        if in_memory:
+            return rows_from(Dataset.from_list(records), "preference", name="train.json", **options)
+        return load_rows(written(folder, records), "preference", **options)
+
+    assert load(0.5, 2)["margin"][:] == [0.5, 2.0]
+    assert "margin" not in load(None, None).column_names
+    with pytest.raises(RowError, match=r"train\.json\[1\]: it has no margin, but other rows have one"):
+        load(0.5, None)
+    assert load(0.5, None, on_bad_row="skip")["row_name"][:] == ["train.json[0]"]
+
+
+def test_normalised_rows_with_a_gap_in_their_margins_are_refused():
+    rows = rows_from(Dataset.from_list([{**PAIR, "margin": 1.0}] * 2), "preference")
+    gap = rows.remove_columns("margin").add_column("margin", [1.0, None])
+    with pytest.raises(RowError, match=r"dataset\[1\]: it has no margin"):
+        rows_from(gap, "preference")
+
+
 def test_json_lines_whatever_the_file_is_called(folder):
     records = [preference(), preference(preference=1)]
     for name in ("train.jsonl", "lines.json"):
@@ -304,6 +336,8 @@ def test_required_captions_of_a_column(folder):
 SFT = {"conversations": turns("Hi", "Ho")}
 PROMPT = {"conversations": turns("Hi")}
 ASKED = [said("user", "Hi")]
+SAID = [said("assistant", "Ho")]
+PAIR = {"prompt": ASKED, "chosen": SAID, "rejected": [said("assistant", "")]}
 
 
 @pytest.mark.parametrize(
@@ -335,6 +369,41 @@ ASKED = [said("user", "Hi")]
             "chosen is 'a', expected a list of messages",
         ),
         ("preference", preference(margin="big"), "margin is 'big', expected a finite number"),
+        ("preference", {**PAIR, "chosen": [said("assistant", " ")]}, "its chosen is empty"),
+        (
+            "preference",
+            {**PAIR, "rejected_images": ["b.png"]},
+            "its column rejected_images has images of one completion",
+        ),
+        ("sft", {**SFT, "video": "a.mp4"}, "its column video has a video, which is not supported"),
+        ("sft", {**SFT, "tools": "[{}]"}, "its column tools has tools, which are not supported"),
+        ("prompt", {**PROMPT, "audios": ["a.wav"]}, "its column audios has audio, which is not supported"),
+        ("sft", {**SFT, "system": 7}, "system is 7, expected a text"),
+        (
+            "sft",
+            {"system": "s", "messages": [said("system", "t"), *ASKED, *SAID]},
+            "a system column and a system message",
+        ),
+        ("sft", {"conversations": turns("Hi", "", "So?", "Ho")}, r"completion is empty \(conversations\[1\]\)"),
+        (
+            "sft",
+            {"conversations": [{"from": "gpt", "value": "Hello"}, *turns("Hi", "", "So?", "Ho")]},
+            r"completion is empty \(conversations\[2\]\)",
+        ),
+        ("sft", {"conversations": turns("Hi", "Ho", " ", "Ho")}, r"neither text nor an image \(conversations\[2\]\)"),
+        ("sft", {"messages": [*ASKED, *ASKED, *SAID]}, r"messages\[1\] has the role user after user, expected ass"),
+        ("sft", {"prompt": ASKED, "completion": [*SAID, *SAID]}, "its prompt ends with assistant"),
+        (
+            "sft",
+            {"prompt": ASKED, "completion": [*SAID, *SAID, *ASKED, *SAID]},
+            r"completion\[1\] has the role assistant after assistant, expected user",
+        ),
+        (
+            "sft",
+            {"messages": [*ASKED, *SAID, said("system", "s"), *ASKED, *SAID]},
+            r"messages\[2\] has the role system after assistant",
+        ),
+        ("prompt", {"prompt": [*SAID, *ASKED]}, r"prompt\[0\] has the role assistant at the beginning, expected user"),
         ("sft", {"conversations": turns("Hi")}, "its prompt ends with nothing"),
         ("sft", {"conversations": turns("Hi", "Ho", "Hm")}, "its prompt ends with assistant"),
         ("sft", {"conversations": turns("Hi", " ")}, "its completion is empty"),
@@ -456,9 +525,9 @@ def test_a_column_with_a_name_that_is_used_here_is_an_error(column):
         rows_from(Dataset.from_list([{"prompt": ASKED, column: "x"}]), "prompt")
 
 
-def test_other_columns_are_left_behind_with_a_word(folder, caplog):
-    with caplog.at_level(logging.INFO, logger="trl_llava.data"):
-        rows = load_rows(written(folder, [preference(hallucination=False)]), "preference")
+def test_other_columns_are_left_behind_with_a_warning(folder, caplog):
+    with caplog.at_level(logging.WARNING, logger="trl_llava.data"):
+        rows = load_rows(written(folder, [preference(hallucination=False, id=7)]), "preference")
     assert "hallucination" not in rows.column_names
     assert caplog.messages == ["train.json: the preference stage does not read the columns hallucination."]
 

@@ -20,9 +20,17 @@ LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 LLAVA_CAPTION_TYPES = {1: "general", 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}
 
 _COLUMNS = "row_name images image messages conversations prompt completion chosen rejected output_1 output_2"
-_COLUMNS += " preference margin captions answer_type caption_type length_multiplier length_bonus"
+_COLUMNS += " preference margin captions answer_type caption_type length_multiplier length_bonus system"
 KNOWN_COLUMNS = frozenset(_COLUMNS.split())
-"""Columns that mean something here; any other one is carried along (prompt stage) or left behind."""
+"""Columns that mean something here; any other one is carried along (prompt stage) or left behind, with a warning."""
+
+UNSUPPORTED_COLUMNS = {
+    **dict.fromkeys(("video", "videos"), "a video, which is not supported"),
+    **dict.fromkeys(("audio", "audios"), "audio, which is not supported"),
+    "tools": "tools, which are not supported",
+    **dict.fromkeys(("chosen_images", "rejected_images"), "images of one completion: both of a pair see the same"),
+}
+"""Columns of content that no stage reads: a row that has some would teach another thing without it."""
 
 
 def to_row(record: dict[str, Any], stage: Stage, row_name: str) -> dict[str, Any]:
@@ -35,12 +43,18 @@ def to_row(record: dict[str, Any], stage: Stage, row_name: str) -> dict[str, Any
       `output_2` and `preference`; the placeholder that ends their conversation goes. Of a PPO record the first
       question is the prompt, as in the paper.
 
-    `margin` is there only where the record has one.
+    A `system` column becomes the system message. `margin` is there only where the record has one.
     """
+    for name in UNSUPPORTED_COLUMNS:
+        if record.get(name):
+            problem = f"its column {name} has {UNSUPPORTED_COLUMNS[name]}"
+            raise RowError(row_name, problem, "Leave the row out, or drop the column", f"{name} not supported")
     images = _images(record, row_name)
     messages = _llava_messages if record.get("conversations") is not None else _trl_messages
     row: dict[str, Any] = {"row_name": row_name, "images": images, **messages(record, stage, row_name, len(images))}
-    _check_turns(row, stage, row_name)
+    if record.get("system"):
+        row["prompt"] = [_system_message(record["system"], row["prompt"], row_name), *row["prompt"]]
+    _check_turns(row, stage, record)
     if stage != "sft":
         row["captions"] = _captions(record, row_name)
     if stage == "preference" and record.get("margin") is not None:
@@ -50,6 +64,17 @@ def to_row(record: dict[str, Any], stage: Stage, row_name: str) -> dict[str, Any
         given = [record[name] for name in ("length_multiplier", "length_bonus") if record.get(name) is not None]
         row["length_multiplier"] = _number(given[0], "length_multiplier", row_name) if given else 1.0
     return row
+
+
+def _system_message(text: Any, prompt: list[Message], row_name: str) -> Message:
+    if not isinstance(text, str):
+        raise RowError(
+            row_name, f"system is {abridged(text)}, expected a text", "Correct the row", "system is no text"
+        )
+    if prompt and prompt[0]["role"] == "system":
+        problem = "it has a system column and a system message"
+        raise RowError(row_name, problem, "Keep one of them", "two system messages")
+    return {"role": "system", "content": [{"type": "text", "text": text}]}
 
 
 def _images(record: dict[str, Any], row_name: str) -> list[Any]:
@@ -141,15 +166,15 @@ def _llava_turn(turn: Any, row_name: str, where: str) -> Message:
     return {"role": LLAVA_ROLES[speaker], "content": content}
 
 
-def _check_turns(row: dict[str, Any], stage: Stage, row_name: str) -> None:
-    """Refuse rows without a prompt, without a completion, or with nothing to choose between."""
-    if not row["prompt"] or row["prompt"][-1]["role"] != "user":
-        last = row["prompt"][-1]["role"] if row["prompt"] else "nothing"
-        problem = f"its prompt ends with {last}, expected a user turn"
+def _check_turns(row: dict[str, Any], stage: Stage, record: dict[str, Any]) -> None:
+    """Refuse rows without a prompt or a completion, with turns that no template was trained on, or no choice."""
+    row_name, prompt = row["row_name"], row["prompt"]
+    if not prompt or prompt[-1]["role"] != "user":
+        problem = f"its prompt ends with {prompt[-1]['role'] if prompt else 'nothing'}, expected a user turn"
         raise RowError(row_name, problem, "Correct the turns", "no question")
-    question = row["prompt"][-1]
-    if not message_text(question).strip() and not count_images([question]):
-        raise RowError(row_name, "its question has neither text nor an image", "Leave the row out", "no question")
+    for i, message in enumerate(prompt):
+        _check_order(row, i, record)
+        _check_content(message, row_name, _turn_name(row, i, record), last=i == len(prompt) - 1)
     for name in COMPLETIONS[stage]:
         (completion,) = row[name]
         if completion["role"] != "assistant":
@@ -157,11 +182,48 @@ def _check_turns(row: dict[str, Any], stage: Stage, row_name: str) -> None:
             raise RowError(row_name, problem, "Correct the turns", f"{name} is no assistant turn")
         if count_images([completion]):
             raise RowError(row_name, f"{name} shows an image", "Show images in user turns", "image in a completion")
-    if stage == "sft" and not message_text(row["completion"][0]).strip():
-        raise RowError(row_name, "its completion is empty", "Leave the row out", "empty completion")
+        # An empty rejected completion is a lesson: say something.
+        if name != "rejected" and not message_text(completion).strip():
+            raise RowError(row_name, f"its {name} is empty", "Leave the row out", f"empty {name}")
     if stage == "preference" and message_text(row["chosen"][0]) == message_text(row["rejected"][0]):
         problem = f"chosen and rejected are the same: {abridged(message_text(row['chosen'][0]))}"
         raise RowError(row_name, problem, "Leave the row out: there is nothing to prefer", "chosen equal to rejected")
+
+
+def _check_order(row: dict[str, Any], i: int, record: dict[str, Any]) -> None:
+    """Refuse turn `i` of a prompt unless user and assistant alternate from the user on, after a system message."""
+    roles = [message["role"] for message in row["prompt"][: i + 1]]
+    before = roles[i - 1] if i else None
+    expected = "user" if before in (None, "system", "assistant") else "assistant"
+    if roles[i] == expected or (i == 0 and roles[i] == "system"):
+        return
+    where = f"after {before}" if before else "at the beginning"
+    problem = f"{_turn_name(row, i, record)} has the role {roles[i]} {where}, expected {expected}"
+    raise RowError(
+        row["row_name"], problem, "Join the turns of one speaker, or leave the row out", "turns out of order"
+    )
+
+
+def _check_content(message: Message, row_name: str, where: str, *, last: bool) -> None:
+    """Refuse a user's or assistant's turn that says and shows nothing."""
+    if message["role"] == "system" or message_text(message).strip() or count_images([message]):
+        return
+    if message["role"] == "user":
+        problem = f"its question has neither text nor an image ({where})"
+        raise RowError(row_name, problem, "Leave the row out", "no question" if last else "empty question")
+    raise RowError(row_name, f"its earlier completion is empty ({where})", "Leave the row out", "empty completion")
+
+
+def _turn_name(row: dict[str, Any], i: int, record: dict[str, Any]) -> str:
+    """What the record calls turn `i` of a row's prompt: `conversations[1]`."""
+    i -= bool(record.get("system"))
+    column = next((name for name in ("conversations", "messages", "prompt") if record.get(name) is not None), "chosen")
+    turns = record[column]
+    if column == "conversations":  # turns of the assistant before the first question were left out
+        i += next((n for n, turn in enumerate(turns) if LLAVA_ROLES[turn["from"]] != "assistant"), 0)
+    if column == "prompt" and i >= len(turns):
+        column, i = "completion", i - len(turns)
+    return f"{column}[{i}]"
 
 
 def _captions(record: dict[str, Any], row_name: str) -> list[str]:

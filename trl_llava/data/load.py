@@ -118,6 +118,10 @@ def _check_policy(on_bad_row: str) -> None:
 
 
 def _make_rows(raw: RawRows, maker: RowMaker, on_bad_row: str, num_proc: int | None) -> Dataset:
+    if maker.unread:
+        logger.warning(
+            "%s: the %s stage does not read the columns %s.", raw.name, maker.stage, ", ".join(maker.unread)
+        )
     rows = raw.dataset.with_format("arrow").map(
         maker.batch,
         batched=True,

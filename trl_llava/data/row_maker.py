@@ -1,6 +1,5 @@
 """One record of a data set to one row: its format turned, its images found and checked, its captions joined."""
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +13,7 @@ from huggingface_hub import constants
 
 from trl_llava.data.captions import captions_of, read_captions
 from trl_llava.data.contract import COMPLETIONS, RowError, Stage, check_captions, stage_features
-from trl_llava.data.formats import KNOWN_COLUMNS, to_row
+from trl_llava.data.formats import KNOWN_COLUMNS, UNSUPPORTED_COLUMNS, to_row
 from trl_llava.data.images import is_inside, load_image, open_image, path_inside
 from trl_llava.data.sources import JSON_COLUMN, RawRows, has_numbers, json_columns, json_record
 
@@ -23,8 +22,6 @@ PROBLEM_COLUMNS = ("_reason", "_problem", "_fix")
 
 RESERVED_COLUMNS = frozenset({*PROBLEM_COLUMNS, "prompts", "completions", "completion_ids"})
 """Columns that a data set cannot have: those that rows are checked with, and what reward functions get beside it."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +43,7 @@ class RowMaker:
     captions_file: str | Path | None = None
     require_captions: bool = False
     decode: bool = False
+    unread: tuple[str, ...] = ()  # columns that may hold content, and that the stage does not read
 
     @classmethod
     def of(
@@ -63,18 +61,18 @@ class RowMaker:
             raise RowError(raw.name, "it is empty, expected at least one row", "Check the file and the split", "empty")
         columns = json_columns(raw, KNOWN_COLUMNS) if raw.is_json else dict(raw.dataset.features)
         _check_columns(columns, raw.name)
-        carried = {name: feature for name, feature in columns.items() if name not in KNOWN_COLUMNS}
+        carried = {
+            name: feature for name, feature in columns.items() if name not in (*KNOWN_COLUMNS, *UNSUPPORTED_COLUMNS)
+        }
+        unread = () if stage == "prompt" else tuple(sorted({*carried} - {"id"}))  # reward functions may read any
         if stage != "prompt":
-            if carried:
-                unread = ", ".join(sorted(carried))
-                logger.info("%s: the %s stage does not read the columns %s.", raw.name, stage, unread)
             carried = {}
         if captions_file is not None:
             read_captions(str(captions_file))  # a broken file is reported once, not by every worker
         margin = stage == "preference" and "margin" in columns and has_numbers(raw, "margin")
         features = Features({**stage_features(stage, margin=margin), **carried})
         found = (raw.is_json, raw.columns, raw.trusted_paths)
-        return cls(raw.name, stage, features, *found, image_folder, captions_file, require_captions, decode)
+        return cls(raw.name, stage, features, *found, image_folder, captions_file, require_captions, decode, unread)
 
     def batch(self, table: pa.Table, indices: list[int]) -> dict[str, list[Any]]:
         """Columns of the rows of one batch, `PROBLEM_COLUMNS` among them; for `Dataset.map` in Arrow format."""
@@ -91,12 +89,12 @@ class RowMaker:
             row = to_row(record, self.stage, name)
             paths = [_path_of(image) for image in row["images"]]
             row["images"] = [self._reference(image, name) for image in row["images"]]
+            for ref in row["images"]:
+                (load_image if self.decode else open_image)(ref, name)
             if "margin" in self.features and "margin" not in row:
                 raise RowError(
                     name, "it has no margin, but other rows have one", "Add it, or drop the column", "no margin"
                 )
-            for ref in row["images"]:
-                (load_image if self.decode else open_image)(ref, name)
             if self.stage != "sft":
                 self._join_captions(row, paths)
         except RowError as error:

@@ -54,6 +54,7 @@ class Check:
     script_args: LlavaScriptArguments
     args: Any  # the stage's config: `overlong`, `dataset_num_proc`
     sources: list[DatasetConfig]  # the one for evaluation last
+    train_sources: int  # how many of them are trained on
     collator: Any  # makes the batches of the run; knows processor and limit
     require_captions: bool  # False also where the reward model is not there yet
     one_image_for: str | None  # who reads a row's images one by one, so that a run refuses rows with several
@@ -74,12 +75,12 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"a run would fail: {error}", style="bold red", markup=False)
         return 1
     reports = [_check_source(check, source) for source in check.sources]
-    left = sum(report.usable - report.over_limit for report in reports)
     trained_on = reports[: check.train_sources]
     try:
         check_margins([report.name for report in trained_on], [report.has_margin for report in trained_on])
     except RecipeError as error:
         check.failures.append(str(error))
+    left = sum(report.usable - report.over_limit for report in reports)
     if check.test_split_size is not None and left:
         try:
             check_held_out(check.test_split_size, left)
@@ -120,6 +121,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
         script_args=script_args,
         args=args,
         sources=[*sources, *([eval_source] if eval_source else [])],
+        train_sources=len(sources),
         collator=_make_collator(stage, args, processor),
         require_captions=_require_captions(stage, args),
         one_image_for=_one_image_for(stage, args, processor),
@@ -171,9 +173,9 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
     except (ValueError, OSError) as error:
         check.failures.append(str(error))
         return report
+    report.unread, report.has_margin = maker.unread, "margin" in maker.features
     found = raw.dataset.with_format("arrow").map(
         RowCheck(maker, LengthMeter(check.collator), check.one_image_for).batch,
-    report.unread, report.has_margin = maker.unread, "margin" in maker.features
         batched=True,
         batch_size=64,
         with_indices=True,

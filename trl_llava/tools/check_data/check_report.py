@@ -43,6 +43,9 @@ def print_report(console: Console, reports: list[SourceReport], failures: list[s
         console.print(_type_table(reports))
     if any(report.reasons for report in reports):
         console.print(_problem_table(reports))
+    for report in reports:
+        if report.unread:
+            console.print(f"columns of {report.name} that are not read: {', '.join(report.unread)}", markup=False)
     limit = getattr(collator, collator.limit)
     limited = f"{collator.limit} is {limit}" if limit is not None else f"no {collator.limit}"
     tokens = [count for report in reports for count in report.tokens if count]
