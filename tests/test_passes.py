@@ -28,10 +28,12 @@ from transformers import (
     Qwen2Config,
 )
 
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.load import rows_from
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.image_features import encode_images
+from trl_llava.models.load import load_policy
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.sequence_classification import (
     LlavaForSequenceClassification,
@@ -294,6 +296,24 @@ def test_static_decoding_under_an_adapter(tiny_llava_dir: Path, tmp_path: Path) 
     policy = PeftModel.from_pretrained(policy_and_value("tiny_llava_dir", tiny_llava_dir)[0], adapter)
     inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
     assert_static_is_plain(policy.eval(), inputs, 1)
+
+
+@pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {"load_in_4bit": True, "dtype": "float32"}], ids=str)
+def test_static_decoding_in_16_and_4_bit_with_checkpointing_on(
+    fields: dict[str, Any], tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    args = LlavaModelConfig(model_name_or_path=str(tiny_llava_dir), **fields)
+    policy = load_policy(args)
+    policy.activation_checkpointing_enable()
+    policy = PeftModel.from_pretrained(policy, make_adapter(tiny_llava_dir, tmp_path / "adapter")).eval()
+    inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
+    generator = make_generator(keep_logprobs=True, response_length=14, cache_implementation="static")
+    found = generator.generate(policy, inputs, 1)
+    with torch.no_grad():
+        expected, _ = response_logprobs(policy, inputs, found.responses, found.mask, Sampling(1.0, (4,)))
+    # Their rounding may let the plain loop draw another token; what was drawn has the policy's probability.
+    assert found.logprobs is not None
+    torch.testing.assert_close(found.logprobs, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
