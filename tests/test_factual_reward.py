@@ -20,7 +20,7 @@ from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.data.prompt_groups import same_prompts
 from trl_llava.models.adapters import lora_config
 from trl_llava.models.base_model import base_of
-from trl_llava.models.load import load_sequence_classifier
+from trl_llava.models.load import load_processor, load_sequence_classifier
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.rewards import factual_reward
 from trl_llava.rewards.factual_reward import FactualReward
@@ -195,7 +195,7 @@ def with_adapter(folder: Path, lora_dropout: float = 0.0) -> FactualReward:
             if parameter.requires_grad:
                 parameter.normal_(std=0.1, generator=generator)
     prompt = JudgingPrompt(instruction="Rate it. {factual_prompt}", answer_prefix="Score:", seed=5)
-    return FactualReward(model, AutoProcessor.from_pretrained(folder), prompt)
+    return FactualReward(model, load_processor(str(folder)), prompt)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole"])

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import golden_data
 import pytest
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import ProcessorMixin
+
+from trl_llava.models.load import load_processor
 
 
 @pytest.fixture(scope="session", params=golden_data.VARIANTS)
@@ -17,4 +19,4 @@ def variant(request: pytest.FixtureRequest) -> str:
 def processor(variant: str, tmp_path_factory: pytest.TempPathFactory) -> ProcessorMixin:
     """The processor of the converted model. Read only."""
     folder: Path = golden_data.convert_base(tmp_path_factory.mktemp(variant), variant)
-    return AutoProcessor.from_pretrained(folder)
+    return load_processor(str(folder))
