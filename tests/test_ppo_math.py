@@ -141,3 +141,23 @@ def test_value_loss():
     loss = ppo_math.value_loss(values, old, returns, mask, cliprange=0.2)
     close(loss.losses, [[0.5, 0.32, 0.005, 0.0]])
     assert loss.clipped.tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "expected"),
+    [
+        ("token_truncate", None, 3.0, [[2.0, 3.0, 1.0], [0.25, 1.0, 1.0]]),
+        ("token_truncate", 0.5, None, [[2.0, 4.0, 1.0], [0.5, 1.0, 1.0]]),
+        ("token_mask", 0.5, 3.0, [[2.0, 0.0, 1.0], [0.0, 1.0, 1.0]]),
+        ("sequence_truncate", None, 3.0, [[3.0, 3.0, 3.0], [0.25, 0.25, 0.25]]),
+        ("sequence_mask", None, 3.0, [[0.0, 0.0, 0.0], [0.25, 0.25, 0.25]]),
+        ("sequence_mask", None, None, [[8.0, 8.0, 8.0], [0.25, 0.25, 0.25]]),
+    ],
+)
+def test_importance_weights_are_ratios_within_limits(mode, low, high, expected):
+    """Ratios 2 and 4, then padding; 1/4 and one that vLLM does not know, then padding."""
+    ours = torch.tensor([[2.0, 4.0, 9.0], [1.0, 5.0, 9.0]]).log()
+    theirs = torch.tensor([[1.0, 1.0, 1.0], [4.0, math.nan, 1.0]]).log()
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    found = ppo_math.importance_weights(ours, theirs, mask, mode, low, high)
+    torch.testing.assert_close(found, torch.tensor(expected))

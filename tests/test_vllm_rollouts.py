@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.vision_tower import set_square_padding
-from trl_llava.ppo.vllm_engine import RolloutEngineError
 from trl_llava.ppo.vllm_prompts import as_seen, one_token_each, place_pictures
+from trl_llava.ppo.vllm_server import RolloutEngineError
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
@@ -115,8 +116,9 @@ def test_what_is_said_to_the_server(server: TinyServer, tiny_llava_dir: Path, ad
     trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path, **on_server(server), **changes)
     batch = next(iter(trainer._batches_from(0)))
     rollout = trainer.rollout(batch, 1)
-    assert [path for path, _ in server.requests[:5]] == [
-        *("/health", "/v1/models", "/get_world_size", "/init_weight_transfer_engine", "/v1/models"),
+    assert [path for path, _ in server.requests[:7]] == [
+        *("/health", "/v1/models", "/version", "/v1/models", "/server_info"),
+        *("/get_world_size", "/init_weight_transfer_engine"),
     ]
     assert server.bodies("/init_weight_transfer_engine") == [
         {
@@ -290,6 +292,42 @@ def test_a_server_with_another_model(pretended: None, tiny_llava_dir: Path, adap
         ppo_trainer(tiny_llava_dir, adapter, tmp_path, **on_server(served))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "0.25.1"}, r"runs vLLM 0\.25\.1, and PPO needs 0\.26 or newer there"),
+        ({"missing": {"/server_info"}}, "started without VLLM_SERVER_DEV_MODE=1"),
+        ({"missing": {"/v1/chat/completions/render"}}, "needs `--enable-scale-out`"),
+        ({"settings": {"weight_transfer_config": None}}, "started without `--weight-transfer-config`"),
+        (
+            {"settings": {"weight_transfer_config": {}, "model_config": {"dtype": "torch.bfloat16"}}},
+            r"computes in bfloat16, but the policy in float32: .* Start it with `trl vllm-serve .* --dtype float32`",
+        ),
+    ],
+)
+def test_a_server_that_could_not_be_used_is_refused_before_the_run(
+    change: dict[str, Any], message: str, server: TinyServer, tiny_llava_dir: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for name, value in change.items():
+        setattr(server, name, value)
+    with pytest.raises(RolloutEngineError, match=message) as caught:
+        ppo_trainer(tiny_llava_dir, adapter, tmp_path, **on_server(server))
+    assert "\n" not in str(caught.value)
+    assert not server.bodies("/init_weight_transfer_engine")
+
+
+def test_a_server_left_inside_an_update_is_not_asked_again_and_again(
+    server: TinyServer, tiny_llava_dir: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """As a run leaves it that was killed there; TRL's session would try for 46 s."""
+    trainer = ppo_trainer(tiny_llava_dir, adapter, tmp_path, **on_server(server))
+    server.missing_with = 500
+    server.missing = {"/start_weight_update"}
+    with pytest.raises(RolloutEngineError, match="start the server again"):
+        trainer.train()
+    assert server.refusals == 1
+
+
 def dropped(answer: dict[str, Any]) -> dict[str, Any]:
     raise ConnectionError
 
@@ -442,6 +480,8 @@ def test_what_is_said_to_a_colocated_engine(
         ({"vllm_mode": "server", "vllm_tensor_parallel_size": 2}, "start the server with `--tensor-parallel-size`"),
         ({"vllm_mode": "server", "vllm_max_model_length": 99}, "start the server with `--max-model-len`"),
         ({"vllm_server_base_url": "http://here:1"}, "`vllm_mode` is 'colocate'"),
+        ({"vllm_importance_sampling_clip_min": 4.0}, "the first not above the second, found 4.0 and 3.0"),
+        ({"vllm_importance_sampling_clip_max": 0.0}, "must be above 0 or null"),
         ({"vllm_logprob_tolerance": 0.0}, "`vllm_logprob_tolerance` must be above 0 or null"),
     ],
 )
@@ -449,8 +489,45 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
     given = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
     with pytest.raises(ValueError, match=message):
         LlavaPPOConfig(**given, use_vllm=True, **settings)
-    if "vllm_logprob_tolerance" not in settings:
-        LlavaPPOConfig(**given, **settings)
+
+
+def test_a_correction_for_vllm_needs_vllm(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs `use_vllm`"):
+        LlavaPPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, vllm_importance_sampling_correction=True)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_policy_losses_are_weighed_by_the_policys_probability_over_vllms(
+    mode: str, server: TinyServer, tiny_llava_dir: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """vLLM's log-probabilities are shifted by .1 at each token; the gradient grows by the weight."""
+
+    def shifted(answer: dict[str, Any]) -> dict[str, Any]:
+        for choice in answer["choices"]:
+            for entry in choice["logprobs"]["content"]:
+                entry["logprob"] -= 0.1
+        return answer
+
+    server.faults["/inference/v1/generate"] = shifted
+    norms, means = [], []
+    for correction in (False, True):
+        trainer = ppo_trainer(
+            tiny_llava_dir,
+            adapter,
+            tmp_path / str(correction),
+            total_episodes=4,
+            vf_coef=0.0,
+            vllm_importance_sampling_correction=correction,
+            vllm_importance_sampling_mode=mode,
+            **on_server(server),
+        )
+        trainer.train()
+        (logged,) = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+        norms.append(logged["grad_norm"])
+        means.append(logged.get("sampling/importance_sampling_ratio/mean"))
+    expected = math.exp(0.1 if mode == "token_truncate" else 0.8)  # no completion of 8 tokens has ended earlier
+    assert means == [None, pytest.approx(expected, rel=1e-3)]
+    assert norms[1] == pytest.approx(expected * norms[0], rel=1e-3)
 
 
 def test_names_and_defaults_are_grpos() -> None:
@@ -463,6 +540,7 @@ def test_names_and_defaults_are_grpos() -> None:
     theirs = {field.name: field.default for field in fields(GRPOConfig)}
     ours = {field.name: field.default for field in fields(VLLMOptions)}
     assert ours.pop("vllm_logprob_tolerance") == 0.2  # the one of our own
+    assert ours.pop("vllm_importance_sampling_correction") is False  # GRPO's is on
     assert ours == {name: theirs[name] for name in ours}
 
 

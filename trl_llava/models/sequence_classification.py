@@ -192,6 +192,9 @@ for _config_class, _model_class in (
     _model_class.config_class = _config_class
     # Without exist_ok, `register` returns silently for a config that transformers owns.
     AutoModelForSequenceClassification.register(_config_class, _model_class, exist_ok=True)
+    if _config_class not in AutoModelForSequenceClassification._model_mapping:
+        # transformers 5.17, the newest that vLLM takes, returns silently with exist_ok too.
+        AutoModelForSequenceClassification._model_mapping._extra_content[_config_class] = _model_class
     # The checkpoints on the Hub name their weights `language_model.model.*`; transformers renames them by model type,
     # but only for its own classes. With the mapping ours are saved under those names too, and adapters that were
     # trained when the modules had those names load.

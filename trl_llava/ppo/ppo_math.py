@@ -6,6 +6,7 @@ first stop token. What stands at other positions never enters a result, and resu
 Letters: `B` batch, `R` response length.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -260,6 +261,43 @@ def policy_loss(
     clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
     losses = torch.where(mask, torch.max(plain, clipped), torch.zeros_like(plain))
     return PolicyTerms(losses, (clipped > plain) & mask, ratio, log_ratio)
+
+
+def importance_weights(
+    logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> torch.Tensor:
+    """Truncated importance sampling as in TRL's GRPOTrainer, for tokens that another program has drawn.
+
+    The weight is the token's probability under the policy over that under the program that drew it, or the same of the
+    whole completion.
+
+    Args:
+        logprobs: (B, R) log-probabilities of the sampled tokens under the policy that was to draw them.
+        sampling_logprobs: (B, R) the same as the program says; NaN where it says nothing, which leaves the weight 1.
+        mask: (B, R) bool, `True` at real tokens.
+        mode: "token_truncate", "token_mask", "sequence_truncate" or "sequence_mask": of each token or of the whole
+            completion; moved to the limits where it lies outside, or 0 there.
+        clip_min: lower limit; `None` sets none.
+        clip_max: upper limit; `None` sets none.
+
+    Returns:
+        (B, R) weights of the tokens' policy losses, without gradient; those of a completion are equal in the
+        "sequence" modes.
+    """
+    level, limit = mode.split("_")
+    difference = torch.where(mask, logprobs - sampling_logprobs, torch.zeros_like(logprobs)).nan_to_num(nan=0.0)
+    if level == "sequence":
+        difference = difference.sum(1, keepdim=True).expand_as(difference)
+    weights = difference.detach().exp()
+    low, high = clip_min or 0.0, math.inf if clip_max is None else clip_max
+    if limit == "truncate":
+        return weights.clamp(low, high)
+    return torch.where((low <= weights) & (weights <= high), weights, torch.zeros_like(weights))
 
 
 def value_loss(

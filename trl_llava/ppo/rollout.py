@@ -35,6 +35,7 @@ class Rollout:
         kl: (B, R) in nats.
         advantages: (B, R) whitened.
         returns: (B, R) what the value is trained on.
+        importance: (B, R) weights of the policy's losses, with `vllm_importance_sampling_correction`.
     """
 
     inputs: ModelInputs
@@ -51,6 +52,7 @@ class Rollout:
     kl: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     returns: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    importance: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.responses)

@@ -100,6 +100,7 @@ class Updater:
         args, mask = self.args, part.mask
         logprobs, entropies, values = self.model(part, self.sampling, self.share_prefix)
         policy = ppo_math.policy_loss(logprobs, part.logprobs, part.advantages, mask, args.cliprange)
+        policy_losses = policy.losses * part.importance if part.importance.numel() else policy.losses
         value = ppo_math.value_loss(values, part.values, part.returns, mask, args.cliprange_value)
         with torch.no_grad():
             if self.check_ratio:
@@ -109,7 +110,7 @@ class Updater:
                 "policy/approxkl_avg": 0.5 * policy.log_ratio**2,
                 "policy/clipfrac_avg": policy.clipped.float(),
                 "policy/entropy_avg": entropies,
-                "loss/policy_avg": policy.losses,
+                "loss/policy_avg": policy_losses,
                 "loss/value_avg": value.losses,
                 "val/clipfrac_avg": value.clipped.float(),
                 "val/ratio": policy.ratio,
@@ -117,7 +118,7 @@ class Updater:
                 "tokens": torch.ones_like(policy.ratio),
             }.items():
                 self.sums[name] += ppo_math.masked_sum(per_token, mask)
-        return (policy.losses.sum() + args.vf_coef * value.losses.sum()) / tokens
+        return (policy_losses.sum() + args.vf_coef * value.losses.sum()) / tokens
 
     def _ratio_tolerance(self) -> float:
         if self.args.first_step_ratio_tolerance is not None:

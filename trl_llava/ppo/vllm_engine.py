@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import requests
@@ -30,14 +29,11 @@ from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
 from trl_llava.ppo.dense_weights import DenseWeights
 from trl_llava.ppo.vllm_prompts import one_token_each, place_pictures
+from trl_llava.ppo.vllm_server import RolloutEngineError, connect, start_command
 from trl_llava.run.launch import resume_command
 
 REQUESTS_AT_ONCE = 64
 Result = TypeVar("Result")
-
-
-class RolloutEngineError(ExplainedError, RuntimeError):
-    """A vLLM that cannot be reached, serves something else or gives answers that cannot be used."""
 
 
 @dataclass
@@ -124,22 +120,28 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         except (requests.ConnectionError, socket.gaierror) as error:
             raise RolloutEngineError(
                 f"no vLLM server answers at {self.url} (waited {args.vllm_server_timeout:g} s, "
-                f"`vllm_server_timeout`). Start it with `trl vllm-serve --model {name}`, on other GPUs than those of "
-                "the training, and name it with `vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`"
+                f"`vllm_server_timeout`). Start it with `{start_command(name, self.weights.dtype)}`, on other GPUs "
+                "than those of the training, and name it with `vllm_server_base_url`, or `vllm_server_host` and "
+                "`vllm_server_port`"
             ) from error
         except NotImplementedError as error:
             raise RolloutEngineError(
                 f"weights cannot be sent to vLLM from '{accelerator.device}': {error}. Train on a GPU, or leave "
                 "`use_vllm` out"
             ) from error
-        if args.vllm_mode == "server" and accelerator.is_main_process:
-            self._check_model(name)
 
     def _init_vllm(self) -> None:
-        """As TRL's, but for the dtype: a colocated engine computes in the policy's, not in its checkpoint's."""
-        if self.mode == "server":
-            super()._init_vllm()
-            return
+        """As TRL's, but that a server is checked first, and that a colocated engine computes in the policy's dtype."""
+        if self.mode == "colocate":
+            self._start_engine()
+        elif self.accelerator.is_main_process:
+            self.vllm_client, self.max_model_length = connect(
+                self.url, self.group_port, self.server_timeout, self.model.name_or_path, self.weights.dtype
+            )
+            self.vllm_client.init_communicator(device=self.accelerator.device)
+        self.accelerator.wait_for_everyone()  # DeepSpeed hangs if some processes go on earlier
+
+    def _start_engine(self) -> None:
         processes, size = self.accelerator.num_processes, self.tensor_parallel_size
         if processes % size:
             raise InputError(f"`vllm_tensor_parallel_size` ({size}) must divide the number of processes ({processes})")
@@ -168,18 +170,6 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
         self._llm_weights_sleeping = self.enable_sleep_mode
-        self.accelerator.wait_for_everyone()  # DeepSpeed hangs if some processes go on earlier
-
-    def _check_model(self, name: str) -> None:
-        """Stop if the server was started with another model: it could not take the weights, or not all of them."""
-        served = self.vllm_client.session.get(f"{self.vllm_client.base_url}/v1/models").json()["data"][0]
-        self.max_model_length = served.get("max_model_len")
-        found = [str(served[key]) for key in ("id", "root") if served.get(key)]
-        if Path(name).name not in [Path(path).name for path in found]:
-            raise RolloutEngineError(
-                f"the vLLM server at {self.url} serves '{found[0]}', but the policy is '{name}'. Start it with `trl "
-                f"vllm-serve --model {name}`"
-            )
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight as vLLM takes it; TRL's own merges the adapter into the base and back."""
@@ -266,8 +256,8 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
         words = " ".join(str(failure).split())[:300]
         return (
             f"the vLLM server at {self.url} failed ({type(failure).__name__}: {words}). The checkpoints of "
-            f"this run are whole: start the server again with `trl vllm-serve --model "
-            f"{self.model.name_or_path}`, and go on with {resume_command()}"
+            f"this run are whole: start the server again with "
+            f"`{start_command(self.model.name_or_path, self.weights.dtype)}`, and go on with {resume_command()}"
         )
 
     def _ask_server(self, questions: Sequence[Question]) -> list[list[Answer]]:

@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.ppo import ppo_math
 from trl_llava.ppo.completions import Completions
 from trl_llava.ppo.randomness import row_keys
-from trl_llava.ppo.vllm_engine import Answer, Question, RolloutEngineError, VLLMEngine
+from trl_llava.ppo.vllm_engine import Answer, Question, VLLMEngine
 from trl_llava.ppo.vllm_prompts import as_seen
+from trl_llava.ppo.vllm_server import RolloutEngineError
 
 NEVER = -100.0
 """The lowest logit bias that vLLM knows: e^-100 of the probability is left."""
@@ -135,6 +137,22 @@ class VLLMGenerator:
                 "sees other pictures. Usual causes: a server without `--logprobs-mode processed_logprobs` (`trl "
                 "vllm-serve` sets it), or started from a folder with another image processor, or another dtype"
             )
+
+    def importance_weights(self, logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Weights (B, R) of the policy's losses on the last completions; empty without a correction.
+
+        `logprobs` (B, R) are the policy's, `mask` (B, R) is `True` at real tokens.
+        """
+        args = self.args
+        if not args.vllm_importance_sampling_correction:
+            return torch.empty(0)
+        limits = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        weights = ppo_math.importance_weights(
+            logprobs, self.logprobs, mask, args.vllm_importance_sampling_mode, *limits
+        )
+        mean = self.accelerator.gather(weights[mask].mean().reshape(1)).mean().item()
+        self.differences["sampling/importance_sampling_ratio/mean"] = mean
+        return weights
 
     def _questions(
         self, inputs: ModelInputs, images: Sequence[Sequence[Image.Image]], step: int | None
