@@ -36,8 +36,8 @@ class OnlineArguments:
 
     def __post_init__(self) -> None:
         reason = (
-            "TRL 1.12 hands vLLM prompts with expanded image tokens, which a colocated engine expands once more "
-            "(https://github.com/huggingface/trl/issues/6294); `trl-llava ppo` has `use_vllm`"
+            "TRL (1.12 to 1.16) hands vLLM prompts with expanded image tokens, which a colocated engine expands once "
+            "more (https://github.com/huggingface/trl/issues/6294); `trl-llava ppo` has `use_vllm`"
         )
         refuse(self, {"use_vllm": (False, reason)})
         split_fields(self, reward_model_path="reward_model_revision")
