@@ -85,6 +85,7 @@ def test_published_conversations_and_preferences_pass(
     assert {tokens - text for tokens, text in zip(report.tokens, report.text_tokens, strict=True)} == {16}
     shown = capsys.readouterr().out
     assert "ok: all rows that a run would use can be used" in shown
+    assert report.moved == 100 * (stage != "sft") and (check_report.MOVED in shown) == bool(report.moved)
     assert "USER: <image>*16\n" in shown
     assert ("the quality score of my last response is" in shown) == (stage == "reward")
 

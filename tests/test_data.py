@@ -70,7 +70,7 @@ def test_llava_sft(folder):
     assert rows.features == stage_features("sft")
     assert rows["row_name"][:] == ["train.json[0]", "train.json[1]", "train.json[2]"]
     assert rows[0]["images"] == [{"bytes": None, "path": str(folder / "a.png")}]
-    assert rows[0]["prompt"] == [message("user", PICTURE, "Look at  this.  Two  spaces.")]
+    assert rows[0]["prompt"] == [message("user", "Look at ", PICTURE, " this.  Two  spaces.")]
     assert rows[0]["completion"] == [message("assistant", " Ho\n")]
     assert rows[1]["images"] == []
     assert rows[1]["prompt"] == [message("user", "Why?"), message("assistant", "So."), message("user", "And </s>?")]
@@ -100,7 +100,7 @@ def test_llava_prompts_with_optional_keys_in_some_rows(folder):
     rows = load_rows(written(folder, records), "prompt")
     assert rows["answer_type"][:] == ["general", "A", "no", "yes"]
     assert rows["length_multiplier"][:] == [1.0, 1.0, -0.5, 0.0]
-    assert rows[1]["prompt"] == [message("user", PICTURE, "What?")]
+    assert rows[1]["prompt"] == [message("user", "What?", PICTURE)]
     assert rows["captions"][:] == [[], [], [], []]
     # carried for custom reward functions; a column of mixed types becomes text
     assert rows["id"][:] == [None, None, "7", "x"]
@@ -358,15 +358,15 @@ PAIR = {"prompt": ASKED, "chosen": SAID, "rejected": [said("assistant", "")]}
         ("preference", preference(image=7), "an image is 7, expected a file name"),
         ("preference", preference(image=None), "have 1 <image>, but it has 0 images"),
         ("preference", preference(image=["a.png", "b.png"]), "have 1 <image>, but it has 2 images"),
-        ("preference", preference(captions="a cat"), "captions is 'a cat', expected a list of texts"),
-        ("preference", preference(captions=[" "]), "captions is .* expected a list of texts"),
+        ("preference", preference(captions=7), "captions is 7, expected a text or a list of texts"),
+        ("preference", preference(captions=[" "]), "captions is .* expected a text or a list of texts"),
         ("preference", {"prompt": ASKED, "chosen": ASKED, "rejected": ASKED}, "chosen is a user turn"),
         ("preference", {"chosen": ASKED, "rejected": ASKED}, "it has no prompt, and chosen and rejected differ"),
         ("preference", {"prompt": ASKED}, "it has no chosen and no rejected; found the columns"),
         (
             "preference",
-            {"prompt": ASKED, "chosen": "a", "rejected": "b"},
-            "chosen is 'a', expected a list of messages",
+            {"prompt": ASKED, "chosen": 7, "rejected": "b"},
+            "chosen is 7, expected a list of messages",
         ),
         ("preference", preference(margin="big"), "margin is 'big', expected a finite number"),
         ("preference", {**PAIR, "chosen": [said("assistant", " ")]}, "its chosen is empty"),

@@ -86,6 +86,16 @@ class LlavaScriptArguments(ScriptArguments):
     captions_file: str | None = option(
         None, "JSON file {image name: [captions]} whose captions are joined to the rows by image name."
     )
+    captions_column: str = option(
+        "captions",
+        "Column with the captions of a row, a text or a list of texts: captions, OCR, object lists or any facts that "
+        "the reward model is to read.",
+    )
+    rating: str = option(
+        "Visual Faithfulness",
+        "Where a row has several rated completions (VLFeedback), the rating whose best and worst make a pair; pairs "
+        "on a level are left out and counted.",
+    )
     max_image_pixels: int = option(
         89_478_485, "An image of more pixels is a row that cannot be used: it may be a decompression bomb."
     )

@@ -29,6 +29,12 @@ COMPLETIONS: dict[str, tuple[str, ...]] = {"sft": ("completion",), "preference":
 NO_CAPTIONS = "no captions"
 """The reason by which rows without captions are counted."""
 
+TIE = "tie"
+"""The reason by which pairs are counted that no rating orders; they are left out whatever `on_bad_row` says."""
+
+IMAGE_MARK = "<image>"
+"""Marks the place of an image in a user's text."""
+
 _IMAGE = {"type": "image", "text": None}
 
 
@@ -144,6 +150,27 @@ def place_images(messages: Sequence[Message], images: int, row_name: str) -> lis
         raise RowError(row_name, "it has images but no user turn to show them in", "Add a user turn")
     user = {**messages[first], "content": [dict(_IMAGE) for _ in range(images)] + messages[first]["content"]}
     return [*messages[:first], user, *messages[first + 1 :]]
+
+
+def marked_parts(text: str) -> list[dict[str, Any]]:
+    """The parts of a user's text in which `<image>` marks the place of each image.
+
+    >>> marked_parts("<image>\\nIs <image> larger?")  # what surrounds the text goes, as in LLaVA's own data code
+    [{'type': 'image', 'text': None}, {'type': 'text', 'text': 'Is '}, {'type': 'image', 'text': None}, \
+{'type': 'text', 'text': ' larger?'}]
+    """
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) == 1:
+        return [{"type": "text", "text": text}]
+    written = [i for i, piece in enumerate(pieces) if piece.strip()]
+    content: list[dict[str, Any]] = []
+    for i, piece in enumerate(pieces):
+        content += [dict(_IMAGE)] if i else []
+        if written and written[0] <= i <= written[-1]:
+            piece = piece.lstrip() if i == written[0] else piece
+            piece = piece.rstrip() if i == written[-1] else piece
+            content += [{"type": "text", "text": piece}] if piece else []
+    return content
 
 
 def count_images(messages: Sequence[Message]) -> int:

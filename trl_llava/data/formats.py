@@ -5,24 +5,26 @@ from typing import Any
 
 from trl_llava.data.contract import (
     ANSWER_TYPES,
-    COMPLETIONS,
+    IMAGE_MARK,
+    TIE,
     RowError,
     Stage,
     abridged,
     count_images,
+    marked_parts,
     normalise_messages,
     place_images,
 )
-from trl_llava.prompts import Message, message_text
+from trl_llava.data.layouts import RATED, best_and_worst, read_layout
+from trl_llava.data.turns import LLAVA_ROLES, check_turns
+from trl_llava.prompts import Message
 
-LLAVA_IMAGE_MARK = "<image>"
-LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 LLAVA_CAPTION_TYPES = {1: "general", 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}
 
 _COLUMNS = "row_name images image messages conversations prompt completion chosen rejected output_1 output_2"
 _COLUMNS += " preference margin captions answer_type caption_type length_multiplier length_bonus system"
 KNOWN_COLUMNS = frozenset(_COLUMNS.split())
-"""Columns that mean something here; any other one is carried along (prompt stage) or left behind, with a warning."""
+"""Columns that mean something in any layout; others are carried along (prompt stage) or left behind and named."""
 
 UNSUPPORTED_COLUMNS = {
     **dict.fromkeys(("video", "videos"), "a video, which is not supported"),
@@ -32,31 +34,42 @@ UNSUPPORTED_COLUMNS = {
 }
 """Columns of content that no stage reads: a row that has some would teach another thing without it."""
 
+RATING = "Visual Faithfulness"
+"""Which rating orders the completions of a record that has several, unless the caller names another."""
 
-def to_row(record: dict[str, Any], stage: Stage, row_name: str) -> dict[str, Any]:
+
+def to_row(
+    record: dict[str, Any], stage: Stage, row_name: str, *, captions_column: str = "captions", rating: str = RATING
+) -> dict[str, Any]:
     """Turn one record into a row of the contract; its images stay as the record has them.
 
     - TRL: `messages`; `prompt` with `completion`, or with `chosen` and `rejected`; `chosen` and `rejected` that begin
-      with the same prompt. Images go to the front of the first user turn unless image parts place them.
-    - LLaVA JSON: `conversations` with `from` (human, gpt) and `value`; `<image>` is moved to the front of its turn and
-      the rest stripped; turns of the assistant before the first question are left out. Preferences have `output_1`,
-      `output_2` and `preference`; the placeholder that ends their conversation goes. Of a PPO record the first
-      question is the prompt, as in the paper.
+      with the same prompt; texts instead of messages. Images stand where image parts are, or `<image>` in a user's
+      text, else at the front of the first user turn.
+    - LLaVA JSON: `conversations` with `from` (human, gpt) and `value`, `<image>` in human turns; turns of the
+      assistant before the first question are left out. Preferences have `output_1`, `output_2` and `preference`, or
+      `chosen` and `rejected`; the placeholder that ends their conversation goes. Of a PPO record the first question is
+      the prompt, as in the paper.
+    - Other layouts of the Hub: `layouts.LAYOUTS`.
 
-    A `system` column becomes the system message. `margin` is there only where the record has one.
+    Of a pair the prompt stage reads the prompt and SFT the chosen completion too. A `system` column becomes the system
+    message. `margin` is there only where the record has one.
     """
     for name in UNSUPPORTED_COLUMNS:
         if record.get(name):
             problem = f"its column {name} has {UNSUPPORTED_COLUMNS[name]}"
             raise RowError(row_name, problem, "Leave the row out, or drop the column", f"{name} not supported")
+    record = read_layout(record, row_name)
     images = _images(record, row_name)
+    if RATED in record and stage != "prompt":
+        record = {**record, **_rated_pair(record, stage, row_name, rating)}
     messages = _llava_messages if record.get("conversations") is not None else _trl_messages
     row: dict[str, Any] = {"row_name": row_name, "images": images, **messages(record, stage, row_name, len(images))}
     if record.get("system"):
         row["prompt"] = [_system_message(record["system"], row["prompt"], row_name), *row["prompt"]]
-    _check_turns(row, stage, record)
+    check_turns(row, stage, record)
     if stage != "sft":
-        row["captions"] = _captions(record, row_name)
+        row["captions"] = _captions(record, row_name, captions_column)
     if stage == "preference" and record.get("margin") is not None:
         row["margin"] = _number(record["margin"], "margin", row_name)
     if stage == "prompt":
@@ -88,9 +101,30 @@ def _images(record: dict[str, Any], row_name: str) -> list[Any]:
     return images
 
 
+def _rated_pair(record: dict[str, Any], stage: Stage, row_name: str, rating: str) -> dict[str, str]:
+    best, worst, level = best_and_worst(record[RATED], rating, row_name)
+    if level and stage == "preference":
+        raise RowError(row_name, "its completions have equal ratings", "Leave the row out", TIE)
+    return {"chosen": best, "rejected": worst}
+
+
+def _messages(value: Any, row_name: str, column: str) -> list[Message]:
+    """The messages of one of TRL's columns, which may hold a text instead."""
+    if isinstance(value, str) and column != "messages":
+        value = [{"role": "user" if column == "prompt" else "assistant", "content": value}]
+    if isinstance(value, (list, tuple)):
+        value = [_with_marks(message) for message in value]
+    return normalise_messages(value, row_name, column)
+
+
+def _with_marks(message: Any) -> Any:
+    content = message.get("content") if isinstance(message, dict) and message.get("role") == "user" else None
+    return {**message, "content": marked_parts(content)} if isinstance(content, str) else message
+
+
 def _trl_messages(record: dict[str, Any], stage: Stage, row_name: str, images: int) -> dict[str, list[Message]]:
     found = {
-        name: normalise_messages(record[name], row_name, name)
+        name: _messages(record[name], row_name, name)
         for name in ("messages", "prompt", "completion", "chosen", "rejected")
         if record.get(name) is not None
     }
@@ -102,9 +136,15 @@ def _trl_messages(record: dict[str, Any], stage: Stage, row_name: str, images: i
         conversation = found["messages"]
         if stage == "prompt" and conversation and conversation[-1]["role"] == "assistant":
             conversation = conversation[:-1]
+    elif stage == "prompt" and "prompt" in found:
+        conversation = found["prompt"]
+    elif "chosen" in found and "completion" not in found:
+        _require(found, ("chosen", "rejected"), record, row_name)
+        prompt, chosen, _ = _split_pair(found, row_name)
+        conversation = prompt + (chosen if stage == "sft" else [])
     else:
         _require(found, ("prompt", "completion") if stage == "sft" else ("prompt",), record, row_name)
-        conversation = found["prompt"] + (found["completion"] if stage == "sft" else [])
+        conversation = found["prompt"] + found["completion"]
     if stage == "prompt":
         return {"prompt": place_images(conversation, images, row_name)}
     return {"prompt": place_images(conversation[:-1], images, row_name), "completion": conversation[-1:]}
@@ -134,23 +174,44 @@ def _llava_messages(record: dict[str, Any], stage: Stage, row_name: str, images:
         conversation = conversation[1:]
     shown = count_images(conversation)
     if shown != images:
-        problem = f"its human turns have {shown} {LLAVA_IMAGE_MARK}, but it has {images} image{'s' * (images != 1)}"
-        reason = f"{LLAVA_IMAGE_MARK} count unlike the number of images"
-        raise RowError(row_name, problem, f"Write {LLAVA_IMAGE_MARK} once for each image", reason)
+        problem = f"its human turns have {shown} {IMAGE_MARK}, but it has {images} image{'s' * (images != 1)}"
+        reason = f"{IMAGE_MARK} count unlike the number of images"
+        raise RowError(row_name, problem, f"Write {IMAGE_MARK} once for each image", reason)
+    paired = record.get("chosen") is not None and record.get("rejected") is not None
+    if (paired or stage == "preference") and conversation and conversation[-1]["role"] == "assistant":
+        conversation = conversation[:-1]
+    if stage == "prompt" and paired:
+        return {"prompt": conversation}
     if stage == "prompt":
         first = next((i for i, message in enumerate(conversation) if message["role"] == "user"), -1)
         return {"prompt": place_images(conversation[: first + 1], images, row_name)}
-    if stage == "sft":
+    if stage == "sft" and not paired:
         return {"prompt": conversation[:-1], "completion": conversation[-1:]}
+    chosen, rejected = (
+        (_llava_completion(record[name], row_name, name) for name in ("chosen", "rejected"))
+        if paired
+        else _llava_preference(record, row_name)
+    )
+    if stage == "sft":
+        return {"prompt": conversation, "completion": [chosen]}
+    return {"prompt": conversation, "chosen": [chosen], "rejected": [rejected]}
+
+
+def _llava_preference(record: dict[str, Any], row_name: str) -> tuple[Message, Message]:
     _require(record, ("output_1", "output_2", "preference"), record, row_name)
-    outputs = [_llava_turn(record[name], row_name, name) for name in ("output_1", "output_2")]
+    outputs = [_llava_completion(record[name], row_name, name) for name in ("output_1", "output_2")]
     preference = record["preference"]
     if type(preference) is not int or preference not in (1, 2):
         problem = f"preference is {preference!r}, expected 1 or 2"
         raise RowError(row_name, problem, "Correct the row", "preference outside {1, 2}")
-    if conversation and conversation[-1]["role"] == "assistant":
-        conversation = conversation[:-1]
-    return {"prompt": conversation, "chosen": [outputs[preference - 1]], "rejected": [outputs[2 - preference]]}
+    return outputs[preference - 1], outputs[2 - preference]
+
+
+def _llava_completion(value: Any, row_name: str, where: str) -> Message:
+    """A completion as a text or as a turn, whose `from` may be the name of any model."""
+    if isinstance(value, str):
+        value = {"value": value}
+    return _llava_turn({**value, "from": "gpt"} if isinstance(value, dict) else value, row_name, where)
 
 
 def _llava_turn(turn: Any, row_name: str, where: str) -> Message:
@@ -158,80 +219,21 @@ def _llava_turn(turn: Any, row_name: str, where: str) -> Message:
     if speaker not in LLAVA_ROLES or not isinstance(value, str):
         problem = f"{where} is {abridged(turn)}, expected `from` (human or gpt) and a text `value`"
         raise RowError(row_name, problem, "Correct the turn", "turn without speaker or text")
-    marks = value.count(LLAVA_IMAGE_MARK) if speaker == "human" else 0
-    content: list[dict[str, Any]] = [{"type": "image", "text": None} for _ in range(marks)]
-    text = value.replace(LLAVA_IMAGE_MARK, "").strip() if marks else value
-    if text or not marks:
-        content.append({"type": "text", "text": text})
+    content = marked_parts(value) if speaker == "human" else [{"type": "text", "text": value}]
     return {"role": LLAVA_ROLES[speaker], "content": content}
 
 
-def _check_turns(row: dict[str, Any], stage: Stage, record: dict[str, Any]) -> None:
-    """Refuse rows without a prompt or a completion, with turns that no template was trained on, or no choice."""
-    row_name, prompt = row["row_name"], row["prompt"]
-    if not prompt or prompt[-1]["role"] != "user":
-        problem = f"its prompt ends with {prompt[-1]['role'] if prompt else 'nothing'}, expected a user turn"
-        raise RowError(row_name, problem, "Correct the turns", "no question")
-    for i, message in enumerate(prompt):
-        _check_order(row, i, record)
-        _check_content(message, row_name, _turn_name(row, i, record), last=i == len(prompt) - 1)
-    for name in COMPLETIONS[stage]:
-        (completion,) = row[name]
-        if completion["role"] != "assistant":
-            problem = f"{name} is a {completion['role']} turn, expected an assistant turn"
-            raise RowError(row_name, problem, "Correct the turns", f"{name} is no assistant turn")
-        if count_images([completion]):
-            raise RowError(row_name, f"{name} shows an image", "Show images in user turns", "image in a completion")
-        # An empty rejected completion is a lesson: say something.
-        if name != "rejected" and not message_text(completion).strip():
-            raise RowError(row_name, f"its {name} is empty", "Leave the row out", f"empty {name}")
-    if stage == "preference" and message_text(row["chosen"][0]) == message_text(row["rejected"][0]):
-        problem = f"chosen and rejected are the same: {abridged(message_text(row['chosen'][0]))}"
-        raise RowError(row_name, problem, "Leave the row out: there is nothing to prefer", "chosen equal to rejected")
-
-
-def _check_order(row: dict[str, Any], i: int, record: dict[str, Any]) -> None:
-    """Refuse turn `i` of a prompt unless user and assistant alternate from the user on, after a system message."""
-    roles = [message["role"] for message in row["prompt"][: i + 1]]
-    before = roles[i - 1] if i else None
-    expected = "user" if before in (None, "system", "assistant") else "assistant"
-    if roles[i] == expected or (i == 0 and roles[i] == "system"):
-        return
-    where = f"after {before}" if before else "at the beginning"
-    problem = f"{_turn_name(row, i, record)} has the role {roles[i]} {where}, expected {expected}"
-    raise RowError(
-        row["row_name"], problem, "Join the turns of one speaker, or leave the row out", "turns out of order"
-    )
-
-
-def _check_content(message: Message, row_name: str, where: str, *, last: bool) -> None:
-    """Refuse a user's or assistant's turn that says and shows nothing."""
-    if message["role"] == "system" or message_text(message).strip() or count_images([message]):
-        return
-    if message["role"] == "user":
-        problem = f"its question has neither text nor an image ({where})"
-        raise RowError(row_name, problem, "Leave the row out", "no question" if last else "empty question")
-    raise RowError(row_name, f"its earlier completion is empty ({where})", "Leave the row out", "empty completion")
-
-
-def _turn_name(row: dict[str, Any], i: int, record: dict[str, Any]) -> str:
-    """What the record calls turn `i` of a row's prompt: `conversations[1]`."""
-    i -= bool(record.get("system"))
-    column = next((name for name in ("conversations", "messages", "prompt") if record.get(name) is not None), "chosen")
-    turns = record[column]
-    if column == "conversations":  # turns of the assistant before the first question were left out
-        i += next((n for n, turn in enumerate(turns) if LLAVA_ROLES[turn["from"]] != "assistant"), 0)
-    if column == "prompt" and i >= len(turns):
-        column, i = "completion", i - len(turns)
-    return f"{column}[{i}]"
-
-
-def _captions(record: dict[str, Any], row_name: str) -> list[str]:
-    captions = record.get("captions")
+def _captions(record: dict[str, Any], row_name: str, column: str) -> list[str]:
+    if column != "captions" and record.get("captions"):
+        problem = f"it has captions, and captions_column is {column!r}"
+        raise RowError(row_name, problem, "Keep one of them", "captions twice")
+    captions = record.get(column)
     if captions is None:
         return []
+    if isinstance(captions, str):
+        captions = [captions] if captions.strip() else []
     if not isinstance(captions, (list, tuple)) or not all(isinstance(c, str) and c.strip() for c in captions):
-        problem = f"captions is {abridged(captions)}, expected a list of texts"
+        problem = f"{column} is {abridged(captions)}, expected a text or a list of texts"
         raise RowError(row_name, problem, "Correct the row", "captions are no list of texts")
     return list(captions)
 
@@ -266,7 +268,7 @@ def _require(found: dict[str, Any], columns: tuple[str, ...], record: dict[str, 
         raise RowError(
             row_name,
             f"it has no {' and no '.join(missing)}; found the columns {present}",
-            "Expected TRL's columns (`messages`; `prompt` and `completion`; `chosen` and `rejected`) or LLaVA's "
-            "(`conversations`; `output_1`, `output_2` and `preference`)",
+            "Expected TRL's columns (`messages`; `prompt` and `completion`; `chosen` and `rejected`), LLaVA's "
+            "(`conversations`; `output_1`, `output_2` and `preference`) or a layout of trl_llava.data.layouts",
             f"{missing[0]} missing",
         )

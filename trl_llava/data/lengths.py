@@ -10,6 +10,7 @@ from PIL import Image
 from trl_llava.data.batching import Row, RowCollator
 from trl_llava.data.contract import RowError
 from trl_llava.data.encoding import encode_text, expand_images
+from trl_llava.data.image_places import say_if_moved
 from trl_llava.data.images import image_size
 from trl_llava.errors import InputError
 
@@ -26,6 +27,8 @@ def drop_overlong(
     if overlong not in ("error", "drop"):
         raise InputError(f"overlong is {overlong!r}, expected `error` or `drop`.")
     option = getattr(collator, "limit", "")
+    if option:
+        say_if_moved(dataset, collator.processor)
     limit = getattr(collator, option, None) if option else None
     if limit is None or not len(dataset):
         return dataset

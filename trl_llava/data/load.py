@@ -12,7 +12,8 @@ from typing import Literal
 
 from datasets import Dataset, Features, Value
 
-from trl_llava.data.contract import RowError, Stage, is_normalised
+from trl_llava.data.contract import TIE, RowError, Stage, is_normalised
+from trl_llava.data.formats import RATING
 from trl_llava.data.row_maker import PROBLEM_COLUMNS, RowMaker
 from trl_llava.data.sources import DatasetSource, RawRows, read_source
 from trl_llava.errors import InputError
@@ -32,6 +33,8 @@ def load_rows(
     on_bad_row: Literal["error", "skip"] = "error",
     require_captions: bool = False,
     num_proc: int | None = None,
+    captions_column: str = "captions",
+    rating: str = RATING,
 ) -> Dataset:
     """Load a data set as normalised rows.
 
@@ -49,6 +52,9 @@ def load_rows(
             image once to find damaged ones, and logs how many rows went for which reason.
         require_captions: Whether a row without captions cannot be used (preference and prompt stages).
         num_proc: Processes to work with.
+        captions_column: Column with the captions, a text or a list of texts; facts of any kind will do.
+        rating: Which rating orders a row's completions where there are several; pairs are made of the best and the
+            worst one. Pairs on a level are left out and counted.
 
     Returns:
         The rows, with `row_name` pointing into the source.
@@ -62,7 +68,16 @@ def load_rows(
     _check_policy(on_bad_row)
     raw = read_source(source, name=name, split=split, revision=revision)
     folder = image_folder or raw.image_folder
-    maker = RowMaker.of(raw, stage, folder, captions_file, require_captions, decode=on_bad_row == "skip")
+    maker = RowMaker.of(
+        raw,
+        stage,
+        folder,
+        captions_file,
+        require_captions,
+        decode=on_bad_row == "skip",
+        captions_column=captions_column,
+        rating=rating,
+    )
     return _make_rows(raw, maker, on_bad_row, num_proc)
 
 
@@ -76,6 +91,8 @@ def rows_from(
     on_bad_row: Literal["error", "skip"] = "error",
     require_captions: bool = False,
     num_proc: int | None = None,
+    captions_column: str = "captions",
+    rating: str = RATING,
 ) -> Dataset:
     """Normalise a data set in memory; one that follows the row contract already is returned as it is.
 
@@ -88,6 +105,8 @@ def rows_from(
         on_bad_row: As in `load_rows`.
         require_captions: As in `load_rows`.
         num_proc: As in `load_rows`.
+        captions_column: As in `load_rows`.
+        rating: As in `load_rows`.
 
     Returns:
         The rows.
@@ -102,13 +121,23 @@ def rows_from(
             "streamed data sets are not supported, because their rows cannot be checked before training."
         )
     _check_policy(on_bad_row)
-    unchanged = image_folder is None and captions_file is None and is_normalised(dataset.features, stage)
+    as_given = image_folder is None and captions_file is None and captions_column == "captions"
+    unchanged = as_given and is_normalised(dataset.features, stage)
     if stage == "preference" and "margin" in dataset.column_names:
         unchanged = unchanged and None not in dataset["margin"][:]
     if len(dataset) and unchanged and (not require_captions or all(dataset["captions"])):
         return dataset
     raw = RawRows(dataset, name, trusted_paths=image_folder is None)
-    maker = RowMaker.of(raw, stage, image_folder, captions_file, require_captions, decode=on_bad_row == "skip")
+    maker = RowMaker.of(
+        raw,
+        stage,
+        image_folder,
+        captions_file,
+        require_captions,
+        decode=on_bad_row == "skip",
+        captions_column=captions_column,
+        rating=rating,
+    )
     return _make_rows(raw, maker, on_bad_row, num_proc)
 
 
@@ -140,8 +169,9 @@ def _make_rows(raw: RawRows, maker: RowMaker, on_bad_row: str, num_proc: int | N
 def _without_bad_rows(rows: Dataset, name: str, on_bad_row: str) -> Dataset:
     reasons = rows["_reason"][:]
     bad = [i for i, reason in enumerate(reasons) if reason is not None]
-    if bad and (on_bad_row == "error" or len(bad) == len(rows)):
-        first = rows[bad[0]]
+    faulty = [i for i in bad if reasons[i] != TIE]
+    if bad and ((on_bad_row == "error" and faulty) or len(bad) == len(rows)):
+        first = rows[(faulty or bad)[0]]
         more = f" ({len(bad)} of {len(rows)} rows cannot be used: {_counted(reasons)})" if len(bad) > 1 else ""
         hinted = "on_bad_row" in first["_fix"] or len(bad) == len(rows)
         hint = "" if hinted else "; on_bad_row `skip` leaves such rows out"

@@ -12,15 +12,16 @@ from datasets import Features, Value
 from huggingface_hub import constants
 
 from trl_llava.data.captions import captions_of, read_captions
-from trl_llava.data.contract import COMPLETIONS, RowError, Stage, check_captions, stage_features
-from trl_llava.data.formats import KNOWN_COLUMNS, UNSUPPORTED_COLUMNS, to_row
+from trl_llava.data.contract import COMPLETIONS, RowError, Stage, abridged, check_captions, stage_features
+from trl_llava.data.formats import KNOWN_COLUMNS, RATING, UNSUPPORTED_COLUMNS, to_row
 from trl_llava.data.images import is_inside, load_image, open_image, path_inside
+from trl_llava.data.layouts import RATED, layout_columns
 from trl_llava.data.sources import JSON_COLUMN, RawRows, has_numbers, json_columns, json_record
 
 PROBLEM_COLUMNS = ("_reason", "_problem", "_fix")
 """What is wrong with a row, as in `RowError`; empty for a row that can be used."""
 
-RESERVED_COLUMNS = frozenset({*PROBLEM_COLUMNS, "prompts", "completions", "completion_ids"})
+RESERVED_COLUMNS = frozenset({*PROBLEM_COLUMNS, RATED, "prompts", "completions", "completion_ids"})
 """Columns that a data set cannot have: those that rows are checked with, and what reward functions get beside it."""
 
 
@@ -44,6 +45,8 @@ class RowMaker:
     require_captions: bool = False
     decode: bool = False
     unread: tuple[str, ...] = ()  # columns that may hold content, and that the stage does not read
+    captions_column: str = "captions"
+    rating: str = RATING
 
     @classmethod
     def of(
@@ -55,24 +58,32 @@ class RowMaker:
         require_captions: bool,
         *,
         decode: bool,
+        captions_column: str = "captions",
+        rating: str = RATING,
     ) -> "RowMaker":
         """The maker for a data set as found, whose columns are checked."""
         if not len(raw.dataset):
             raise RowError(raw.name, "it is empty, expected at least one row", "Check the file and the split", "empty")
         columns = json_columns(raw, KNOWN_COLUMNS) if raw.is_json else dict(raw.dataset.features)
-        _check_columns(columns, raw.name)
-        carried = {
-            name: feature for name, feature in columns.items() if name not in (*KNOWN_COLUMNS, *UNSUPPORTED_COLUMNS)
-        }
-        unread = () if stage == "prompt" else tuple(sorted({*carried} - {"id"}))  # reward functions may read any
-        if stage != "prompt":
+        known = KNOWN_COLUMNS | layout_columns(columns)
+        _check_columns(columns, known, raw.name, captions_column)
+        carried = {name: feature for name, feature in columns.items() if name not in (*known, *UNSUPPORTED_COLUMNS)}
+        unread = () if stage == "prompt" else tuple(sorted({*carried} - {"id", captions_column}))
+        if stage != "prompt":  # whose columns reward functions may read
             carried = {}
         if captions_file is not None:
             read_captions(str(captions_file))  # a broken file is reported once, not by every worker
         margin = stage == "preference" and "margin" in columns and has_numbers(raw, "margin")
         features = Features({**stage_features(stage, margin=margin), **carried})
         found = (raw.is_json, raw.columns, raw.trusted_paths)
-        return cls(raw.name, stage, features, *found, image_folder, captions_file, require_captions, decode, unread)
+        return cls(
+            *(raw.name, stage, features, *found, image_folder, captions_file),
+            require_captions=require_captions,
+            decode=decode,
+            unread=unread,
+            captions_column=captions_column,
+            rating=rating,
+        )
 
     def batch(self, table: pa.Table, indices: list[int]) -> dict[str, list[Any]]:
         """Columns of the rows of one batch, `PROBLEM_COLUMNS` among them; for `Dataset.map` in Arrow format."""
@@ -86,7 +97,7 @@ class RowMaker:
             if self.is_json:
                 record = self._parsed(record[JSON_COLUMN], name)
             name = record.get("row_name") or name
-            row = to_row(record, self.stage, name)
+            row = to_row(record, self.stage, name, captions_column=self.captions_column, rating=self.rating)
             paths = [_path_of(image) for image in row["images"]]
             row["images"] = [self._reference(image, name) for image in row["images"]]
             for ref in row["images"]:
@@ -117,12 +128,15 @@ class RowMaker:
 
     def _reference(self, image: Any, row_name: str) -> dict[str, Any]:
         """`{"bytes", "path"}` of an image, which can be opened from any working directory."""
+        if isinstance(image, bytes):
+            return {"bytes": image, "path": None}
         path, placed = _path_of(image), isinstance(image, dict)
         if placed and isinstance(image.get("bytes"), bytes):
             return {"bytes": image["bytes"], "path": path}
         if not isinstance(path, str) or not path:
-            problem = f"an image is {image!r}, expected a file name or image data"
+            problem = f"an image is {abridged(image)}, expected a file name or image data"
             raise RowError(row_name, problem, "Correct the row", "image missing")
+        _check_is_a_name(path, row_name)
         if self.trusted_paths or (placed and not self.is_json and _in_cache(path)):
             found = path
         elif self.image_folder is not None:
@@ -144,18 +158,35 @@ class RowMaker:
             check_captions(row["captions"], name)
 
 
-def _check_columns(columns: Iterable[str], name: str) -> None:
+def _check_columns(columns: Iterable[str], known: frozenset[str], name: str, captions_column: str) -> None:
+    if captions_column not in ("captions", *columns):
+        problem = f"it has no column {captions_column!r}, only {sorted(columns)}"
+        raise RowError(name, problem, "Correct captions_column")
     fix = "Rename or remove the column"
     for column in columns:
-        if column in RESERVED_COLUMNS:
+        if column in RESERVED_COLUMNS - known:
             raise RowError(name, f"it has a column {column!r}, a name that is used here", fix)
-        close = get_close_matches(column.lower(), KNOWN_COLUMNS, n=1, cutoff=0.87)
-        if close and column not in KNOWN_COLUMNS:
+        close = get_close_matches(column.lower(), known, n=1, cutoff=0.87)
+        if close and column not in known and column != captions_column:
+            fix += f", or set captions_column to {column!r}" if close[0] == "captions" else ""
             raise RowError(name, f"it has an unknown column {column!r}; did you mean {close[0]!r}?", fix)
+
+
+def _check_is_a_name(image: str, row_name: str) -> None:
+    """Refuse what other tools take for an image: a link, or the image itself as text."""
+    if image.startswith(("http://", "https://")):
+        fix = "Download the images and name their files; nothing is fetched"
+        raise RowError(row_name, f"its image is a URL ({abridged(image)})", fix, "image is a URL")
+    # The first bytes of JPEG, PNG, GIF and WEBP files; no file name is that long.
+    if image.startswith("data:") or (len(image) > 255 and image.startswith(("/9j/", "iVBORw0K", "R0lGOD", "UklGR"))):
+        problem = f"its image is base64 text ({abridged(image)})"
+        raise RowError(row_name, problem, "Decode it to bytes or a file", "image is base64")
 
 
 def _path_of(image: Any) -> Any:
     """The name by which a record, and so the captions file, knows an image."""
+    if isinstance(image, bytes):
+        return None
     return image.get("path") if isinstance(image, dict) else image
 
 

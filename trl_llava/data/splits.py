@@ -39,6 +39,8 @@ def load_splits(
             stage,
             image_folder=script_args.image_folder,
             captions_file=script_args.captions_file,
+            captions_column=script_args.captions_column,
+            rating=script_args.rating,
             on_bad_row=script_args.on_bad_row,
             require_captions=require_captions,
             num_proc=dataset_num_proc,

@@ -21,7 +21,8 @@ from trl.scripts.utils import DatasetConfig
 from trl_llava.configs.recipe import make_parser
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.data.collators import PromptCollator, SFTCollator
-from trl_llava.data.contract import NO_CAPTIONS, Stage
+from trl_llava.data.contract import NO_CAPTIONS, TIE, Stage
+from trl_llava.data.image_places import moves_images
 from trl_llava.data.images import set_limits
 from trl_llava.data.lengths import LengthMeter
 from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
@@ -169,7 +170,16 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
     try:
         raw = read_source(source)
         folder, captions_file = arguments.image_folder or raw.image_folder, arguments.captions_file
-        maker = RowMaker.of(raw, ROWS_OF[check.stage], folder, captions_file, check.require_captions, decode=True)
+        maker = RowMaker.of(
+            raw,
+            ROWS_OF[check.stage],
+            folder,
+            captions_file,
+            check.require_captions,
+            decode=True,
+            captions_column=arguments.captions_column,
+            rating=arguments.rating,
+        )
     except (ValueError, OSError) as error:
         check.failures.append(str(error))
         return report
@@ -204,12 +214,14 @@ def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> N
     report.text_only = sum(not found["images"][i] for i in good)
     bare = sum(not found["captions"][i] for i in good)
     report.without_captions = report.reasons[NO_CAPTIONS] + (bare if ROWS_OF[check.stage] != "sft" else 0)
+    report.moved = sum(found["text_first"][i] for i in good) if moves_images(check.collator.processor) else 0
     report.tokens, report.text_tokens = found["tokens"], found["text_tokens"]
     report.over_limit = 0 if limit is None else sum(found["tokens"][i] > limit for i in good)
 
-    if bad and check.script_args.on_bad_row == "error":
-        first = found["problem"][bad[0]]
-        check.failures.append(f"{len(bad)} of {report.rows} rows of {report.name} cannot be used, first {first}")
+    faulty = [i for i in bad if found["reason"][i] != TIE]
+    if faulty and check.script_args.on_bad_row == "error":
+        first = found["problem"][faulty[0]]
+        check.failures.append(f"{len(faulty)} of {report.rows} rows of {report.name} cannot be used, first {first}")
     elif len(bad) == report.rows:
         check.failures.append(f"none of the {report.rows} rows of {report.name} can be used")
     elif unskipped := [i for i in bad if found["loaded"][i]]:

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trl_llava.data.image_places import MOVED
+
 MISSING = ("image missing", "no folder", "image outside its folder")
 UNREADABLE = ("damaged image", "empty image", "image too large", "unknown pixel range")
 BARS = 12
@@ -26,6 +28,7 @@ class SourceReport:
     answer_types: Counter[str] = field(default_factory=Counter)  # of usable rows
     text_only: int = 0  # usable rows without images
     without_captions: int = 0
+    moved: int = 0  # usable rows in which the chat template shows an image elsewhere than its text does
     over_limit: int = 0  # usable rows with more tokens than the limit
     tokens: list[int] = field(default_factory=list)  # of each row, image tokens too; 0 for one that cannot be used
     text_tokens: list[int] = field(default_factory=list)  # of each row without image tokens
@@ -54,6 +57,8 @@ def print_report(console: Console, reports: list[SourceReport], failures: list[s
         console.print(histogram(f"Tokens a row, image tokens included; {limited}", tokens))
         console.print(histogram("Tokens a row without image tokens", text_tokens))
     for report in reports:
+        if report.moved:
+            console.print(f"{report.name}: {MOVED} ({report.moved} rows)", markup=False, highlight=False)
         for name, text in report.samples:
             console.rule(f"{name}, as the model reads it")
             console.print(text, markup=False, highlight=False)

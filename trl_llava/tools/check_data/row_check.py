@@ -7,6 +7,7 @@ import pyarrow as pa
 from datasets import Features, Value
 
 from trl_llava.data.contract import RowError, check_one_image
+from trl_llava.data.image_places import text_before_image
 from trl_llava.data.lengths import LengthMeter
 from trl_llava.data.row_maker import RowMaker
 
@@ -14,6 +15,7 @@ FOUND = Features(
     {
         **dict.fromkeys(("reason", "problem", "answer_type"), Value("string")),
         **dict.fromkeys(("images", "captions", "tokens", "text_tokens"), Value("int32")),
+        "text_first": Value("bool"),  # an image of its prompt stands after text
         "loaded": Value("bool"),  # False for a row that a run refuses, or skips, before it encodes any
     }
 )
@@ -48,6 +50,7 @@ class RowCheck:
             "captions": [len(row.get("captions") or []) for row in rows],
             "tokens": [tokens for tokens, _ in lengths],
             "text_tokens": [text_tokens for _, text_tokens in lengths],
+            "text_first": [text_before_image(row["prompt"]) for row in rows],
             "loaded": [problem is None for problem in refused],
         }
 
