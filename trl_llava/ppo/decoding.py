@@ -75,6 +75,23 @@ class DecodingState:
         return replace(self, **picked)
 
 
+class _Layer(StaticLayer):
+    """Takes keys and values of another dtype than the first ones had, as autocast makes of a float32 model's."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return super().update(key_states.to(self.keys.dtype), value_states.to(self.values.dtype), *args, **kwargs)
+
+
+def _empty_cache(policy: nn.Module, length: int) -> StaticCache:
+    cache = StaticCache(policy.config, max_cache_len=length)
+    cache.layers = [_Layer(max_cache_len=length) for _ in cache.layers]
+    return cache
+
+
 def why_not_static(policy: nn.Module, inputs: ModelInputs) -> str | None:
     """Why a policy cannot decode these prompts with a static cache; None if it can."""
     if is_deepspeed_zero3_enabled():
@@ -155,7 +172,7 @@ class StaticDecoder:
         place = {groups[row]: index for index, row in enumerate(once)}
         copies = torch.tensor([place[group] for group in groups], device=device)
         length = query - 1 + min(self.response_length, BUCKET)
-        cache = StaticCache(policy.config, max_cache_len=length)
+        cache = _empty_cache(policy, length)
         for layer, kept in zip(cache.layers, prefix.layers, strict=True):
             if query > 1:
                 layer.update(kept.keys[copies], kept.values[copies])
@@ -180,7 +197,7 @@ class StaticDecoder:
     ) -> DecodingState:
         """The rows that have not ended, with a cache of which `filled` places are taken and a bucket's are free."""
         length = filled + min(BUCKET, self.response_length - int(state.step))
-        cache = StaticCache(policy.config, max_cache_len=length)
+        cache = _empty_cache(policy, length)
         for layer, old in zip(cache.layers, state.cache.layers, strict=True):
             layer.update(old.keys[running, :, :filled], old.values[running, :, :filled])
             old.keys = old.values = None
