@@ -1,19 +1,21 @@
-"""LLaVA-1.5-7B's real shape with random weights on a GPU: all three stages, base in bfloat16 and in NF4.
+"""LLaVA-1.5-7B's real shape with random weights on a GPU, the most useful measurements first, in a given time.
 
-    python -m benchmarks.gpu [--json FILE] [--runs 5] [--stages sft reward ppo] [--bases bf16 nf4]
+    python -m benchmarks.gpu [--minutes 6] [--layers 8] [--json FILE] [--runs 2] [--only decoding ...]
 
-For each stage and base, the batch doubles until the card is full: tokens/s, peak memory, the share of the card's
-bfloat16 peak that the step's matrix work makes up, the share of its memory bandwidth that generation reads weights and
-cache at, and the largest of these batches that fits cards of 24, 48, 80 and 140 GB: what took more of this card is
-tried again with PyTorch kept to what such a card has. Nothing is downloaded: the weights are drawn (14 GB on disk, in
-a temporary folder that `--folder` moves).
+Four kinds of cases, each in processes of its own:
 
-`--json` is written anew after every case, so that a run that is cut off has lost none that was done. SIGTERM and a
-fault of the benchmark itself still print the table. A case that fails for another reason than memory is a row that
-says so, what it raised is printed, and the sweep goes on with the next stage or base; the command then ends with
-status 1.
+- step: a step of a stage: tokens/s, shares of the card's bfloat16 peak and of its memory bandwidth, peak memory beside
+  what `trl-llava plan` says.
+- decoding: milliseconds a token of our generation and of transformers' `generate` on the same prompts and policy.
+- lengths: a step of SFT whose batch has a length that the process has not seen, beside one of a known length, ours and
+  TRL's trainer; and of the reward model, ours and one that encodes both completions of a pair whole.
+- onevision: LLaVA-OneVision-0.5B's shape with its recipes as they are, within the memory of a 24 GB card. They read
+  images in tiles, and need torchvision.
 
-Without a CUDA device the command ends with an error.
+Nothing is downloaded: the weights are drawn (14 GB on disk for all 32 layers, in a temporary folder that `--folder`
+moves). After each case the tables so far are printed and `--json` is written anew; when the time is up, or on SIGTERM,
+the running case is left out. A case that fails is a row that says so, and the command then ends with status 1. Without
+a CUDA device it ends with an error.
 """
 
 import argparse
@@ -24,88 +26,171 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import ppo_sides, reward_step, sft_step
+from benchmarks import gpu_onevision, ppo_sides, reward_step, sft_step
 from benchmarks.gate import Gate
-from benchmarks.gpu_tables import Case, largest_batches, ppo_of, table
-from benchmarks.gpu_work import Card, find_card
+from benchmarks.gpu_tables import Case, ppo_of, tables
+from benchmarks.gpu_work import find_card
 from benchmarks.harness import Side, alternate, quiet, say, steps_needed
-from benchmarks.rows import make_rows
-from benchmarks.tables import arguments, markdown, write_json
+from benchmarks.rows import make_rows, stage_words
+from benchmarks.tables import arguments, write_json
 from benchmarks.workload import Size, make_base, make_reward
+from trl_llava.ppo.generation import neutral_generation_config
+from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.reward_trainer import LlavaRewardTrainer
+from trl_llava.tools.plan import command as plan
 
 SEVEN_B = Size(
     vocabulary=32_064, hidden=4096, layers=32, heads=32, tower_hidden=1024, tower_layers=24, question=64, rank=64
 )
-STAGES = ("sft", "reward", "ppo")
 BASES: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True},
     "nf4": {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "load_in_4bit": True},
 }
 """Base -> keys of the recipe. TRL's default for 4 bit is NF4."""
+CASES = (
+    Case("step", "ppo", "bf16", 8),
+    Case("decoding", "ppo", "bf16", 8),
+    Case("step", "sft", "bf16", 8),
+    Case("lengths", "sft", "bf16", 8),
+    Case("step", "reward", "bf16", 8),
+    Case("step", "ppo", "nf4", 8),
+    Case("onevision", "sft", "nf4", 1),
+    Case("onevision", "reward", "nf4", 1),
+    Case("onevision", "ppo", "nf4", 4),
+    Case("lengths", "reward", "bf16", 8),
+    Case("step", "sft", "nf4", 8),
+    Case("step", "reward", "nf4", 8),
+    Case("decoding", "ppo", "bf16", 32),
+    Case("decoding", "ppo", "nf4", 8),
+    Case("step", "ppo", "bf16", 64),
+)
+"""The most useful first."""
+KNOWN, NEW = (243, 243), (16, 272)
+"""Fewest and most words of a completion where all batches have one length, and where hardly two have the same: the
+longest of eight has 243 words on average."""
 OUT_OF_MEMORY = ("OutOfMemoryError", "STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
 """What a traceback says of a case that does not fit: PyTorch's own words, cuBLAS's and cuDNN's, and the driver's."""
 DISK_GB = 16
 """The base in bfloat16, and the reward model's adapter in float32."""
+SMALL_CARD_GB = 0.95 * 24
+"""What PyTorch may take of a card of 24 GB: the rest is CUDA's own."""
 
 
-def make_side(case: Case, size: Size, folder: Path, steps: int, response_length: int) -> Side:
-    """The run of a case.
+class TimeIsUp(Exception):
+    """The minutes that were given are over."""
 
-    Args:
-        case: Which.
-        size: The model.
-        folder: Where `prepare` has put it; rows are written beside it.
-        steps: How many steps are run.
-        response_length: Of PPO.
 
-    Returns:
-        The side.
-    """
+class DecodesTwice(LlavaPPOTrainer):
+    """PPO that has transformers' `generate` complete the same prompts too, as the phase "transformers"."""
+
+    gate: Gate
+
+    def generate(self, policy: Any, inputs: Any, columns: dict[str, list], step: int | None) -> Any:
+        """Ours, after theirs, each with all tokens of `response_length`."""
+        length = self.args.response_length
+        with self.gate.phase("transformers"), neutral_generation_config(policy), self.accelerator.autocast():
+            policy.generate(
+                input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
+                attention_mask=inputs.attention_mask,
+                **inputs.image_kwargs(),
+                do_sample=True,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return super().generate(policy, inputs, columns, step)
+
+
+def decoding_side(gate: Gate, **given: Any) -> None:
+    """A PPO run whose completions all have `response_length` tokens, made by us and by transformers."""
+    DecodesTwice.gate = gate
+    ppo_sides.our_side(gate, trainer_class=DecodesTwice, **given)
+
+
+def sides_of(case: Case, size: Size, folder: Path, steps: int, response_length: int) -> Mapping[str, Side]:
+    """The runs of a case; models as `prepare` has written them, and rows, which are written here."""
     fields = BASES[case.base]
+    if case.kind == "onevision":
+        run = functools.partial(gpu_onevision.side, stage=case.stage, steps=steps, folder=folder / "onevision")
+        in_a_process(gpu_onevision.prepare, folder / "onevision")
+        return {case.name: functools.partial(limited, side=run, gb=SMALL_CARD_GB)}
+    if case.kind == "lengths":
+        return length_sides(case, size, folder, steps)
     if case.stage == "sft":
         sft = sft_step.Step(size, case.batch, steps=steps)
         make_rows(size, folder / "rows", case.batch * steps, {"completion": sft.answer})
-        return functools.partial(sft_step.our_side, folder=folder, step=sft, **fields)
+        return {case.name: functools.partial(sft_step.our_side, folder=folder, step=sft, **fields)}
     if case.stage == "reward":
         pairs = reward_step.Step(size, case.batch, steps=steps)
-        answers = {"chosen": pairs.answer, "rejected": pairs.answer}
-        make_rows(size, folder / "rows", case.batch * steps, answers)
-        return functools.partial(
-            reward_step.side, folder=folder, step=pairs, trainer_class=LlavaRewardTrainer, judged=True, **fields
-        )
+        make_rows(size, folder / "rows", case.batch * steps, dict.fromkeys(("chosen", "rejected"), pairs.answer))
+        return {case.name: reward_side(folder, pairs, LlavaRewardTrainer, fields)}
     step = ppo_of(case, size, steps, response_length)
     make_rows(size, folder / "rows", case.batch * steps, {})
-    return functools.partial(ppo_sides.our_side, folder=folder, step=step, **fields)
+    side = decoding_side if case.kind == "decoding" else ppo_sides.our_side
+    return {case.name: functools.partial(side, folder=folder, step=step, **fields)}
 
 
-def prepare(size: Size, folder: Path, device: str) -> None:
-    """Write base and reward model.
+def length_sides(case: Case, size: Size, folder: Path, steps: int) -> dict[str, Side]:
+    """Two trainers, each over batches of one length and over batches of ever new ones."""
+    fields, sides = BASES[case.base], {}
+    columns = ["completion"] if case.stage == "sft" else ["chosen", "rejected"]
+    for word, lengths in (("known", KNOWN), ("new", NEW)):
+        place = folder / f"{case.stage}_{word}"
+        place.mkdir(exist_ok=True)
+        for model in ("base", "reward"):
+            if not (place / model).exists():
+                (place / model).symlink_to(folder / model)
+        make_rows(size, place / "rows", case.batch * steps, dict.fromkeys(columns, lengths))
+        if case.stage == "sft":
+            sft = sft_step.Step(size, case.batch, lengths, steps)
+            sides[f"ours, {word}"] = functools.partial(sft_step.our_side, folder=place, step=sft, **fields)
+            sides[f"TRL, {word}"] = functools.partial(sft_step.trl_side, folder=place, step=sft, **fields)
+        else:
+            pairs = reward_step.Step(size, case.batch, lengths, steps)
+            sides[f"ours, {word}"] = reward_side(place, pairs, LlavaRewardTrainer, fields)
+            # TRL's trainer takes no images: it would encode both completions of a pair whole, with PyTorch's default.
+            whole = {**fields, "share_prefix": False, "cudnn_attention": True}
+            sides[f"both whole, {word}"] = reward_side(place, pairs, reward_step.WholeRewardTrainer, whole)
+    return sides
 
-    Args:
-        size: The model.
-        folder: Where.
-        device: Where the weights are drawn.
-    """
-    place = {"dtype": torch.bfloat16, "device": device}
-    base = make_base(size, folder / "base", **place)
-    make_reward(base, size, folder / "reward", **place)
+
+def reward_side(
+    folder: Path, step: reward_step.Step, kind: type[LlavaRewardTrainer], fields: Mapping[str, Any]
+) -> Side:
+    """A run of the reward model, with the judging turn."""
+    return functools.partial(reward_step.side, folder=folder, step=step, trainer_class=kind, judged=True, **fields)
+
+
+def planned_gib(case: Case, size: Size, folder: Path, response_length: int) -> float:
+    """What `trl-llava plan` says of a step: GiB of its worst moment."""
+    fields = {**BASES[case.base], "report_to": "none"}
+    prompt = size.image_tokens + size.question + 40  # about as many of the template
+    length = {"sft": prompt + 96, "reward": prompt + 96 + 200, "ppo": prompt}[case.stage]
+    if case.stage == "sft":
+        values = sft_step.our_values(sft_step.Step(size, case.batch), **fields)
+    elif case.stage == "reward":
+        values = reward_step.our_values(reward_step.Step(size, case.batch), **fields)
+    else:
+        values = ppo_sides.our_values(folder, ppo_of(case, size, 1, response_length), **fields)
+    options = ["--gpu-memory", "80", "--stage", case.stage, "--length", str(length)]
+    options += ["--judged_length", str(prompt + response_length)] if case.stage == "ppo" else []
+    options += ["--shared_length", str(prompt)] if case.stage == "reward" else []
+    words = stage_words(folder, size, {**values, "output_dir": folder / "planned"})
+    known, rest = plan._make_parser().parse_known_args([*options, *words])
+    return plan.need_of(*plan.read_job(known, rest)).worst.total / 2**30
 
 
 def limited(gate: Gate, side: Side, gb: float) -> None:
-    """Run a side with no more of the GPU's memory than a smaller card would give it.
-
-    Args:
-        gate: The gate.
-        side: The side.
-        gb: 10^9 bytes.
-    """
+    """Run a side with no more of the GPU's memory, in 10^9 bytes, than a smaller card would give it."""
     total = torch.cuda.get_device_properties(0).total_memory
     allowed = min(total, int(gb * 1e9))
     torch.cuda.set_per_process_memory_fraction(allowed / total)
@@ -114,176 +199,135 @@ def limited(gate: Gate, side: Side, gb: float) -> None:
     side(gate)
 
 
-def run_case(
-    case: Case, size: Size, folder: Path, runs: int, response_length: int, gb: float | None = None
-) -> list[dict[str, Any]]:
-    """Run a case.
-
-    Args:
-        case: Which.
-        size: The model.
-        folder: What `prepare` has written.
-        runs: How many steps count.
-        response_length: Of PPO.
-        gb: What PyTorch may take of the card, in 10^9 bytes; None for all.
-
-    Returns:
-        What `alternate` returns, with `stage`, `base` and `batch`; nothing if the case does not fit.
-
-    Raises:
-        RuntimeError: If the run fails for another reason than memory.
-    """
-    name = " ".join(map(str, case)) + (f" in {gb:.0f} GB" if gb is not None else "")
-    side = make_side(case, size, folder, steps_needed(runs), response_length)
-    if gb is not None:
-        side = functools.partial(limited, side=side, gb=gb)
+def run_case(case: Case, size: Size, folder: Path, runs: int, response_length: int) -> list[dict[str, Any]]:
+    """Run a case of which `runs` steps count: what `alternate` returns, with the case's fields and a plan."""
     try:
-        found = alternate({name: side}, runs)
+        sides = sides_of(case, size, folder, steps_needed(runs), response_length)
+        found = []
+        for kind in dict.fromkeys(name.split(",")[0] for name in sides):  # all sides at once might not fit
+            found += alternate({name: side for name, side in sides.items() if name.split(",")[0] == kind}, runs)
+        planned = planned_gib(case, size, folder, response_length) if case.kind == "step" else None
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise
-        say(f"{name}: does not fit")
-        return []
-    return [{**run, **case._asdict()} for run in found]
+        if any(sign in str(error) for sign in OUT_OF_MEMORY):
+            say(f"{case.name}: does not fit")
+            return [{**case._asdict(), "side": case.name, "seconds": None, "run": "does not fit"}]
+        say(f"{case.name} failed:\n{error}")
+        last = str(error).strip().splitlines()[-1]
+        return [{**case._asdict(), "side": case.name, "seconds": None, "run": "failed", "error": last}]
+    return [{**run, **case._asdict(), "planned_gib": planned} for run in found]
 
 
-def sweep(
+def measure(
     cases: Sequence[Case],
     run: Callable[[Case], list[dict[str, Any]]],
-    entries: list[dict[str, Any]],
-    note: Callable[[], None] = lambda: None,
-) -> None:
-    """Run cases of one stage and base in order of their batches, until one does not fit or fails.
-
-    Args:
-        cases: The cases, smallest batch first.
-        run: Runs one of them.
-        entries: What is found is added here, case by case; one that does not fit or fails has `seconds` None.
-        note: Called after each case.
-    """
-    for case in cases:
+    note: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Run cases, and note what is found after each, until all are done or the time is up."""
+    entries: list[dict[str, Any]] = []
+    for number, case in enumerate(cases):
         try:
-            found = run(case)
-            nothing = {"run": "does not fit"}
-        except RuntimeError as error:
-            found, nothing = [], failed(case, error)
-        entries += found or [{**case._asdict(), "side": str(case), "seconds": None, **nothing}]
-        note()
-        if not found:
+            entries += run(case)
+            note(entries)
+        except TimeIsUp:
+            say(f"The time is up; not run: {', '.join(left.name for left in cases[number:])}")
             break
+    return entries
 
 
-def failed(case: Case, error: RuntimeError) -> dict[str, str]:
-    """Say why a case failed.
+@contextmanager
+def stopping_after(minutes: float) -> Iterator[None]:
+    """Raise `TimeIsUp` inside once so many minutes are over, or on SIGTERM."""
 
-    Args:
-        case: Which.
-        error: With the traceback of its process as its text.
+    def stop(*_: object) -> NoReturn:
+        raise TimeIsUp
 
-    Returns:
-        `run` and, in its last line, the `error`.
-    """
-    say(f"{case} failed:\n{error}")
-    return {"run": "failed", "error": str(error).strip().splitlines()[-1]}
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def main(words: Sequence[str]) -> None:
-    """Measure, and print the tables.
+def prepare(size: Size, folder: Path, device: str) -> None:
+    """Write base and reward model, drawn on a device."""
+    place = {"dtype": torch.bfloat16, "device": device}
+    base = make_base(size, folder / "base", **place)
+    make_reward(base, size, folder / "reward", **place)
 
-    Args:
-        words: The command line without the program's name.
 
-    Raises:
-        SystemExit: If there is no CUDA device, or its peak is not known.
-    """
+def draw_models(size: Size, folder: Path) -> None:
+    """Write the models, if the disk has room for them."""
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < DISK_GB * size.layers / SEVEN_B.layers:
+        raise SystemExit(f"error: the models take {DISK_GB} GB, but {folder} has {free:.0f} GB free: give --folder")
+    start = time.monotonic()
+    in_a_process(prepare, size, folder, "cuda")
+    say(f"Models of {size.layers} layers drawn in {time.monotonic() - start:.0f} s")
+
+
+def in_a_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function in a process of its own: what it leaves on the card would be missing in those of the sides."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} failed (exit code {process.exitcode}); see above")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--response-length", type=int, default=256, help="limit of PPO's answers")
+    parser.set_defaults(runs=2)
+    parser.add_argument("--minutes", type=float, default=6.0, help="stop after so many")
+    parser.add_argument("--layers", type=int, default=SEVEN_B.layers, help="of the language model, for a quick look")
+    parser.add_argument("--only", nargs="+", default=[], help="kinds, stages or bases of cases, e.g. decoding nf4")
+    parser.add_argument("--response-length", type=int, default=256, help="limit of PPO's completions")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak, if the card is not known here")
     parser.add_argument("--bandwidth-gbs", type=float, help="memory bandwidth, if the card is not known here")
     parser.add_argument("--folder", help="where the temporary 14 GB go")
-    options = parser.parse_args(words)
+    return parser
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure, print the tables and write them as JSON."""
+    options = make_parser().parse_args(words)
     if not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device: this benchmark measures a GPU (the others run on a CPU)")
     if torch.cuda.device_count() > 1:  # a trainer would split its batches over all that it sees
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was measured is still printed
     quiet()
     properties = torch.cuda.get_device_properties(0)
     card = find_card(properties.name, options.peak_tflops, options.bandwidth_gbs)
-    total_gb = properties.total_memory / 1e9
-    say(f"{properties.name}, {total_gb:.0f} GB; by its data sheet {card.tflops} TFLOP/s bfloat16, {card.gbs} GB/s")
-    measure(options, card, total_gb)
+    say(
+        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; by its data sheet {card.tflops} TFLOP/s "
+        f"bfloat16, {card.gbs} GB/s"
+    )
+    size = replace(SEVEN_B, layers=options.layers)
 
-
-def measure(options: argparse.Namespace, card: Card, total_gb: float) -> None:
-    """Run the sweep, and print and write what it found, also where it ends with a fault.
-
-    Args:
-        options: The command line.
-        card: What the card can do.
-        total_gb: Its memory.
-
-    Raises:
-        SystemExit: If the disk is too small, the models cannot be written, or a case fails.
-    """
-    entries: list[dict[str, Any]] = []
-    ratios: dict[str, Any] = {}
-
-    def note() -> None:
+    def note(entries: list[dict[str, Any]]) -> None:
+        text, ratios = tables(entries, size, card, options.response_length)
+        print(text, flush=True)
         if options.json is not None:
             write_json(options.json, ratios, entries)
 
-    note()  # a file that cannot be written shall be known now
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        draw_models(Path(name))
-        run = functools.partial(
-            run_case, size=SEVEN_B, folder=Path(name), runs=options.runs, response_length=options.response_length
-        )
-
-        def fits(case: Case, gb: float) -> bool:
-            try:
-                return bool(run(case, runs=1, gb=gb))
-            except RuntimeError as error:
-                faults.append(failed(case, error)["error"])
-                return False
-
-        faults: list[str] = []
+    wanted = [case for case in CASES if set(options.only) <= {case.kind, case.stage, case.base}]
+    with stopping_after(options.minutes), tempfile.TemporaryDirectory(dir=options.folder) as name:
         try:
-            for stage in options.stages:
-                for base in options.bases:
-                    sweep([Case(stage, base, batch) for batch in sorted(options.batches)], run, entries, note)
-            shares = largest_batches(entries, total_gb, fits)
-            say(f"\nLargest batch:\n\n{markdown(shares)}\n")
-            ratios |= {f"{row['stage']} {row['base']} {key}": row[key] for row in shares for key in row if "GB" in key}
-        finally:
-            if entries:
-                print(table(entries, SEVEN_B, card, options.response_length), flush=True)
-            note()
-    faults += [entry["error"] for entry in entries if "error" in entry]
+            draw_models(size, Path(name))
+        except TimeIsUp:
+            raise SystemExit("error: the time was up before the models were drawn: give more --minutes") from None
+        run = functools.partial(
+            run_case, size=size, folder=Path(name), runs=options.runs, response_length=options.response_length
+        )
+        entries = measure(wanted, run, note)
+    faults = [f"{entry['side']}: {entry['error']}" for entry in entries if "error" in entry]
     if faults:
-        raise SystemExit(f"error: {len(faults)} cases failed, see above: {'; '.join(dict.fromkeys(faults))}")
-
-
-def draw_models(folder: Path) -> None:
-    """Write the models, in a process of its own: what it leaves on the card would be missing in those of the sides.
-
-    Args:
-        folder: Where.
-
-    Raises:
-        SystemExit: If the disk is too small, or the process fails.
-    """
-    free = shutil.disk_usage(folder).free / 1e9
-    if free < DISK_GB:
-        raise SystemExit(f"error: the models take {DISK_GB} GB, but {folder} has {free:.0f} GB free: give --folder")
-    drawing = multiprocessing.get_context("spawn").Process(target=prepare, args=(SEVEN_B, folder, "cuda"))
-    drawing.start()
-    drawing.join()
-    if drawing.exitcode:
-        raise SystemExit(f"error: the models could not be written (exit code {drawing.exitcode}); see above")
+        raise SystemExit(f"error: {len(faults)} cases failed, see above: {'; '.join(faults)}")
 
 
 if __name__ == "__main__":

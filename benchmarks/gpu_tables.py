@@ -1,7 +1,6 @@
-"""The tables of the GPU sweep: speeds and shares of each case, and the largest batch that fits cards of some sizes."""
+"""The tables of `benchmarks.gpu`: steps with their shares of what the card can do, decoding, lengths, OneVision."""
 
 import statistics
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks import ppo_sides, sft_step
@@ -9,60 +8,36 @@ from benchmarks.gpu_work import Card, decoding_bytes, pass_flops, training_flops
 from benchmarks.tables import markdown
 from benchmarks.workload import Size
 
-CAPACITIES_GB = (24, 48, 80, 140)
-USABLE = 0.95
-"""The share of a card that PyTorch may fill: the rest is CUDA's own, and what fragments."""
-
 
 class Case(NamedTuple):
-    """One point of the sweep.
+    """One measurement; `batch` are the rows (pairs of the reward model) that a pass takes at once."""
 
-    Attributes:
-        stage: "sft", "reward" or "ppo".
-        base: "bf16" or "nf4".
-        batch: Rows (pairs of the reward model) that a pass takes at once, and a step trains on.
-    """
-
-    stage: str
-    base: str
+    kind: str  # step, decoding, lengths or onevision
+    stage: str  # sft, reward or ppo
+    base: str  # bf16 or nf4
     batch: int
+
+    @property
+    def name(self) -> str:
+        """Its fields in words."""
+        return " ".join(map(str, self))
 
 
 def ppo_of(case: Case, size: Size, steps: int, response_length: int) -> ppo_sides.Step:
-    """The PPO step of a case: answers of four lengths, evenly spread up to the limit.
-
-    Args:
-        case: Which.
-        size: The model.
-        steps: How many steps are run.
-        response_length: The limit.
-
-    Returns:
-        The step.
-    """
-    lengths = tuple(response_length * (4 - row % 4) // 4 for row in range(case.batch))
+    """The PPO step of a case: completions of four lengths up to the limit, or, to measure decoding, all of it."""
+    least = 4 if case.kind == "decoding" else 1
+    lengths = tuple(response_length * max(4 - row % 4, least) // 4 for row in range(case.batch))
     return ppo_sides.Step(size, lengths, response_length, micro_batch=case.batch, epochs=1, steps=steps)
 
 
-def speeds(case: Case, size: Size, runs: list[dict[str, Any]], card: Card, response_length: int) -> dict[str, Any]:
-    """A row of the table.
+def step_row(case: Case, size: Size, runs: list[dict[str, Any]], card: Card, response_length: int) -> dict[str, Any]:
+    """A row of the table of steps.
 
-    Args:
-        case: The case.
-        size: The model.
-        runs: Its runs.
-        card: What the card can do.
-        response_length: Of PPO.
-
-    Returns:
-        Column -> cell. Lengths are those of the workload's middle: prompts have about 40 tokens of template, the
-        judging turn with captions about 200. What is computed once is counted once: a pair's prompt, for both answers.
-        The share of bandwidth is too low by the time of the prompts' own pass, and where memory makes generation take
-        a batch in parts, each of which reads the weights.
+    Lengths are those of the workload's middle: prompts have about 40 tokens of template, the judging turn with
+    captions about 200. What is computed once is counted once: a pair's prompt, for both completions. The share of
+    bandwidth is too low by the time of the prompts' own pass, and where memory makes generation take a batch in parts,
+    each of which reads the weights.
     """
-    if runs[0]["seconds"] is None:
-        nothing = dict.fromkeys(("tokens/s", "peak GB", "of bf16 peak", "of bandwidth, generation"))
-        return {**case._asdict(), "s per step": runs[0]["run"], **nothing}
     seconds = statistics.median(run["seconds"] for run in runs)
     prompt = size.image_tokens + size.question + 40
     bandwidth = None
@@ -86,73 +61,86 @@ def speeds(case: Case, size: Size, runs: list[dict[str, Any]], card: Card, respo
         flops = training_flops(size, rows, predicted, case.batch)
         tokens = sum(rows)
     return {
-        **case._asdict(),
+        **_named(case),
         "s per step": seconds,
         "tokens/s": tokens / seconds,
-        "peak GB": peak_gb(runs),
         "of bf16 peak": flops / seconds / (card.tflops * 1e12),
         "of bandwidth, generation": bandwidth,
+        "peak GiB": peak_gib(runs),
+        "planned GiB": runs[0].get("planned_gib"),
     }
 
 
-def peak_gb(runs: list[dict[str, Any]]) -> float:
-    """Peak memory of a case.
-
-    Args:
-        runs: Its runs.
-
-    Returns:
-        10^9 bytes, of the GPU if there is one.
-    """
-    return max(run.get("gpu_mib", run["peak_mib"]) for run in runs) * 2**20 / 1e9
-
-
-def largest_batches(
-    entries: list[dict[str, Any]], total_gb: float, fits: Callable[[Case, float], bool]
-) -> list[dict[str, Any]]:
-    """The largest batch of the sweep that fits cards of some sizes.
-
-    Args:
-        entries: What `sweep` finds, of all cases.
-        total_gb: Memory of this card: what would fit a larger one is not known.
-        fits: Tries whether a case runs within so many 10^9 bytes; asked where it took more when it had the whole card.
-
-    Returns:
-        A row for each stage and base: `24 GB` and so on -> batch, 0 if none fits, None if not known,
-            as where all cases failed.
-    """
-    rows = []
-    for stage, base in dict.fromkeys((entry["stage"], entry["base"]) for entry in entries):
-        row: dict[str, Any] = {"stage": stage, "base": base}
-        all_own = [entry for entry in entries if (entry["stage"], entry["base"]) == (stage, base)]
-        own = [entry for entry in all_own if entry["seconds"]]
-        untold = not own and any(entry["run"] == "failed" for entry in all_own)
-        peaks = {batch: peak_gb([e for e in own if e["batch"] == batch]) for batch in {e["batch"] for e in own}}
-        for capacity in CAPACITIES_GB:
-            largest = 0
-            for batch in sorted(peaks):
-                limit = USABLE * capacity
-                if capacity > total_gb * 1.05 or not (peaks[batch] <= limit or fits(Case(stage, base, batch), limit)):
-                    break
-                largest = batch
-            row[f"{capacity} GB"] = largest if capacity <= total_gb * 1.05 and not untold else None
-        rows.append(row)
-    return rows
+def decoding_row(
+    case: Case, size: Size, runs: list[dict[str, Any]], card: Card, response_length: int
+) -> dict[str, Any]:
+    """A row of the table of decoding; the prompts' own pass is in both times."""
+    theirs = statistics.median(run["phases"]["transformers"] for run in runs)
+    ours = statistics.median(run["phases"]["generation"] - run["phases"]["transformers"] for run in runs)
+    prompts = [size.image_tokens + size.question + 40] * case.batch
+    moved = decoding_bytes(size, case.base, prompts, [response_length] * case.batch)
+    return {
+        **_named(case),
+        "ms a token": 1000 * ours / response_length,
+        "transformers' ms": 1000 * theirs / response_length,
+        "of transformers'": ours / theirs,
+        "of bandwidth": moved / ours / (card.gbs * 1e9),
+    }
 
 
-def table(entries: list[dict[str, Any]], size: Size, card: Card, response_length: int) -> str:
-    """A row for each case.
+def lengths_row(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the table of lengths: seconds of each side, and what new lengths cost."""
+    seconds = {
+        side: statistics.median(run["seconds"] for run in runs if run["side"] == side)
+        for side in dict.fromkeys(run["side"] for run in runs)
+    }
+    other = next(side for side in seconds if not side.startswith("ours")).split(",")[0]
+    return {
+        **_named(case),
+        "ours, known": seconds["ours, known"],
+        "ours, new": seconds["ours, new"],
+        "new to known": seconds["ours, new"] / seconds["ours, known"],
+        "beside": other,
+        "its new to known": seconds[f"{other}, new"] / seconds[f"{other}, known"],
+        "ours to it, known": seconds["ours, known"] / seconds[f"{other}, known"],
+        "ours to it, new": seconds["ours, new"] / seconds[f"{other}, new"],
+    }
 
-    Args:
-        entries: What `sweep` finds, of all cases.
-        size: The model.
-        card: What the card can do.
-        response_length: Of PPO.
 
-    Returns:
-        Markdown.
-    """
+def onevision_row(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the table of OneVision's recipes within 24 GB."""
+    reserved = max(run.get("gpu_mib", 0.0) for run in runs) / 1024
+    seconds = statistics.median(run["seconds"] for run in runs)
+    return {**_named(case), "s per step": seconds, "peak GiB": peak_gib(runs), "reserved GiB": reserved}
+
+
+def peak_gib(runs: list[dict[str, Any]]) -> float:
+    """The most that tensors took, of the GPU if there is one."""
+    return max(run["peak_mib"] for run in runs) / 1024
+
+
+def _named(case: Case) -> dict[str, Any]:
+    return {"stage": case.stage, "base": case.base, "batch": case.batch}
+
+
+def tables(
+    entries: list[dict[str, Any]], size: Size, card: Card, response_length: int
+) -> tuple[str, dict[str, float | None]]:
+    """A Markdown table for each kind of case, and `NAME COLUMN` -> number of all that is a share or a ratio."""
     cases: dict[Case, list[dict[str, Any]]] = {}
     for entry in entries:
-        cases.setdefault(Case(entry["stage"], entry["base"], entry["batch"]), []).append(entry)
-    return markdown([speeds(case, size, runs, card, response_length) for case, runs in cases.items()])
+        cases.setdefault(Case._make(entry[field] for field in Case._fields), []).append(entry)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    ratios: dict[str, float | None] = {}
+    for case, runs in cases.items():
+        if runs[0]["seconds"] is None:
+            rows.setdefault("not measured", []).append({"case": case.name, "why": runs[0]["run"]})
+            continue
+        if case.kind in ("step", "decoding"):
+            make = step_row if case.kind == "step" else decoding_row
+            row = make(case, size, runs, card, response_length)
+        else:
+            row = lengths_row(case, runs) if case.kind == "lengths" else onevision_row(case, runs)
+        rows.setdefault(case.kind, []).append(row)
+        ratios |= {f"{case.name} {key}": row[key] for key in row if key.startswith("of ") or " to " in key}
+    return "\n\n".join(f"{kind}:\n\n{markdown(own)}" for kind, own in rows.items()) + "\n", ratios

@@ -188,11 +188,19 @@ def our_side(
         trainer_class: Our trainer, or one that differs from it.
         **fields: Further keys of the recipe.
     """
+    train_ppo.LlavaPPOTrainer = gated_ppo(gate, step.lengths, trainer_class)
+    run_stage(train_ppo.main, folder, step.size, our_values(folder, step, **fields))
+
+
+def gated_ppo(
+    gate: Gate, lengths: Sequence[int], trainer_class: type[LlavaPPOTrainer] = LlavaPPOTrainer
+) -> type[LlavaPPOTrainer]:
+    """Our trainer, whose steps wait at a gate, and whose completions have these lengths."""
 
     class Gated(trainer_class):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, callbacks=[gate], **kwargs)
-            self.generator.decoder = ForcedLengths(self.generator.decoder, step.lengths)
+            self.generator.decoder = ForcedLengths(self.generator.decoder, lengths)
             phase = self.clock.phase
 
             def both(name: str) -> Any:
@@ -200,12 +208,13 @@ def our_side(
 
             self.clock.phase = both
 
-    train_ppo.LlavaPPOTrainer = Gated
-    # With a fresh adapter the reference is the bare base, as on TRL's side.
-    values = {"reward_model_path": folder / "reward", **step.values()}
-    if step.low_memory:
-        values |= {"logits_chunk_size": 64}
-    run_stage(train_ppo.main, folder, step.size, {**values, **fields})
+    return Gated
+
+
+def our_values(folder: Path, step: Step, **fields: Any) -> dict[str, Any]:
+    """The recipe of our side, with further keys; with its fresh adapter the reference is the bare base, as TRL's."""
+    low = {"logits_chunk_size": 64} if step.low_memory else {}
+    return {"reward_model_path": folder / "reward", **step.values(), **low, **fields}
 
 
 def copies_side(gate: Gate, folder: Path, step: Step) -> None:

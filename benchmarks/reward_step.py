@@ -106,7 +106,12 @@ def side(
         return make(**(kwargs if judged else {**kwargs, "judging_prompt": None}))
 
     train_reward.LlavaRewardTrainer = trainer
-    values = {
+    run_stage(train_reward.main, folder, step.size, our_values(step, **fields))
+
+
+def our_values(step: Step, **fields: Any) -> dict[str, Any]:
+    """The recipe of our side, with further keys."""
+    return {
         "per_device_train_batch_size": step.pairs,
         "max_steps": step.steps,
         "max_length": None,
@@ -115,7 +120,6 @@ def side(
         **NOTHING_ELSE,
         **fields,
     }
-    run_stage(train_reward.main, folder, step.size, values)
 
 
 def measure(step: Step, runs: int) -> list[dict[str, Any]]:

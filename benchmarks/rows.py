@@ -89,14 +89,17 @@ def run_stage(main: Callable[[Sequence[str]], None], folder: Path, size: Size, v
         values: All other keys of the recipe; those that are given here too count instead.
     """
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        recipe = {
-            "model_name_or_path": folder / "base",
-            "use_peft": True,
-            "lora_r": size.rank,
-            "lora_alpha": size.rank,
-            "dataset_name": folder / "rows" / "rows.jsonl",
-            "image_folder": folder / "rows",
-            "output_dir": output,
-            **values,
-        }
-        main(command_line(recipe))
+        main(stage_words(folder, size, {**values, "output_dir": output}))
+
+
+def stage_words(folder: Path, size: Size, values: Mapping[str, Any]) -> list[str]:
+    """The command line of a stage with a fresh adapter, as `run_stage` runs it."""
+    recipe = {
+        "model_name_or_path": folder / "base",
+        "use_peft": True,
+        "lora_r": size.rank,
+        "lora_alpha": size.rank,
+        "dataset_name": folder / "rows" / "rows.jsonl",
+        "image_folder": folder / "rows",
+    }
+    return command_line({**recipe, **values})

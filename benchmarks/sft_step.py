@@ -83,22 +83,28 @@ def our_side(gate: Gate, folder: Path, step: Step, **fields: Any) -> None:
         **fields: Further keys of the recipe.
     """
     train_sft.LlavaSFTTrainer = gated(LlavaSFTTrainer, gate)
-    # The default dropout of a recipe is 0.05, that of TRL's side 0.
-    run_stage(train_sft.main, folder, step.size, {"lora_dropout": 0.0, **step.values(), **fields})
+    run_stage(train_sft.main, folder, step.size, our_values(step, **fields))
 
 
-def trl_side(gate: Gate, folder: Path, step: Step) -> None:
+def our_values(step: Step, **fields: Any) -> dict[str, Any]:
+    """The recipe of our side, with further keys; the default dropout of a recipe is 0.05, that of TRL's side 0."""
+    return {"lora_dropout": 0.0, **step.values(), **fields}
+
+
+def trl_side(gate: Gate, folder: Path, step: Step, dtype: str = "float32", **fields: Any) -> None:
     """Run TRL's trainer on the same rows.
 
     Args:
         gate: The gate.
         folder: What `prepare` has written.
         step: What a step does.
+        dtype: Of the base.
+        **fields: Further fields of its config.
     """
     with tempfile.TemporaryDirectory(dir=folder) as output:
         gated(SFTTrainer, gate)(
             model=str(folder / "base"),
-            args=SFTConfig(output_dir=output, model_init_kwargs={"dtype": "float32"}, **step.values()),
+            args=SFTConfig(output_dir=output, model_init_kwargs={"dtype": dtype}, **{**step.values(), **fields}),
             train_dataset=trl_rows(folder),
             processing_class=load_processor(str(folder / "base")),
             peft_config=lora(step.size),

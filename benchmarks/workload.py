@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -21,7 +22,6 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from trl_llava.models.load import load_processor
-from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 from trl_llava.rewards.factual_reward import FactualReward
 
@@ -222,7 +222,7 @@ def make_reward(
         The folder.
     """
     torch.manual_seed(2)
-    model = LlavaForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype).to(device)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype).to(device)
     if not whole:
         model = get_peft_model(model, lora(size, head=True))
     FactualReward(model, load_processor(str(base)), None).save_pretrained(folder)

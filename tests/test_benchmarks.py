@@ -2,7 +2,7 @@
 
 import importlib
 import json
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 from benchmarks import (
     factual_gain,
     gpu,
+    gpu_onevision,
     gpu_tables,
     gpu_work,
     ppo_sides,
@@ -132,107 +133,58 @@ def test_a_pair_is_counted_as_it_runs_with_its_prompt_once() -> None:
     card = gpu_work.Card(1e-6, 100)
 
     def row(stage: str) -> dict[str, Any]:
-        return gpu_tables.speeds(gpu.Case(stage, "bf16", 2), TOY, [entry(1, "x", 2.0)], card, 8)
+        return gpu_tables.step_row(gpu.Case("step", stage, "bf16", 2), TOY, [entry(1, "x", 2.0)], card, 8)
 
     assert (row("sft")["tokens/s"], row("reward")["tokens/s"]) == (62 + 64, 62 + 2 * 264)
     work = gpu_work.training_flops(TOY, [590, 590], 0, 2)
     assert row("reward")["of bf16 peak"] == pytest.approx(work / 2.0 / 1e6)
 
 
-def test_largest_batch_is_one_that_was_measured() -> None:
-    def run(batch: int, gb: float) -> dict[str, Any]:
-        return {
-            "stage": "sft",
-            "base": "nf4",
-            "batch": batch,
-            "seconds": 1.0,
-            "gpu_mib": gb * 1e9 / 2**20,
-            "peak_mib": 1.0,
-        }
-
-    asked = []
-
-    def fits(case: gpu.Case, gb: float) -> bool:
-        asked.append((case.batch, gb))
-        return case.batch == 1
-
-    entries = [run(1, 9.0), run(2, 15.0), run(2, 16.0), run(4, 30.0)]
-    entries.append({"stage": "sft", "base": "nf4", "batch": 8, "run": "does not fit", "seconds": None})
-    row = {"stage": "sft", "base": "nf4", "24 GB": 2, "48 GB": 4, "80 GB": None, "140 GB": None}
-    assert gpu_tables.largest_batches(entries, 50.0, fits) == [row]
-    assert asked == [(4, 0.95 * 24)]  # it took 30 of a large card, and would not do with less
-    assert gpu_tables.largest_batches([run(1, 47.9), run(2, 48.0)], 50.0, fits)[0]["48 GB"] == 1
-    assert gpu_tables.largest_batches(entries[-1:], 50.0, fits)[0]["48 GB"] == 0
+def test_decoding_is_compared_within_a_step_and_lengths_within_a_trainer() -> None:
+    decoding = gpu.Case("decoding", "ppo", "bf16", 2)
+    assert gpu_tables.ppo_of(decoding, TOY, 1, 8).lengths == (8, 8)
+    assert gpu_tables.ppo_of(decoding._replace(kind="step"), TOY, 1, 8).lengths == (8, 6)
+    run = entry(1, "x", 9.0, phases={"generation": 3.0, "transformers": 2.0})
+    row = gpu_tables.decoding_row(decoding, TOY, [run], gpu_work.Card(1, 100), 8)
+    assert (row["ms a token"], row["transformers' ms"], row["of transformers'"]) == (125.0, 250.0, 0.5)
+    seconds = {"ours, known": 2.0, "ours, new": 2.2, "TRL, known": 2.5, "TRL, new": 5.5}
+    row = gpu_tables.lengths_row(gpu.Case("lengths", "sft", "bf16", 2), [entry(1, *one) for one in seconds.items()])
+    assert (row["new to known"], row["its new to known"]) == (1.1, 2.2)
+    assert (row["ours to it, known"], row["ours to it, new"]) == (0.8, 0.4)
 
 
-def test_what_does_not_fit_is_a_row_and_other_faults_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "make_side", lambda *_: None)
-    faults = {1: None, 2: "torch.OutOfMemoryError: CUDA out of memory.", 4: "KeyError: 'x'"}
+def test_what_does_not_fit_is_a_row_and_so_is_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "sides_of", lambda case, *_: {case.name: None})
+    faults = {1: None, 2: "torch.OutOfMemoryError: CUDA out of memory.", 4: "a traceback\nKeyError: 'x'"}
 
     def one_run(sides: dict[str, Any], runs: int) -> list[dict[str, Any]]:
-        batch = int(next(iter(sides)).split()[2])
-        if faults[batch]:
-            raise RuntimeError(faults[batch])
-        return [entry(1, "sft bf16 1", 2.0, gpu_mib=1000.0)]
+        (name,) = sides
+        if fault := faults[int(name.split()[3])]:
+            raise RuntimeError(fault)
+        return [entry(1, name, 2.0, gpu_mib=1000.0)]
 
     monkeypatch.setattr(gpu, "alternate", one_run)
-    entries: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu, "planned_gib", lambda *_: 3.5)
+    entries = [found for n in faults for found in gpu.run_case(gpu.Case("step", "sft", "bf16", n), TOY, Path(), 1, 8)]
+    text, ratios = gpu_tables.tables(entries, TOY, gpu_work.Card(1, 100), 8)
+    assert "| sft | bf16 | 1 | 2 |" in text and text.count("| 3.5 |") == 1
+    assert "| step sft bf16 2 | does not fit |" in text and "| step sft bf16 4 | failed |" in text
+    assert entries[2]["error"] == "KeyError: 'x'"
+    assert ratios.keys() == {"step sft bf16 1 of bf16 peak", "step sft bf16 1 of bandwidth, generation"}
+
+
+def test_gpu_cases_end_with_the_time_and_are_noted_one_by_one(capsys: pytest.CaptureFixture) -> None:
+    cases, noted = [gpu.Case("step", stage, "bf16", 1) for stage in ("ppo", "sft", "reward")], []
 
     def run(case: gpu.Case) -> list[dict[str, Any]]:
-        return gpu.run_case(case, TOY, Path(), 1, 8)
+        while case.stage == "sft":
+            time.sleep(0.01)
+        return [entry(1, case.name, 1.0)]
 
-    noted = []
-    for batches in ((1, 2, 4), (4, 8)):
-        cases = [gpu.Case("sft", "bf16", batch) for batch in batches]
-        gpu.sweep(cases, run, entries, lambda: noted.append(len(entries)))
-    assert [found["batch"] for found in entries] == [1, 2, 4]  # nothing larger is tried, after a failure either
-    assert noted == [1, 2, 3]
-    lines = gpu_tables.table(entries, TOY, gpu_work.Card(1, 100), 8).splitlines()[2:]
-    starts = ["| sft | bf16 | 1 | 2 |", "| sft | bf16 | 2 | does not fit |  |", "| sft | bf16 | 4 | failed |  |"]
-    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
-    assert entries[2]["error"] == "KeyError: 'x'"
-    with pytest.raises(RuntimeError, match="KeyError"):
-        run(gpu.Case("sft", "bf16", 4))
-
-
-def test_gpu_sweep_leaves_its_table_whatever_happens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """A stage that fails costs the others nothing, and what is cut off has been written until then."""
-    seen: list[list[dict[str, Any]]] = []
-
-    def run_case(case: gpu.Case, gb: float | None = None, **_: Any) -> list[dict[str, Any]]:
-        seen.append(json.loads((tmp_path / "found.json").read_text())["runs"])
-        if case.stage == "sft":
-            raise RuntimeError("a traceback\nValueError: no such kernel")
-        if case.base == "nf4" and case.batch == 2:
-            sys.exit(143)
-        return [entry(1, "x", 2.0, gpu_mib=30_000.0, phases={"generation": 1.0}, **case._asdict())] * (gb is None)
-
-    monkeypatch.setattr(gpu, "draw_models", lambda folder: None)
-    monkeypatch.setattr(gpu, "run_case", run_case)
-    options = SimpleNamespace(
-        json=tmp_path / "found.json", folder=None, runs=1, response_length=8, stages=gpu.STAGES, bases=["bf16"]
-    )
-    options.batches = [1]
-    with pytest.raises(SystemExit, match="error: 1 cases failed, see above: ValueError: no such kernel"):
-        gpu.measure(options, gpu_work.Card(1, 100), 50.0)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [(run["stage"], run["run"]) for run in found["runs"]] == [("sft", "failed"), ("reward", 1), ("ppo", 1)]
-    assert [found["ratios"][f"{stage} bf16 {gb} GB"] for stage in ("ppo", "sft") for gb in (24, 48)] == [
-        0,
-        1,
-        None,
-        None,
-    ]
-    assert [len(runs) for runs in seen[:3]] == [0, 1, 2]
-    assert "| sft | bf16 | 1 | failed |" in capsys.readouterr().out
-
-    options.stages, options.bases, options.batches = ["ppo"], ["nf4"], [1, 2]
-    with pytest.raises(SystemExit, match="143"):
-        gpu.measure(options, gpu_work.Card(1, 100), 50.0)
-    assert "| ppo | nf4 | 1 | 2 |" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "found.json").read_text())["runs"]) == 1
+    with gpu.stopping_after(0.5 / 60):
+        found = gpu.measure(cases, run, lambda entries: noted.append(len(entries)))
+    assert [one["side"] for one in found] == ["step ppo bf16 1"] and noted == [1]
+    assert "not run: step sft bf16 1, step reward bf16 1" in capsys.readouterr().out
 
 
 def test_a_smaller_card_is_all_that_a_case_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,18 +374,40 @@ def test_processes_share_a_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["bf16", "nf4"])
-def test_gpu_sweep_at_toy_size_on_the_cpu(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        gpu.Case("step", "sft", "nf4", 2),
+        gpu.Case("step", "reward", "bf16", 2),
+        gpu.Case("decoding", "ppo", "nf4", 2),
+        gpu.Case("lengths", "sft", "bf16", 2),
+        gpu.Case("lengths", "reward", "bf16", 2),
+    ],
+    ids=lambda case: case.name,
+)
+def test_gpu_cases_at_toy_size_on_the_cpu(case: gpu.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # bfloat16 on a CPU has to be asked for.
-    monkeypatch.setitem(gpu.BASES, base, {**gpu.BASES[base], "use_cpu": True})
+    monkeypatch.setitem(gpu.BASES, case.base, {**gpu.BASES[case.base], "use_cpu": True})
+    monkeypatch.setattr(gpu, "KNOWN", (5, 5))
+    monkeypatch.setattr(gpu, "NEW", (2, 8))
     size = replace(TOY, hidden=64)
     gpu.prepare(size, tmp_path, "cpu")
-    entries: list[dict[str, Any]] = []
+    entries = gpu.run_case(case, size, tmp_path, 1, 8)
+    assert all(found["seconds"] for found in entries), entries
+    assert len(entries) == (4 if case.kind == "lengths" else 1)
+    text, ratios = gpu_tables.tables(entries, size, gpu_work.Card(1, 100), 8)
+    assert f"| {case.stage} | {case.base} | 2 |" in text and ratios
 
-    def run(case: gpu.Case) -> list[dict[str, Any]]:
-        return gpu.run_case(case, size, tmp_path, 1, 8)
 
-    for stage in gpu.STAGES:
-        gpu.sweep([gpu.Case(stage, base, batch) for batch in (1, 2)], run, entries)
-    assert gpu_tables.table(entries, size, gpu_work.Card(1, 100), 8).count(f"| {base} | 1 |") == 3
-    assert gpu_tables.largest_batches(entries, 50.0, lambda case, gb: False)[0]["24 GB"] == 2
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", gpu_onevision.ENTRIES)
+def test_onevision_recipes_at_toy_size_on_the_cpu(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")  # for the video part of the processor
+    size = workload.Size(vocabulary=300, hidden=56, layers=2, heads=14, tower_hidden=64, tower_layers=2, rank=4)
+    gpu_onevision.prepare(tmp_path, size, "cpu", 28)
+    monkeypatch.setattr(gpu_onevision, "PIXELS", 56)
+    gate = OpenGate()
+    monkeypatch.chdir(gpu_onevision.RECIPES.parents[1])
+    more = {"response_length": 256, "local_rollout_forward_batch_size": 4} if stage == "ppo" else {}
+    gpu_onevision.side(gate, stage, 1, tmp_path, use_cpu=True, **more)
+    assert len([step for step in gate.steps if "seconds" in step]) == 1
