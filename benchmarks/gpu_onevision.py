@@ -96,6 +96,7 @@ def words_of(stage: str, folder: Path, output: Path | str, steps: int, batch: in
         "output_dir": output,
         "captions_file": None,
         "test_split_size": None,
+        "eval_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
