@@ -404,6 +404,23 @@ def test_a_recorded_step_is_replayed_or_left_with_a_message(
         assert graph.recorded <= 1 and len(said) == 1 and message in said[0]  # once
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
+def test_static_decoding_is_not_for_attention_that_sees_empty_places(attention: str, tiny_llava_dir: Path) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    policy.config.get_text_config()._attn_implementation_internal = attention
+    reason = str(decoding.why_not_static(policy, make_inputs("tiny_llava_dir", tiny_llava_dir)))
+    assert reason == f"{attention} does not leave out the places of a cache that are not filled yet"
+
+
+def test_what_waits_for_the_device_is_not_recorded(tiny_llava_dir: Path) -> None:
+    policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
+    assert decoding.why_not_recorded(policy) is None
+    policy.config.get_text_config().rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    assert "rotary embeddings of type dynamic" in str(decoding.why_not_recorded(policy))
+    policy.config.quantization_config = SimpleNamespace(load_in_8bit=True)
+    assert "LLM.int8" in str(decoding.why_not_recorded(policy))
+
+
 def test_static_decoding_is_not_for_zero3(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
     monkeypatch.setattr(decoding, "is_deepspeed_zero3_enabled", lambda: True)

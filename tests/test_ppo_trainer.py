@@ -23,7 +23,7 @@ from trl_llava.errors import ExplainedError, InputError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 from trl_llava.ppo.passes import response_logprobs
-from trl_llava.ppo.setup import rounds_alike
+from trl_llava.ppo.setup import prepare_roles, rounds_alike
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
 
@@ -150,6 +150,19 @@ def test_the_result_does_not_depend_on_how_many_rows_run_at_once(tiny_llava_dir,
                 part = rollout.select(range(row, min(row + size, 4)))
                 again, _ = response_logprobs(model.policy, part.inputs, part.responses, part.mask, trainer.sampling)
                 torch.testing.assert_close(again, part.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_no_dropout_is_left_and_the_policys_config_is_as_it_was(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    policy = trainer.policy_model.get_base_model()
+    attention = policy.model.vision_tower.encoder.layers[0].self_attn
+    attention.dropout = policy.model.language_model.layers[0].self_attn.attention_dropout = 0.5
+    policy.model.vision_tower.encoder.layers[0].mlp.extra = torch.nn.Dropout(0.5)
+    prepare_roles(trainer.policy_model, trainer.value_model, None, trainer.args)
+    rates = [getattr(m, name, 0) for m in policy.modules() for name in ("dropout", "attention_dropout", "p")]
+    assert not any(rate for rate in rates if isinstance(rate, float))
+    saved = LlavaConfig.from_pretrained(tiny_llava_dir).to_dict()
+    assert policy.config.to_dict().get("use_cache") is saved.get("use_cache")
 
 
 def test_a_mini_batch_is_one_optimizer_step(tiny_llava_dir, adapter_dir, tmp_path):

@@ -24,18 +24,21 @@ from transformers import (
     TrainerState,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 from trl.trainer.base_trainer import _BaseTrainer
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.vllm import require_vllm
 from trl_llava.data.collators import PromptCollator
+from trl_llava.errors import InputError
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.gpu_kernels import apply_liger
 from trl_llava.models.image_features import encode_images, same_vision
 from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.vision_tower import trains_vision
 from trl_llava.ppo import ppo_math
 from trl_llava.ppo.checkpoint import PPOCheckpoints
 from trl_llava.ppo.completions import Completions
@@ -138,6 +141,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         if ref_model is None and not isinstance(model, PeftModel):
+            if is_deepspeed_zero3_enabled():
+                raise InputError(
+                    "under ZeRO-3 a whole policy has no weights to copy for its reference: load `ref_model` anew"
+                )
             ref_model = copy.deepcopy(model).requires_grad_(False)
         self.policy_model, self.ref_model, self.value_model = model, ref_model, value_model
         self.completions_per_epoch = len(train_dataset) * args.num_generations_per_prompt
@@ -167,8 +174,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         given = super()._build_accelerator_args(**kwargs)
         given["dynamo_plugin"] = TorchDynamoPlugin(backend="no")  # `torch_compile` compiles layers, see ppo/setup.py
         if self.args.ddp_find_unused_parameters is None:
-            # A pass of the update uses every trained weight of both roles.
-            given["kwargs_handlers"][0].find_unused_parameters = False
+            # A pass of the update uses every trained weight of both roles, but for layers of a tower behind the one
+            # whose features are selected.
+            vision = any(trains_vision(model) for model in (self.policy_model, self.value_model))
+            given["kwargs_handlers"][0].find_unused_parameters = vision
         return given
 
     def _prepare(self) -> None:
@@ -273,20 +282,25 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         columns = {
             name: [entry for entry in column for _ in range(times)] for name, column in batch["columns"].items()
         }
-        if self.ref_model is not None:  # else the reference has the policy's tower
+        if self.ref_model is not None:
             with torch.no_grad(), self.gathered(self.ref_model) as reference, self.clock.phase("images"):
                 ref_inputs = encode_images(reference, ref_inputs, at_once).repeated(times)
         with torch.no_grad(), self.gathered() as model:
             with self.clock.phase("images"):
                 together = value_inputs is inputs and same_vision(model.policy, model.value_model)
                 inputs = encode_images(model.policy, inputs, at_once).repeated(times)
+                if self.ref_model is None and not same_vision(model.policy, model.policy):
+                    with self.roles.reference(model.policy) as reference:  # without the policy's adapter on its tower
+                        ref_inputs = encode_images(reference, ref_inputs, at_once).repeated(times)
+                elif self.ref_model is None:
+                    ref_inputs = inputs
                 if together:
                     value_inputs = inputs
                 else:
                     value_inputs = encode_images(model.value_model, value_inputs, at_once).repeated(times)
             with self.clock.phase("generation"):
                 completions = self.generate(model.policy, inputs, columns, step)
-        prompts = (inputs, inputs if self.ref_model is None else ref_inputs, value_inputs)
+        prompts = (inputs, ref_inputs, value_inputs)
         with self.clock.phase("forward"):
             logprobs, ref_logprobs, values = self.roles.logprobs_and_values(*prompts, completions)
         importance = torch.empty(0)

@@ -24,6 +24,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trl_llava.models.adapter_role import computing
+from trl_llava.models.base_model import base_of
 from trl_llava.models.chunked_head import Sampling, logprobs_of
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo.passes import position_kwargs
@@ -100,10 +101,24 @@ def why_not_static(policy: nn.Module, inputs: ModelInputs) -> str | None:
         return f"{type(policy).__name__} derives its own positions"
     if inputs.with_tokens():
         return f"its processor gives each token {', '.join(inputs.with_tokens())}"
+    attention = base_of(policy).config.get_text_config()._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        return f"{attention} does not leave out the places of a cache that are not filled yet"
     if any(type(layer) is not StaticLayer for layer in StaticCache(policy.config, max_cache_len=1).layers):
         return f"not all layers of {type(policy).__name__} keep all keys and values"
     if getattr(policy.config, "image_token_id", None) in inputs.input_ids[:, -1].tolist():
         return "a prompt ends with an image"
+    return None
+
+
+def why_not_recorded(policy: nn.Module) -> str | None:
+    """Why a step of a policy cannot be recorded as a CUDA graph: it waits for the device; None if it may be."""
+    config = base_of(policy).config
+    if getattr(getattr(config, "quantization_config", None), "load_in_8bit", False):
+        return "LLM.int8 looks for outliers in every step"
+    rope = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        return f"rotary embeddings of type {rope} look at the positions in every step"
     return None
 
 
@@ -123,7 +138,7 @@ class StaticDecoder:
         self.stop_token_id = stop_token_id
         self.pad_token_id = pad_token_id
         self.share_prefix = share_prefix
-        self.replays = True  # until a recorded step turns out to compute something else
+        self.replays = True  # until a step cannot be recorded, or turns out to compute something else
 
     def decode(
         self, policy: nn.Module, inputs: ModelInputs, keys: torch.Tensor | None
@@ -209,6 +224,8 @@ class StaticDecoder:
         """Draw up to `room` tokens; returns how many, fewer if all rows have ended."""
         draw = self._draw_with(policy, state)  # holds tensors that a recorded step reads: it must live as long
         step, done, on_gpu = draw, 0, _on_gpu(state)
+        if on_gpu and self.replays and (reason := why_not_recorded(policy)) is not None:
+            self._stop_replaying(reason)
         if on_gpu and self.replays and room > 1:
             step, done = self._record(draw, state), 1
         while done < room:
@@ -274,10 +291,13 @@ class StaticDecoder:
                 return graph.replay
             reason = f"its logits are {error:.3g} off, where rounding explains {allowed:.3g}"
             _take_back(state, before)
-        self.replays = False
-        logger.warning("Decoding is not replayed as a CUDA graph, and so is slower: %s.", reason)
+        self._stop_replaying(reason)
         draw()
         return draw
+
+    def _stop_replaying(self, reason: str) -> None:
+        self.replays = False
+        logger.warning("Decoding is not replayed as a CUDA graph, and so is slower: %s.", reason)
 
 
 def _on_gpu(state: DecodingState) -> bool:

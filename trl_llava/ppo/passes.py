@@ -6,6 +6,8 @@ Letters: `B` batch, `Q` query length (image tokens included), `R` response lengt
 response tokens.
 """
 
+import copy
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -177,7 +179,7 @@ class PolicyAndValue(nn.Module):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
-        self.config = policy.config
+        self.config = copy.copy(policy.config)  # Trainer writes its `use_cache` here, which shall not be saved
         # TRL asks before it generates; rollouts run in eval mode, where transformers does not checkpoint.
         self.is_gradient_checkpointing = False
 

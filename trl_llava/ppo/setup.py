@@ -66,8 +66,9 @@ def prepare_roles(
     for model in roles:
         disable_dropout_in_model(model)
         for module in model.modules():  # TRL's function only finds modules; attention keeps its rate in an attribute
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+            for name in ("attention_dropout", "dropout"):  # CLIP's has the second name
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
         compile_layers(model, args)
         if args.gradient_checkpointing and model is not ref_model:
             shared = isinstance(value_model, AdapterRole)
