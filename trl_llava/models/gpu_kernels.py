@@ -1,6 +1,6 @@
 """Flex attention, flash attention and liger's kernels: refused where they cannot work.
 
-transformers applies liger's kernels in SFT and reward training; PPO's trainer has to. Neither was run on a GPU.
+transformers applies liger's kernels in SFT and reward training; PPO's trainer has to.
 """
 
 import logging
