@@ -111,6 +111,24 @@ def test_a_mixture_is_counted_by_source(files: Published, reports: list[Any]) ->
     ]
 
 
+def test_rated_completions_and_a_captions_column(
+    files: Published, reports: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """VLFeedback's layout: pairs on a level are counted and make no run fail, whatever `on_bad_row` says."""
+    shown = {"prompt": "What is it?", "img_path": "000000000001.jpg", "gt_caption": "A street."}
+    records = []
+    for ratings in (("5", "1"), ("3", "3"), ("4", "2")):
+        notes = [{"Visual Faithfulness": {"Rating": rating, "Rationale": ""}} for rating in ratings]
+        texts = [{"response": text, "annotations": note} for text, note in zip(("Yes.", "No."), notes, strict=True)]
+        records.append({**shown, "completions": texts})
+    (files.folder / "rated.json").write_text(json.dumps(records))
+    rows = {"dataset_name": f"{files.folder}/rated.json", "captions_file": None}
+    assert run(files.recipe("reward", **rows, captions_column="gt_caption")) == 0
+    assert (reports[0].rows, reports[0].usable, reports[0].reasons) == (3, 2, {"tie": 1})
+    assert "  - A street." in capsys.readouterr().out
+    assert run(files.recipe("reward", **rows, captions_column="captoin")) == 1
+
+
 def test_what_makes_a_run_fail(files: Published, reports: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     (files.folder / "coco" / "damaged.jpg").write_bytes(
         (files.folder / "coco" / "000000000001.jpg").read_bytes()[:900]
