@@ -1,6 +1,8 @@
 """Loading by ID or folder: what is loaded, what is frozen, and every refusal."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from trl import RewardConfig, RewardTrainer
 
 import trl_llava.models.load as models
 from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.errors import InputError
 from trl_llava.models.same_tokenizer import check_same_tokenizer
 from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 
@@ -179,6 +182,45 @@ def test_processor_is_loaded_as_it_was_saved(tiny_llava_dir: Path) -> None:
     assert processor.chat_template == AutoProcessor.from_pretrained(tiny_llava_dir).chat_template
     assert not processor.image_processor.do_pad
     assert models.load_processor(str(tiny_llava_dir), pad_to_square=True).image_processor.do_pad
+
+
+IMAGE_TOKENS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+
+
+def changed(base: Path, folder: Path, file: str, **values: object) -> Path:
+    """A copy of a model with other values in one of its files; None takes a field out."""
+    shutil.copytree(base, folder)
+    fields = {**json.loads((folder / file).read_text()), **values}
+    (folder / file).write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("missing", [IMAGE_TOKENS, IMAGE_TOKENS[2:]])
+@pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_next_dir"])
+def test_what_older_processors_lack_is_taken_from_the_models_config(
+    family: str, missing: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(family)
+    older = changed(base, tmp_path / "older", "processor_config.json", **dict.fromkeys(missing))
+    read, expected = models.load_processor(str(older)), models.load_processor(str(base))
+    assert [getattr(read, field) for field in IMAGE_TOKENS] == [getattr(expected, field) for field in IMAGE_TOKENS]
+
+
+def test_more_image_tokens_than_features_are_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    full = changed(tiny_llava_dir, tmp_path / "full", "config.json", vision_feature_select_strategy="full")
+    problem = "makes 16 image tokens of 28x28 pixels, the model 17 features: set patch_size to 7, .*to 'full', .* to 1"
+    with pytest.raises(InputError, match=problem):
+        models.load_processor(str(full))
+
+
+def test_tokens_without_an_embedding_are_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "added"
+    shutil.copytree(tiny_llava_dir, folder)
+    processor = models.load_processor(str(folder))
+    processor.tokenizer.add_tokens(["<box>"])
+    processor.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"added has 601 tokens, the model 600 embeddings: resize them"):
+        models.load_processor(str(folder))
 
 
 def test_processor_of_a_text_model_is_refused(tiny_llama_dir: Path) -> None:

@@ -31,6 +31,7 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, MissingPackageError, NotFoundError
 from trl_llava.hub.lookup import check_there, find_file, not_found
 from trl_llava.models.chat_templates import set_chat_template
+from trl_llava.models.fit_processor import fit_to_model
 from trl_llava.models.quantization import keep_differentiable, quantization_config
 from trl_llava.models.sharded_weights import whole
 from trl_llava.models.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
@@ -100,6 +101,7 @@ def load_processor(
             "(a chat template also by `chat_template_path: vicuna_v1` in the recipe; "
             "processor.tokenizer.pad_token = '<unk>'), save it to a folder, and use that folder"
         )
+    fit_to_model(processor, name, revision, trust_remote_code)
     if pad_to_square is not None:
         set_square_padding(processor, pad_to_square)
     return processor

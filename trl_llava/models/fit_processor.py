@@ -1,0 +1,75 @@
+"""Whether a processor fits the model it is saved with: as many image tokens as features, as many ids as embeddings.
+
+Else the run ends in the middle of a forward pass, on a GPU with an assertion that names nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, ProcessorMixin
+
+from trl_llava.errors import InputError
+from trl_llava.hub.lookup import find_file
+
+PATCHES, STRATEGY, ADDITIONAL = "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"
+
+
+def fit_to_model(processor: ProcessorMixin, name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Take what a processor lacks from its model's config, and refuse one that the model cannot follow.
+
+    A folder without a config, such as an adapter's, has nothing to hold it against.
+    """
+    if find_file(name, "config.json", revision) is None:
+        return
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return  # the model's own loading says it
+    _check_embeddings(processor, config, name)
+    if all(hasattr(processor, field) for field in (PATCHES, STRATEGY, ADDITIONAL)):
+        _fit_image_tokens(processor, config, name, _saved_fields(name, revision))
+
+
+def _check_embeddings(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
+    tokens, embeddings = max(processor.tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size
+    if tokens > embeddings:
+        raise InputError(
+            f"the tokenizer of {name} has {tokens} tokens, the model {embeddings} embeddings: resize them "
+            "(model.resize_token_embeddings) and save, or remove the added tokens"
+        )
+
+
+def _fit_image_tokens(processor: ProcessorMixin, config: PreTrainedConfig, name: str, saved: dict[str, Any]) -> None:
+    vision, strategy = config.vision_config, getattr(config, STRATEGY, None)
+    if strategy not in ("default", "full") or not isinstance(getattr(vision, PATCHES, None), int):
+        return
+    right = {PATCHES: vision.patch_size, STRATEGY: strategy, ADDITIONAL: _class_tokens(vision)}
+    for field, value in right.items():
+        if getattr(processor, field) is None or saved.get(field) is None:
+            setattr(processor, field, value)
+    side = vision.image_size
+    made, features = (
+        (side // given[PATCHES]) ** 2 + given[ADDITIONAL] - (given[STRATEGY] == "default")
+        for given in ({field: getattr(processor, field) for field in right}, right)
+    )
+    if made != features:
+        values = ", ".join(f"{field} to {value!r}" for field, value in right.items())
+        raise InputError(
+            f"the processor of {name} makes {made} image tokens of {side}x{side} pixels, the model {features} "
+            f"features: set {values} in processor_config.json"
+        )
+
+
+def _class_tokens(vision: PreTrainedConfig) -> int:
+    """How many features a vision tower makes beside those of patches: CLIP one of the whole image, SigLIP none."""
+    with torch.device("meta"):  # no memory
+        tower = AutoModel.from_config(vision)
+    return sum(key.rpartition(".")[2] in ("class_embedding", "cls_token") for key, _ in tower.named_parameters())
+
+
+def _saved_fields(name: str, revision: str | None) -> dict[str, Any]:
+    """The values in a processor's file: transformers has defaults for those that it lacks."""
+    file = find_file(name, "processor_config.json", revision)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
