@@ -13,8 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from reference_passes import followed_by
 from safetensors.torch import load_file
-from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, prompt_rows, weights
-from transformers import AutoProcessor, LlavaConfig, TrainerCallback
+from tiny_trainers import favour_the_stop_token, make_adapter, make_policy, ppo_trainer, prompt_rows, weights
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_llava.configs.ppo import LlavaPPOConfig
@@ -44,6 +44,17 @@ def test_adapters_and_head_move_and_all_else_is_bit_identical(tiny_llava_dir, ad
     moved = {name.split(".")[0] for name in before if ".default." in name}
     assert moved == {"policy", "value_model"}
     assert any("score" in name and ".default." in name for name in before)
+
+
+def test_ids_that_no_token_has_are_never_drawn(tiny_llava_dir, adapter_dir, tmp_path):
+    """The policy has 40 embeddings more than the tokenizer has tokens, and than the value model can read."""
+    padded = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, dtype=torch.float32)
+    padded.resize_token_embeddings(640)
+    padded.save_pretrained(tmp_path / "padded")
+    policy = make_policy(tmp_path / "padded", adapter_dir)
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path / "run", model=policy, response_length=20)
+    trainer.train()
+    assert {*range(600, 640)} < {*trainer.sampling.suppressed}
 
 
 def test_what_a_step_logs(tiny_llava_dir, adapter_dir, tmp_path):

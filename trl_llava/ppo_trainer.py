@@ -216,7 +216,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     def _make_phases(self) -> None:
         """Make what generates, passes and updates, once the models are prepared."""
         args = self.args
-        self.sampling = Sampling(args.temperature, suppressed_tokens(self.policy_model), args.logits_chunk_size)
+        suppressed = suppressed_tokens(self.policy_model, self.tokenizer)
+        self.sampling = Sampling(args.temperature, suppressed, args.logits_chunk_size)
         recompute = args.recompute_logprobs
         if recompute is None:
             recompute = not rounds_alike(self.policy_model, args, self.accelerator)

@@ -26,12 +26,17 @@ from trl_llava.ppo.rollout import chunks, pad_right
 logger = logging.getLogger(__name__)
 
 
-def suppressed_tokens(policy: nn.Module) -> list[int]:
-    """Ids that no completion may hold: a sampled image token would need an image that is not there."""
+def suppressed_tokens(policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
+    """Ids that no completion may hold: a sampled image token would need an image that is not there.
+
+    Of `tokenizer`, those that it has no token for too: vocabularies are padded, and not every model that reads a
+    completion has an embedding there.
+    """
     config = policy.config
     ids = {getattr(config, name, None) for name in ("image_token_id", "video_token_id")}
-    vocabulary = config.get_text_config().vocab_size
-    return sorted(token for token in ids if token is not None and token < vocabulary)
+    vocabulary = range(config.get_text_config().vocab_size)
+    ids |= set() if tokenizer is None else {*vocabulary} - {*tokenizer.get_vocab().values()}
+    return sorted(token for token in ids if token is not None and token in vocabulary)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.data.contract import abridged
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo import ppo_math
@@ -188,7 +189,7 @@ class VLLMGenerator:
         if wrong is not None:
             raise RolloutEngineError(
                 f"vLLM's answer holds the token id {wrong}, which is no id that the policy may answer with (0 to "
-                f"{self.vocabulary - 1}, without {self.suppressed}): does it serve the policy's model?"
+                f"{self.vocabulary - 1}, without {abridged(self.suppressed)}): does it serve the policy's model?"
             )
         if len(ids) > limit or (len(ids) < limit and ids[-1:] != [self.stop_token_id]):
             raise RolloutEngineError(
