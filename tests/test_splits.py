@@ -58,6 +58,18 @@ def test_a_mixture_has_margins_everywhere_or_nowhere(tmp_path: Path) -> None:
         load_splits(script_args, mixture, args, "preference")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "problem"),
+    [
+        ({"test_split_size": 0.99}, "`test_split_size: 0.99` leaves none of 4 rows for training"),
+        ({"per_device_train_batch_size": 5, "dataloader_drop_last": True}, "leaves nothing of 4 rows"),
+    ],
+)
+def test_rows_must_be_left_to_train_on(tmp_path: Path, recipe: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        load(tmp_path, dataset_name=write(tmp_path, "a", 4), **recipe)
+
+
 def test_fractions_repeat_no_row(tmp_path: Path) -> None:
     # 3 of 4 rows shall be from `a`, which has 6: so 8 rows in all, 2 of `b`.
     sources = [{"path": write(tmp_path, "a", 6), "fraction": 3}, {"path": write(tmp_path, "b", 6), "fraction": 1}]

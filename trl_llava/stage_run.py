@@ -27,6 +27,11 @@ from trl_llava.publish.trainer import PushAtSaves
 from trl_llava.run import output_dir
 from trl_llava.run.console import quiet_libraries
 
+OWN_PACKAGE = frozenset(
+    {"clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"}
+)
+"""Values of `report_to` that are the name of the package they need."""
+
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
@@ -97,5 +102,6 @@ def _check_packages(args: TrainingArguments) -> None:
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             raise InputError(f"`report_to`: {name!r} is none of {', '.join(INTEGRATION_TO_CALLBACK)}")
-        if name in ("comet_ml", "mlflow", "trackio", "wandb") and find_spec(name) is None:
+        packages = (name, "tensorboardX") if name == "tensorboard" else (name,)
+        if name in OWN_PACKAGE and not any(map(find_spec, packages)):
             raise MissingPackageError(f"`report_to: {name}` needs {name}: `pip install {name}`, or leave it out")

@@ -21,6 +21,7 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, TrlParser
 
+from trl_llava.configs.combinations import check_combinations
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import RecipeError
 
@@ -180,7 +181,8 @@ class RecipeParser(TrlParser):
             name = next((word for word in unknown if word.startswith("--")), unknown[0])
             field = name.removeprefix("--").partition("=")[0].replace("-", "_")
             raise RecipeError(f"command line: unknown argument `{name}`{nearest(field, self._hints)}")
-        values = {name: value for name, value in vars(namespace).items() if name in self._hints}
+        values = {name: expand_home(value) for name, value in vars(namespace).items() if name in self._hints}
+        check_combinations(values, path or "command line")
         plain = {name: _plain(value) for name, value in values.items() if name not in SECRETS}
         given = {name: value for name, value in plain.items() if name in from_file or value != defaults[name]}
         rest = {name: value for name, value in plain.items() if name not in given}

@@ -1,5 +1,6 @@
 """The training and evaluation rows that a recipe names: one data set, or a mixture of several."""
 
+import math
 import random
 
 from accelerate import PartialState
@@ -51,7 +52,10 @@ def load_splits(
         check_margins([source.path for source in train_sources], ["margin" in part.column_names for part in parts])
         train = concatenate_datasets(_keep_fractions(train_sources, parts, _seed(training_args)))
         if mixture.test_split_size is not None:
-            return _hold_out(train, mixture.test_split_size, training_args)
+            train, held_out = _hold_out(train, mixture.test_split_size, training_args)
+            check_batch(training_args, len(train))
+            return train, held_out
+        check_batch(training_args, len(train))
         return train, load(eval_source) if eval_source is not None else None
 
 
@@ -93,6 +97,19 @@ def check_held_out(size: float, rows: int) -> None:
     if size <= 0 or (size >= 1 and (size != int(size) or size >= rows)):
         raise RecipeError(
             f"`test_split_size` must be a share between 0 and 1 or a whole number below the {rows} rows, found {size}."
+        )
+    if size < 1 and math.ceil(size * rows) >= rows:
+        raise RecipeError(f"`test_split_size: {size}` leaves none of {rows} rows for training: lower it.")
+
+
+def check_batch(args: TrainingArguments, rows: int) -> None:
+    """Refuse a batch of which `dataloader_drop_last` would leave nothing."""
+    size, processes = args.per_device_train_batch_size, args.world_size
+    if args.dataloader_drop_last and rows < size * processes:
+        across = f" on each of {processes} processes" if processes > 1 else ""
+        raise RecipeError(
+            f"`dataloader_drop_last` leaves nothing of {rows} rows with `per_device_train_batch_size: {size}`{across}"
+            ": lower the batch, or set `dataloader_drop_last` to false."
         )
 
 

@@ -28,7 +28,7 @@ from trl_llava.data.lengths import LengthMeter
 from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
 from trl_llava.data.row_maker import RowMaker
 from trl_llava.data.sources import RawRows, read_source
-from trl_llava.data.splits import check_held_out, check_margins, named_sources
+from trl_llava.data.splits import check_batch, check_held_out, check_margins, named_sources
 from trl_llava.errors import RecipeError
 from trl_llava.hub.names import split_revision
 from trl_llava.models.model_inputs import counts_images
@@ -82,11 +82,12 @@ def main(argv: Sequence[str]) -> int:
     except RecipeError as error:
         check.failures.append(str(error))
     left = sum(report.usable - report.over_limit for report in reports)
-    if check.test_split_size is not None and left:
-        try:
+    try:
+        if check.test_split_size is not None and left:
             check_held_out(check.test_split_size, left)
-        except RecipeError as error:
-            check.failures.append(str(error))
+        check_batch(check.args, sum(report.usable - report.over_limit for report in trained_on))
+    except RecipeError as error:
+        check.failures.append(str(error))
     print_report(console, reports, check.failures, check.collator)
     return 1 if check.failures else 0
 
