@@ -1,6 +1,7 @@
 """The parser: every key known, every value of its type, and a resolved recipe that repeats the run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,43 @@ def test_a_stage_needs_no_upstream_of_another(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert "this is a recipe for reward, not for sft" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"label_smoothing_factor": 0.1, "loss_type": "chunked_nll"}, "`label_smoothing_factor` must stay 0 with"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs `lr_scheduler_kwargs: {min_lr: ...}`"),
+        ({"save_strategy": "best"}, "`save_strategy: best` needs `metric_for_best_model`"),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}, "is 'accuracy', but evaluation gives"),
+        ({"eval_on_start": True}, "`eval_on_start` needs evaluation rows"),
+        ({"dataloader_persistent_workers": True}, "`dataloader_persistent_workers` needs `dataloader_num_workers`"),
+    ],
+)
+def test_combinations_of_upstreams_fields_that_cannot_work(fields, problem):
+    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(RecipeError, match=re.escape(problem)):
+        make_parser("sft").check(["--output_dir", "x", "--bf16", "false", *words])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-6}'},
+        {"save_strategy": "best", "metric_for_best_model": "eval_loss"},
+        {"eval_on_start": True, "test_split_size": 1},
+        {"dataloader_persistent_workers": True, "dataloader_num_workers": 2},
+    ],
+)
+def test_the_same_fields_with_what_they_need(fields):
+    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    make_parser("sft").check(["--output_dir", "x", "--bf16", "false", *words])
+
+
+def test_a_home_directory_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("model_name_or_path: ~/llava\noutput_dir: ~/run\n")
+    words = ["--config", "~/recipe.yaml", "--image_folder=~/", "--bf16=false", "--use_cpu"]
+    script_args, args, model_args, _, _ = make_parser("sft").parse(words)
+    assert (model_args.model_name_or_path, args.output_dir) == (f"{tmp_path}/llava", f"{tmp_path}/run")
+    assert script_args.image_folder == f"{tmp_path}/"

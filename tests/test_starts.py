@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
-from trl_llava.errors import InputError, RecipeError
+from trl_llava.errors import InputError, NotFoundError, RecipeError
+from trl_llava.hub.lookup import local_base
 from trl_llava.models.starts import (
     adapter_base,
     agreed_base,
@@ -22,6 +23,9 @@ from trl_llava.models.starts import (
     zero_head,
 )
 from trl_llava.ppo.roles import load_policy_roles, load_value_model
+from trl_llava.prompts import JudgingPrompt
+from trl_llava.rewards.factual_reward import FactualReward
+from trl_llava.tools.convert.merge import merge
 
 TARGETS = r".*language_model\..*\.(q_proj|v_proj)"
 
@@ -96,9 +100,8 @@ def test_the_entry_point_names_the_adapters_itself(tiny_llava_dir: Path, policy_
     ("change", "own"),
     [
         ({}, False),
-        ({"patch_size": 14}, True),
-        ({"num_additional_image_tokens": 0}, True),
-        ({"vision_feature_select_strategy": "full"}, True),
+        # As many image tokens in another way; what makes another number does not fit the model, and is refused.
+        ({"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}, True),
     ],
 )
 def test_a_value_model_that_lays_out_images_differently_keeps_its_processor(
@@ -149,3 +152,25 @@ def test_another_checkpoint_with_the_same_options() -> None:
     other = with_base(options, "c", None)
     assert (other.model_name_or_path, other.model_revision) == ("c", "main")
     assert (other.dtype, other.trust_remote_code, options.model_name_or_path) == ("bfloat16", True, "a")
+
+
+def test_a_base_with_a_relative_name_is_found_from_another_directory(tmp_path, monkeypatch):
+    (tmp_path / "models" / "llava").mkdir(parents=True)
+    (tmp_path / "models" / "llava" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "sft").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs")
+    for adapter in ("sft", str(tmp_path / "runs" / "sft")):
+        assert local_base(adapter, "models/llava") == str(tmp_path / "models" / "llava")
+        assert local_base(adapter, "../models/llava") == "../models/llava"  # it is there
+        assert local_base(adapter, "llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_a_base_that_is_not_there_is_said_to_be_the_adapters(tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "./gone", "task_type": "SEQ_CLS"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for load in (
+        lambda: merge(str(tmp_path), tmp_path / "merged"),
+        lambda: FactualReward.from_pretrained(str(tmp_path), judging_prompt=JudgingPrompt()),
+    ):
+        with pytest.raises(NotFoundError, match=r"adapter_config\.json of .* names.*: cannot load '\./gone'"):
+            load()

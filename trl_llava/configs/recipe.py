@@ -241,7 +241,7 @@ def stages_with(keys: Iterable[str]) -> list[str]:
 def read_recipe(path: str) -> dict[str, Any]:
     """The keys and values of a YAML file."""
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        recipe = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=RecipeLoader)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
     except (yaml.YAMLError, RecipeError) as error:
@@ -249,6 +249,15 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path}: expected a mapping `key: value`, found {type(recipe).__name__}.")
     return recipe
+
+
+def expand_home(value: Any) -> Any:
+    """A value with `~/` as the home directory, also within lists and mappings: the shell expands it in few places."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else value
+    if isinstance(value, list):
+        return [expand_home(entry) for entry in value]
+    return {key: expand_home(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def _build(kind: Any, values: dict[str, Any], source: str) -> Any:

@@ -83,6 +83,14 @@ def _files_of(folder: Path, config: str | None) -> dict[str, Any]:
     return {}
 
 
+def local_base(adapter: str, base: str | None) -> str | None:
+    """The base that an adapter names, found from any directory where the name is relative to that of the training."""
+    if not base or Path(base).exists() or not Path(adapter).is_dir():
+        return base
+    around = (folder / base for folder in Path(adapter).resolve().parents)
+    return next((str(folder.resolve()) for folder in around if (folder / "config.json").is_file()), base)
+
+
 def find_file(name: str, file: str, revision: str | None) -> str | None:
     """The local path of a file in a folder, a Hub repository or the cache; None if it is not there."""
     try:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, RecipeError
-from trl_llava.hub.lookup import check_there, find_file
+from trl_llava.hub.lookup import check_there, find_file, local_base
 from trl_llava.models.adapters import check_safe_adapter, freeze_as_configured, load_adapter, lora_config
 from trl_llava.models.load import HEAD, load_policy, load_processor, load_sequence_classifier
 from trl_llava.models.sharded_weights import whole
@@ -43,7 +43,7 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
     check_there("model or adapter", name, revision)
     if find_file(name, "adapter_config.json", revision) is None:
         return None
-    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    return local_base(name, PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path)
 
 
 def agreed_base(given: str | None, adapter: str, trained_on: str | None) -> str:

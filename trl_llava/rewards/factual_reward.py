@@ -21,7 +21,7 @@ from trl_llava.data.encoding import encode
 from trl_llava.data.images import ImageRef, load_image
 from trl_llava.data.prompt_groups import Conversation, same_prompts, split_images
 from trl_llava.errors import InputError, NotFoundError
-from trl_llava.hub.lookup import check_there, find_file, not_found
+from trl_llava.hub.lookup import check_there, find_file, local_base, not_found
 from trl_llava.hub.names import split_revision
 from trl_llava.models.adapter_role import AdapterRole, in_eval_mode
 from trl_llava.models.adapters import load_adapter
@@ -246,13 +246,16 @@ class FactualReward:
         saved = read_settings(name, judging_prompt, revision=revision)
         if files["adapter_config.json"]:
             config = PeftConfig.from_pretrained(name, revision=revision)
-            base, base_revision = config.base_model_name_or_path, saved.base_model_revision or config.revision
+            base, base_revision = local_base(name, config.base_model_name_or_path) or "", saved.base_model_revision
+            base_revision = base_revision or config.revision
+            field = f"the base that adapter_config.json of {name} names (`base_model`, or --base, gives another)"
             if base_model:
-                base, base_revision = split_revision("base_model", base_model)
+                (base, base_revision), field = split_revision("base_model", base_model), "base_model"
             loaded = find_shared_base(shared, "reward model", name, base, base_revision, revision)
             if loaded is not None:
                 model = add_role(loaded, name, "reward_role", is_trainable=False, revision=revision, new_head=False)
             else:
+                base = check_there(field, base, base_revision)
                 model = load_sequence_classifier(base, model_args, revision=base_revision)
                 model = load_adapter(model, name, is_trainable=False, revision=revision)
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from trl_llava.configs.recipe import expand_home
 from trl_llava.data.contract import RowError
 from trl_llava.data.images import load_image
 from trl_llava.errors import InputError, RecipeError
@@ -20,19 +21,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--question", required=True)
     parser.add_argument("--answer", required=True)
     parser.add_argument("--caption", action="append", default=[], help="of the image; may be given many times")
+    parser.add_argument("--base", help="the base model, if not the one that the checkpoint's adapter names")
     parser.add_argument("--revision", help="branch, tag or commit of the checkpoint")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints one number."""
-    args = make_parser().parse_args(argv)
+    args = argparse.Namespace(**expand_home(vars(make_parser().parse_args(argv))))
     transformers_logging.disable_progress_bar()
     try:
         image = load_image(args.image, "--image")
     except RowError as error:
         raise InputError(f"--image: {error.problem}.") from error  # what to do about a row is of no use here
-    reward = FactualReward.from_pretrained(args.reward_model, revision=args.revision)
+    reward = FactualReward.from_pretrained(args.reward_model, revision=args.revision, base_model=args.base)
     if reward.needs_captions and not args.caption:
         raise RecipeError(f'the reward model {args.reward_model} reads captions: give at least one --caption "...".')
     prompt: list[dict[str, Any]] = [

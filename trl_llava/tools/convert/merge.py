@@ -21,7 +21,7 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.batching import text_tensors
 from trl_llava.data.encoding import encode
 from trl_llava.errors import InputError
-from trl_llava.hub.lookup import check_there, find_file
+from trl_llava.hub.lookup import check_there, find_file, local_base
 from trl_llava.hub.names import split_revision
 from trl_llava.models.adapters import load_adapter
 from trl_llava.models.load import load_policy, load_processor, load_sequence_classifier
@@ -76,10 +76,12 @@ def merge(
     if find_file(adapter, "adapter_config.json", revision) is None:
         raise InputError(f"'{adapter}' is no adapter: it has no adapter_config.json. A whole model needs no merging")
     config = PeftConfig.from_pretrained(adapter, revision=revision)
-    if not (base or config.base_model_name_or_path):
+    named = local_base(adapter, config.base_model_name_or_path)
+    if not (base or named):
         raise InputError(f"the adapter '{adapter}' does not name its base model. Name it with --base")
-    base, base_revision = split_revision("--base", base) if base else (config.base_model_name_or_path, config.revision)
-    check_there("the base model", base, base_revision)
+    field = "--base" if base else f"the base that adapter_config.json of {adapter} names (--base gives another)"
+    base, base_revision = split_revision("--base", base) if base else (named, config.revision)
+    base = check_there(field, base, base_revision)
     stored = AutoConfig.from_pretrained(base, revision=base_revision)
     if getattr(stored, "quantization_config", None) and not quantized:
         raise InputError(

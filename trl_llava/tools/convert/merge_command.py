@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from trl_llava.configs.recipe import expand_home
 from trl_llava.tools.convert.merge import merge
 
 
@@ -20,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Prints how far the merged model is from base and adapter."""
-    args = make_parser().parse_args(argv)
+    args = argparse.Namespace(**expand_home(vars(make_parser().parse_args(argv))))
     check = merge(
         args.adapter,
         args.target,

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from trl_llava.configs.recipe import make_parser
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError, RecipeError
-from trl_llava.hub.lookup import check_there
+from trl_llava.hub.lookup import check_there, local_base
 from trl_llava.models.load import load_config
 from trl_llava.models.starts import agreed_base
 
@@ -86,7 +86,7 @@ def find_start(
     adapter = PeftConfig.from_pretrained(folder)
     if not isinstance(adapter, LoraConfig):
         raise InputError(f"{name_of_field}: '{name}' is a {adapter.peft_type} adapter; a plan knows LoRA")
-    base = agreed_base(given, name, adapter.base_model_name_or_path)
+    base = agreed_base(given, name, local_base(name, adapter.base_model_name_or_path))
     base_folder = _local(f"the base of {name_of_field}", base, adapter.revision, sources.remote)
     return Start(load_config(name_of_field, base_folder, None, sources.remote), base, adapter)
 
