@@ -51,6 +51,13 @@ def test_a_new_folder_gets_recipe_and_versions(tmp_path: Path) -> None:
     assert versions["trl"] == importlib.metadata.version("trl")
 
 
+def test_the_recipe_of_a_resumed_run_repeats_it_from_its_start(tmp_path: Path) -> None:
+    start(tmp_path / "run")
+    finish(tmp_path / "run")
+    start(tmp_path / "run", "--resume_from_checkpoint", "true")
+    assert "resume_from_checkpoint" not in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
 def test_nothing_is_written_before_training_starts(tmp_path: Path) -> None:
     assert claim(*parse(tmp_path / "run")) is None
     assert list((tmp_path / "run").iterdir()) == []

@@ -81,7 +81,9 @@ class Recipe:
         """The resolved recipe as a file that `--config` reads: what was given, then the defaults that the run used."""
 
         def dump(values: dict[str, Any]) -> str:
-            return yaml.dump(values, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True) if values else ""
+            # What a run was resumed from is no part of it: the recipe repeats it from its start.
+            kept = {name: value for name, value in values.items() if name != "resume_from_checkpoint"}
+            return yaml.dump(kept, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True) if kept else ""
 
         return (
             "# The resolved recipe of this run; repeat it with --config. Tokens and `env` are never written.\n"
