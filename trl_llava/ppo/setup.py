@@ -72,7 +72,11 @@ def prepare_roles(
         compile_layers(model, args)
         if args.gradient_checkpointing and model is not ref_model:
             shared = isinstance(value_model, AdapterRole)
-            model.activation_checkpointing_enable(**_checkpointing(model, args.gradient_checkpointing_kwargs, shared))
+            kwargs = _checkpointing(model, args.gradient_checkpointing_kwargs, shared)
+            if hasattr(model, "activation_checkpointing_enable"):
+                model.activation_checkpointing_enable(**kwargs)
+            else:  # transformers 5.16 and 5.17, which vLLM needs
+                model.gradient_checkpointing_enable(kwargs["activation_checkpointing_kwargs"])
 
 
 def _checkpointing(model: nn.Module, given: dict[str, Any] | None, shared: bool) -> dict[str, Any]:
