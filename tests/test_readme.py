@@ -33,7 +33,9 @@ def test_contributing_shows_every_room() -> None:
     assert shown == rooms - {"__init__.py", "__pycache__", "card_samples.py"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/deviations.md", "docs/vllm.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/deviations.md", "docs/vllm.md"]
+)
 def test_every_file_named_in_the_text_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     named = set(re.findall(r"`((?:trl_llava|recipes|tests|benchmarks|accelerate_configs|docs)/[\w./-]+\.\w+)`", text))

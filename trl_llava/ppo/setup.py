@@ -75,6 +75,11 @@ def prepare_roles(
             kwargs = _checkpointing(model, args.gradient_checkpointing_kwargs, shared)
             if hasattr(model, "activation_checkpointing_enable"):
                 model.activation_checkpointing_enable(**kwargs)
+            elif len(kwargs) > 1:
+                unknown = ", ".join(name for name in kwargs if name != "activation_checkpointing_kwargs")
+                raise InputError(
+                    f"`gradient_checkpointing_kwargs`: this transformers has no {unknown}: install a newer one"
+                )
             else:  # transformers 5.16 and 5.17, which vLLM needs
                 model.gradient_checkpointing_enable(kwargs["activation_checkpointing_kwargs"])
 
