@@ -14,6 +14,7 @@ from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.tools.plan import command as plan
 
 ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text()
 
 
