@@ -22,7 +22,7 @@ from trl_llava.errors import InputError, MissingPackageError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.vision_tower import set_square_padding
-from trl_llava.ppo.vllm_prompts import as_seen, one_token_each, place_pictures
+from trl_llava.ppo.vllm_prompts import as_seen, one_token_each, place_images
 from trl_llava.ppo.vllm_server import RolloutEngineError
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
@@ -351,12 +351,12 @@ def longer(answer: dict[str, Any]) -> dict[str, Any]:
     [
         ("/inference/v1/generate", dropped, r"failed \(ConnectionError: .*checkpoints of this run are whole.*resume"),
         ("/update_weights", lambda answer: 1 / 0, r"failed \(Exception: Request failed: 400, .*ZeroDivisionError"),
-        ("/inference/v1/generate", twice, "gave 2 answers to a prompt that was asked 1 times"),
+        ("/inference/v1/generate", twice, "gave 2 completions of a prompt instead of 1"),
         ("/inference/v1/generate", with_tokens([7] * 7 + [600]), r"token id 600, .*\(0 to 599, without \[4\]\)"),
         ("/inference/v1/generate", with_tokens([4, 2]), "token id 4, which is no id"),
         ("/inference/v1/generate", with_tokens([7, 7]), "ends after 2 tokens, without the stop token 2"),
         ("/inference/v1/generate", with_tokens([7] * 9), r"another length than `response_length` \(8\)"),
-        ("/v1/chat/completions/render", longer, "makes 17 image tokens of 1 pictures .*policy's processor makes 16"),
+        ("/v1/chat/completions/render", longer, "makes 17 image tokens of 1 images .*policy's processor makes 16"),
     ],
 )
 def test_a_server_that_fails(
@@ -545,16 +545,16 @@ def test_names_and_defaults_are_grpos() -> None:
 
 
 def test_pictures_side_by_side_are_told_apart_where_their_lengths_are_known() -> None:
-    assert place_pictures([1, 9, 9, 9, 9, 2], 9, [1, 3]) == [{"offset": 1, "length": 1}, {"offset": 2, "length": 3}]
+    assert place_images([1, 9, 9, 9, 9, 2], 9, [1, 3]) == [{"offset": 1, "length": 1}, {"offset": 2, "length": 3}]
     for lengths in ([1, 2], [5], [2, 3], []):
         with pytest.raises(InputError, match=r"policy's processor makes 4"):
-            place_pictures([1, 9, 9, 9, 9, 2], 9, lengths)
+            place_images([1, 9, 9, 9, 9, 2], 9, lengths)
     with pytest.raises(InputError, match="policy's processor makes 4"):
-        place_pictures([1, 9, 9, 5, 9, 9, 2], 9, [4])
+        place_images([1, 9, 9, 5, 9, 9, 2], 9, [4])
 
 
 def test_pictures_side_by_side_cannot_be_collapsed() -> None:
-    with pytest.raises(InputError, match="shows 2 pictures in 1 places"):
+    with pytest.raises(InputError, match="shows 2 images in 1 places"):
         one_token_each([1, 9, 9, 9, 9, 2], 9, 2)
     assert one_token_each([1, 5, 5, 2], None, 0) == [1, 5, 5, 2]
 

@@ -127,16 +127,17 @@ class LlavaPPOConfig(VLLMOptions, _BaseConfig):
     chat_template_path: str | None = option(None, f"{TEMPLATE_HELP} The reward model keeps its own.")
     max_prompt_length: int | None = option(None, "Longest prompt in tokens, image tokens included. None: no limit.")
     overlong: Overlong = option("error", OVERLONG_HELP)
-    # Several answers to one prompt
+    # Several completions of one prompt
     num_generations_per_prompt: int = option(
         1,
-        "Answers to each prompt of a batch. A batch still holds `per_device_train_batch_size` * "
-        "`gradient_accumulation_steps` answers per process, to so many times fewer prompts.",
+        "Completions of each prompt of a batch. A batch still holds `per_device_train_batch_size` * "
+        "`gradient_accumulation_steps` completions per process, of so many times fewer prompts.",
     )
     share_prefix: bool = option(
         True,
-        "Run a prompt once for all of its answers that are in the same micro-batch. Where a model's attention takes "
-        "no mask of packed rows (all but sdpa, eager and flex), every answer runs with its prompt, which is logged.",
+        "Run a prompt once for all of its completions that are in the same micro-batch. Where a model's attention "
+        "has no mask for packed rows (all but sdpa, eager and flex), every completion runs with its prompt, which is "
+        "logged.",
     )
     # Memory and time; none of these changes a result
     max_tokens_per_micro_batch: int | None = option(
@@ -159,8 +160,8 @@ class LlavaPPOConfig(VLLMOptions, _BaseConfig):
     )
     recompute_logprobs: bool | None = option(
         None,
-        "Ask the policy about its own answers in a pass of its own, instead of keeping the log-probabilities that the "
-        "tokens were drawn with. None: only where the two differ by more than the last digits of float32, which is "
+        "Compute the policy's log-probabilities in a pass of its own, instead of keeping those that the tokens were "
+        "drawn with. None: only where the two differ by more than the last digits of float32, which is "
         "in 16 bit, with tf32 and on a quantised base: there KL and ratios would start from the rounding of "
         "generation's KV cache, and False also needs a larger `first_step_kl_tolerance`; and on a GPU without "
         "`generation_cache_gib`, where the memory that is free would have a part in those last digits.",

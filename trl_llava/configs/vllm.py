@@ -19,7 +19,7 @@ _SERVED = {
     "vllm_tensor_parallel_size": "--tensor-parallel-size",
     "vllm_enable_sleep_mode": "--enable-sleep-mode",
 }
-"""Fields of colocated engines, and with what a server of its own is told the same."""
+"""Fields of colocated engines, and the options of a server that say the same."""
 
 DECLARES_TRANSFORMERS = Version("0.31")
 """The first vLLM that names its newest transformers; earlier ones import what transformers 5.17 no longer has."""
@@ -27,10 +27,10 @@ DECLARES_TRANSFORMERS = Version("0.31")
 
 @dataclass
 class VLLMOptions:
-    """Where vLLM runs, if it answers the prompts."""
+    """Where vLLM runs, if it completes the prompts."""
 
     use_vllm: bool = option(
-        False, "Answer the prompts with vLLM instead of transformers. Needs `pip install 'trl[vllm]'` and a GPU."
+        False, "Complete the prompts with vLLM instead of transformers. Needs `pip install 'trl[vllm]'` and a GPU."
     )
     vllm_mode: Literal["server", "colocate"] = option(
         "colocate",
@@ -48,14 +48,14 @@ class VLLMOptions:
     vllm_group_port: int = option(51216, "Server: port through which weights are sent.")
     vllm_gpu_memory_utilization: float = option(0.3, "Colocated: share of each GPU's memory that vLLM takes.")
     vllm_max_model_length: int | None = option(
-        None, "Colocated: longest prompt and answer together, in tokens. None: what the model allows."
+        None, "Colocated: longest prompt and completion together, in tokens. None: what the model allows."
     )
     vllm_tensor_parallel_size: int = option(1, "Colocated: over how many processes an engine is spread.")
     vllm_enable_sleep_mode: bool = option(False, "Colocated: free vLLM's memory during the update.")
     vllm_logprob_tolerance: float | None = option(
         0.2,
         "Largest mean difference, in nats per token, between vLLM's log-probabilities and the policy's own. Above it "
-        "the run stops: vLLM has other weights or sees other pictures. None: only logged.",
+        "the run stops: vLLM has other weights or sees other images. None: only logged.",
     )
 
     vllm_importance_sampling_correction: bool = option(
@@ -101,7 +101,7 @@ def check_vllm(config: Any) -> None:
     if config.recompute_logprobs is False:
         raise ValueError(
             "`recompute_logprobs` must not be false with `use_vllm`: vLLM's log-probabilities are another program's, "
-            "rounded otherwise, so the policy is always asked itself."
+            "rounded otherwise, so the policy always computes its own."
         )
     if config.vllm_mode == "server":
         defaults = {field.name: field.default for field in fields(VLLMOptions)}

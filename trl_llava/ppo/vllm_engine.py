@@ -1,8 +1,8 @@
-"""TRL's connection to vLLM, colocated or a server's: weights go in, prompts with pictures go in, answers come out.
+"""TRL's connection to vLLM, colocated or a server's: weights go in, prompts with images go in, completions come out.
 
 Two things differ from TRL's: an adapter is added to the weights on their way out instead of being merged in place, as
 other roles compute with the same base; and every prompt has its own seed. Colocated engines also get one image token
-for each picture, which vLLM expands by itself: TRL hands over prompts that are expanded already
+for each image, which vLLM expands by itself: TRL hands over prompts that are expanded already
 (https://github.com/huggingface/trl/issues/6294).
 """
 
@@ -28,7 +28,7 @@ from trl.trainer.utils import ensure_master_addr_port
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
 from trl_llava.ppo.dense_weights import DenseWeights
-from trl_llava.ppo.vllm_prompts import one_token_each, place_pictures
+from trl_llava.ppo.vllm_prompts import one_token_each, place_images
 from trl_llava.ppo.vllm_server import RolloutEngineError, connect, start_command
 from trl_llava.run.launch import resume_command
 
@@ -37,12 +37,12 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class Question:
+class Request:
     """A prompt to be answered.
 
     Attributes:
-        token_ids: the prompt, its pictures expanded to as many image tokens as the policy's processor makes of them.
-        images: its pictures.
+        token_ids: the prompt, its images expanded to as many image tokens as the policy's processor makes of them.
+        images: its images.
         settings: how it is answered, by the names of vLLM's `SamplingParams`.
     """
 
@@ -52,11 +52,11 @@ class Question:
 
 
 @dataclass
-class Answer:
+class EngineCompletion:
     """What came back.
 
     Attributes:
-        token_ids: the answer, with its stop token.
+        token_ids: the completion, with its stop token.
         logprobs: vLLM's log-probability of each token.
     """
 
@@ -83,7 +83,7 @@ def _trls_names(args: LlavaPPOConfig) -> dict[str, Any]:
 
 
 class VLLMEngine(vllm_generation.VLLMGeneration):
-    """TRL's `VLLMGeneration`, which the policy is sent to as dense weights and which is asked prompt by prompt."""
+    """TRL's `VLLMGeneration`, which the policy is sent to as dense weights and which gets prompt by prompt."""
 
     _llm_weights_sleeping: bool  # set by TRL's class, where engines may sleep
 
@@ -119,7 +119,7 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
             super().__init__(policy, accelerator, processing_class, **_trls_names(args))
         except (requests.ConnectionError, socket.gaierror) as error:
             raise RolloutEngineError(
-                f"no vLLM server answers at {self.url} (waited {args.vllm_server_timeout:g} s, "
+                f"no vLLM server replies at {self.url} (waited {args.vllm_server_timeout:g} s, "
                 f"`vllm_server_timeout`). Start it with `{start_command(name, self.weights.dtype)}`, on other GPUs "
                 "than those of the training, and name it with `vllm_server_base_url`, or `vllm_server_host` and "
                 "`vllm_server_port`"
@@ -191,10 +191,10 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
             self.llm.llm_engine.reset_encoder_cache()
         elif self.accelerator.is_main_process:
             url = f"{self.vllm_client.base_url}/reset_encoder_cache"
-            self.vllm_client.session.post(url).raise_for_status()  # answers with an empty body
+            self.vllm_client.session.post(url).raise_for_status()  # replies with an empty body
 
     def send_weights(self) -> None:
-        """Let vLLM answer as the policy does now; on every process.
+        """Let vLLM complete as the policy does now; on every process.
 
         Raises:
             RolloutEngineError: if the server fails.
@@ -214,32 +214,32 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
     def _failure_of(work: Callable[[], None]) -> Exception | None:
         try:
             work()
-        except Exception as error:  # TRL raises plain ones for whatever a server answers
+        except Exception as error:  # TRL raises plain ones for whatever a server replies
             return error
         return None
 
-    def ask(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """Answer the prompts of this process; on every process, with as many prompts.
+    def generate(self, requests: Sequence[Request]) -> list[list[EngineCompletion]]:
+        """Complete the prompts of this process; on every process, with as many prompts.
 
         Args:
-            questions: the prompts.
+            requests: the prompts.
 
         Returns:
-            Of each prompt as many answers as its settings' `n`.
+            Of each prompt as many completions as its settings' `n`.
 
         Raises:
-            RolloutEngineError: if the server fails, or sees a picture as another number of tokens.
+            RolloutEngineError: if the server fails, or sees a image as another number of tokens.
         """
         if self.mode == "colocate":
-            return self._ask_engine(questions)
-        everybody = gather_object(list(questions))
-        answers: list[list[Answer]] = []
+            return self._generate_here(requests)
+        everybody = gather_object(list(requests))
+        completions: list[list[EngineCompletion]] = []
         failure = None
         if self.accelerator.is_main_process:
-            failure = self._failure_of(lambda: answers.extend(self._ask_server(everybody)))
-        answers = self._agree(answers, failure)
-        first = self.accelerator.process_index * len(questions)
-        return answers[first : first + len(questions)]
+            failure = self._failure_of(lambda: completions.extend(self._generate_on_server(everybody)))
+        completions = self._agree(completions, failure)
+        first = self.accelerator.process_index * len(requests)
+        return completions[first : first + len(requests)]
 
     def _agree(self, result: Result, failure: Exception | None) -> Result:
         """Give the main process's result to all, or let all of them stop with its failure."""
@@ -260,76 +260,80 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
             f"`{start_command(self.model.name_or_path, self.weights.dtype)}`, and go on with {resume_command()}"
         )
 
-    def _ask_server(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        token: Any = getattr(self.processing_class, "image_token_id", None)  # a question with pictures has one
-        features = self.vllm_client.image_features([question.images or None for question in questions])
-        for question, feature in zip(questions, features, strict=True):
-            self._check_length(question)
+    def _generate_on_server(self, requests: Sequence[Request]) -> list[list[EngineCompletion]]:
+        token: Any = getattr(self.processing_class, "image_token_id", None)  # a request with images has one
+        features = self.vllm_client.image_features([request.images or None for request in requests])
+        for request, feature in zip(requests, features, strict=True):
+            self._check_length(request)
             if feature is not None:
                 lengths = [place["length"] for place in feature["mm_placeholders"]["image"]]
-                feature["mm_placeholders"]["image"] = place_pictures(question.token_ids, token, lengths)
+                feature["mm_placeholders"]["image"] = place_images(request.token_ids, token, lengths)
 
-        def send(index: int) -> list[Answer]:
-            settings = dict(questions[index].settings)
+        def send(index: int) -> list[EngineCompletion]:
+            settings = dict(requests[index].settings)
             given = {key: settings.pop(key) for key in ("n", "temperature", "max_tokens")}
             output = self.vllm_client.generate(
-                [questions[index].token_ids], [features[index]], **given, logprobs=0, generation_kwargs=settings
+                [requests[index].token_ids], [features[index]], **given, logprobs=0, generation_kwargs=settings
             )
-            return _answers(output["completion_ids"], output["logprobs"])
+            return _completions(output["completion_ids"], output["logprobs"])
 
-        with ThreadPoolExecutor(max_workers=min(REQUESTS_AT_ONCE, len(questions))) as executor:
-            return list(executor.map(send, range(len(questions))))
+        with ThreadPoolExecutor(max_workers=min(REQUESTS_AT_ONCE, len(requests))) as executor:
+            return list(executor.map(send, range(len(requests))))
 
-    def _check_length(self, question: Question) -> None:
-        needed = len(question.token_ids) + question.settings["max_tokens"]
+    def _check_length(self, request: Request) -> None:
+        needed = len(request.token_ids) + request.settings["max_tokens"]
         if self.max_model_length is not None and needed > self.max_model_length:
             raise RolloutEngineError(
-                f"a prompt of {len(question.token_ids)} tokens and `response_length` "
-                f"{question.settings['max_tokens']} need {needed} tokens, but vLLM allows {self.max_model_length}: "
+                f"a prompt of {len(request.token_ids)} tokens and `response_length` "
+                f"{request.settings['max_tokens']} need {needed} tokens, but vLLM allows {self.max_model_length}: "
                 "start the server with a larger `--max-model-len` (`vllm_max_model_length` where it is colocated), or "
                 "lower `response_length` or `max_prompt_length`"
             )
 
-    def _ask_engine(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        own, everybody = slice(None), list(questions)
+    def _generate_here(self, requests: Sequence[Request]) -> list[list[EngineCompletion]]:
+        own, everybody = slice(None), list(requests)
         if self.tensor_parallel_size > 1:  # the processes of an engine ask the same
             shares: list[Any] = [None] * self.tensor_parallel_size
             torch.distributed.all_gather_object(shares, everybody, group=self.tp_group)
-            first = torch.distributed.get_rank(group=self.tp_group) * len(questions)
-            own, everybody = slice(first, first + len(questions)), list(chain.from_iterable(shares))
+            first = torch.distributed.get_rank(group=self.tp_group) * len(requests)
+            own, everybody = slice(first, first + len(requests)), list(chain.from_iterable(shares))
         if self.enable_sleep_mode:
             if self._llm_weights_sleeping:
                 self.sync_weights()
             self.llm.wake_up(tags=["kv_cache"])
         token = getattr(self.processing_class, "image_token_id", None)
         prompts: list[dict[str, Any]] = []
-        for question in everybody:
-            self._check_length(question)
-            prompts.append({"prompt_token_ids": one_token_each(question.token_ids, token, len(question.images))})
-            if question.images:
-                prompts[-1]["multi_modal_data"] = {"image": question.images}
-        settings = [vllm_generation.SamplingParams(**question.settings, logprobs=0) for question in everybody]
+        for request in everybody:
+            self._check_length(request)
+            prompts.append({"prompt_token_ids": one_token_each(request.token_ids, token, len(request.images))})
+            if request.images:
+                prompts[-1]["multi_modal_data"] = {"image": request.images}
+        settings = [vllm_generation.SamplingParams(**request.settings, logprobs=0) for request in everybody]
         outputs = self.llm.generate(prompts, sampling_params=settings, use_tqdm=False)
         if self.enable_sleep_mode:
             self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
-        for question, output in zip(everybody, outputs, strict=True):
-            if list(output.prompt_token_ids) != question.token_ids:
+        for request, output in zip(everybody, outputs, strict=True):
+            if list(output.prompt_token_ids) != request.token_ids:
                 raise RolloutEngineError(
                     f"vLLM made {len(output.prompt_token_ids)} tokens of a prompt that the policy's processor makes "
-                    f"{len(question.token_ids)} of: the two process pictures differently"
+                    f"{len(request.token_ids)} of: the two process images differently"
                 )
-        return [_answers([part.token_ids for part in output.outputs], _logprobs([output])) for output in outputs[own]]
+        return [
+            _completions([part.token_ids for part in output.outputs], _logprobs([output])) for output in outputs[own]
+        ]
 
 
 def _logprobs(outputs: list[Any]) -> list[list[list[float | None]]] | None:
     return vllm_generation.extract_logprobs(outputs)[0]
 
 
-def _answers(token_ids: list[list[int]], logprobs: list[list[list[float | None]]] | None) -> list[Answer]:
+def _completions(
+    token_ids: list[list[int]], logprobs: list[list[list[float | None]]] | None
+) -> list[EngineCompletion]:
     """Completions to one prompt; a log-probability that vLLM could not tell is NaN."""
     nothing: list[list[list[float | None]]] = [[[None]] * len(ids) for ids in token_ids]
     return [
-        Answer(list(ids), [float("nan") if entry[0] is None else entry[0] for entry in row])
+        EngineCompletion(list(ids), [float("nan") if entry[0] is None else entry[0] for entry in row])
         for ids, row in zip(token_ids, logprobs or nothing, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Prompts with pictures as vLLM takes them, made from prompts whose pictures are expanded to image tokens already."""
+"""Prompts with images as vLLM takes them, made from prompts whose images are expanded to image tokens already."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,22 +11,22 @@ from trl_llava.errors import InputError
 from trl_llava.models.vision_tower import can_pad_to_square
 
 
-def place_pictures(token_ids: Sequence[int], image_token_id: int, lengths: Sequence[int]) -> list[dict[str, int]]:
-    """Find where each picture stands in a prompt.
+def place_images(token_ids: Sequence[int], image_token_id: int, lengths: Sequence[int]) -> list[dict[str, int]]:
+    """Find where each image stands in a prompt.
 
     Args:
-        token_ids: the prompt, pictures expanded.
+        token_ids: the prompt, images expanded.
         image_token_id: what stands for them.
-        lengths: N of each picture, as the server counts.
+        lengths: N of each image, as the server counts.
 
     Returns:
-        `offset` and `length` of each picture.
+        `offset` and `length` of each image.
 
     Raises:
         InputError: if the prompt has another number of image tokens.
 
     Example:
-        >>> place_pictures([1, 9, 9, 5, 9, 9, 9, 2], 9, [2, 3])
+        >>> place_images([1, 9, 9, 5, 9, 9, 9, 2], 9, [2, 3])
         [{'offset': 1, 'length': 2}, {'offset': 4, 'length': 3}]
     """
     here = [position for position, token in enumerate(token_ids) if token == image_token_id]
@@ -39,26 +39,26 @@ def place_pictures(token_ids: Sequence[int], image_token_id: int, lengths: Seque
         taken += length
     if len(places) < len(lengths) or taken != len(here):
         raise InputError(
-            f"the vLLM server makes {sum(lengths)} image tokens of {len(lengths)} pictures ({list(lengths)}), where "
-            f"the policy's processor makes {len(here)}: the two process pictures differently. Serve the folder or "
+            f"the vLLM server makes {sum(lengths)} image tokens of {len(lengths)} images ({list(lengths)}), where "
+            f"the policy's processor makes {len(here)}: the two process images differently. Serve the folder or "
             "Hub ID that the policy starts from, with its own processor"
         )
     return places
 
 
-def one_token_each(token_ids: Sequence[int], image_token_id: int | None, pictures: int) -> list[int]:
-    """Put one image token in the place of each picture's many.
+def one_token_each(token_ids: Sequence[int], image_token_id: int | None, images: int) -> list[int]:
+    """Put one image token in the place of each image's many.
 
     Args:
-        token_ids: the prompt, pictures expanded.
+        token_ids: the prompt, images expanded.
         image_token_id: what stands for them; `None` if the model knows none.
-        pictures: how many there are.
+        images: how many there are.
 
     Returns:
         The prompt as vLLM expands it.
 
     Raises:
-        InputError: if two pictures stand side by side, so that it cannot be told where one ends.
+        InputError: if two images stand side by side, so that nothing shows where one ends.
 
     Example:
         >>> one_token_each([1, 9, 9, 5, 9, 9, 9, 2], 9, 2)
@@ -71,23 +71,23 @@ def one_token_each(token_ids: Sequence[int], image_token_id: int | None, picture
             found += 1
         else:
             short.extend(run)
-    if found != pictures:
+    if found != images:
         raise InputError(
-            f"a prompt shows {pictures} pictures in {found} places: with `vllm_mode: colocate` there must be text "
-            "between two pictures. Use `vllm_mode: server`, or a chat template that writes a line break after each"
+            f"a prompt shows {images} images in {found} places: with `vllm_mode: colocate` there must be text "
+            "between two images. Use `vllm_mode: server`, or a chat template that writes a line break after each"
         )
     return short
 
 
 def as_seen(image: Image.Image, processor: ProcessorMixin | PreTrainedTokenizerBase) -> Image.Image:
-    """A picture that any processor of the same kind sees as this one does, also if it does not pad to a square.
+    """A image that any processor of the same kind sees as this one does, also if it does not pad to a square.
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         processor: the policy's.
 
     Returns:
-        The picture, padded to a square in the mean colour where the policy's processor would pad it.
+        The image, padded to a square in the mean colour where the policy's processor would pad it.
     """
     image_processor: Any = getattr(processor, "image_processor", None)
     if not (can_pad_to_square(image_processor) and image_processor.do_pad):

@@ -24,7 +24,7 @@ from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo import ppo_math
 from trl_llava.ppo.completions import Completions
 from trl_llava.ppo.randomness import row_keys
-from trl_llava.ppo.vllm_engine import Answer, Question, VLLMEngine
+from trl_llava.ppo.vllm_engine import EngineCompletion, Request, VLLMEngine
 from trl_llava.ppo.vllm_prompts import as_seen
 from trl_llava.ppo.vllm_server import RolloutEngineError
 
@@ -33,7 +33,7 @@ NEVER = -100.0
 
 
 class VLLMGenerator:
-    """Has vLLM answer, with the policy's current weights."""
+    """Has vLLM complete prompts, with the policy's current weights."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class VLLMGenerator:
             accelerator: knows the processes.
             processing_class: the policy's processor, or its tokenizer.
             policy: the unwrapped policy.
-            stop_token_id: ends an answer; `None` lets all answers run to `response_length`.
-            suppressed: ids that no answer may hold.
+            stop_token_id: ends an completion; `None` lets all completions run to `response_length`.
+            suppressed: ids that no completion may hold.
             updates: how many updates the policy has had.
 
         Raises:
@@ -74,43 +74,43 @@ class VLLMGenerator:
         self.differences: dict[str, float] = {}
 
     def generate(self, inputs: ModelInputs, images: Sequence[Sequence[Image.Image]], step: int | None) -> Completions:
-        """Answer B prompts; on every process.
+        """Complete B prompts; on every process.
 
         Args:
             inputs: the prompts of this process, the copies of a prompt beside each other.
-            images: the pictures of each of the B prompts.
-            step: the PPO step that the seeds depend on; `None` answers greedily.
+            images: the images of each of the B prompts.
+            step: the PPO step that the seeds depend on; `None` generates greedily.
 
         Returns:
-            The answers, whose log-probabilities are still to be computed.
+            The completions, whose log-probabilities are still to be computed.
 
         Raises:
-            RolloutEngineError: if vLLM fails, or its answers cannot be used.
+            RolloutEngineError: if vLLM fails, or its completions cannot be used.
         """
         if self.sent_at != self.updates():
             self.engine.send_weights()
             self.sent_at = self.updates()
-        questions = self._questions(inputs, images, step)
-        answers = []
-        for question, given in zip(questions, self.engine.ask(questions), strict=True):
-            if len(given) != question.settings["n"]:
+        requests = self._requests(inputs, images, step)
+        completions = []
+        for request, given in zip(requests, self.engine.generate(requests), strict=True):
+            if len(given) != request.settings["n"]:
                 raise RolloutEngineError(
-                    f"vLLM gave {len(given)} answers to a prompt that was asked {question.settings['n']} times"
+                    f"vLLM gave {len(given)} completions of a prompt instead of {request.settings['n']}"
                 )
-            answers += given
-        for answer in answers:
-            self._check(answer)
-        device, width = inputs.input_ids.device, max(len(answer.token_ids) for answer in answers)
-        responses = torch.full((len(answers), width), self.pad_token_id)
-        self.logprobs = torch.zeros(len(answers), width)
-        for row, answer in enumerate(answers):
-            responses[row, : len(answer.token_ids)] = torch.tensor(answer.token_ids)
-            self.logprobs[row, : len(answer.token_ids)] = torch.tensor(answer.logprobs)
+            completions += given
+        for completion in completions:
+            self._check(completion)
+        device, width = inputs.input_ids.device, max(len(completion.token_ids) for completion in completions)
+        responses = torch.full((len(completions), width), self.pad_token_id)
+        self.logprobs = torch.zeros(len(completions), width)
+        for row, completion in enumerate(completions):
+            responses[row, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
+            self.logprobs[row, : len(completion.token_ids)] = torch.tensor(completion.logprobs)
         self.logprobs = self.logprobs.to(device)
         return Completions.from_tokens(responses.to(device), self.stop_token_id)
 
     def compare(self, logprobs: torch.Tensor, mask: torch.Tensor, step: int) -> None:
-        """Hold the log-probabilities of vLLM's last answers against the policy's; fills `differences`.
+        """Hold the log-probabilities of vLLM's last completions against the policy's; fills `differences`.
 
         Args:
             logprobs: (B, R) as the policy computes them.
@@ -135,7 +135,7 @@ class VLLMGenerator:
             raise UnhealthyRunError(
                 f"at step {step} vLLM's log-probabilities are {mean:.3g} nats per token off from the policy's, "
                 f"expected at most {tolerance:g} (vllm_logprob_tolerance): it computes with other weights, or "
-                "sees other pictures. Usual causes: a server without `--logprobs-mode processed_logprobs` (`trl "
+                "sees other images. Usual causes: a server without `--logprobs-mode processed_logprobs` (`trl "
                 "vllm-serve` sets it), or started from a folder with another image processor, or another dtype"
             )
 
@@ -155,13 +155,13 @@ class VLLMGenerator:
         self.differences["sampling/importance_sampling_ratio/mean"] = mean
         return weights
 
-    def _questions(
+    def _requests(
         self, inputs: ModelInputs, images: Sequence[Sequence[Image.Image]], step: int | None
-    ) -> list[Question]:
-        """One for each prompt, however often it is asked."""
+    ) -> list[Request]:
+        """One for each prompt, however often it is completed."""
         first = self.accelerator.process_index * len(inputs)
         keys = row_keys(self.args.seed, step or 0, torch.arange(first, first + len(inputs))).tolist()
-        questions = []
+        requests = []
         for _, copies in groupby(range(len(inputs)), key=lambda row: inputs.groups[row]):
             rows = list(copies)
             row = rows[0]
@@ -169,7 +169,7 @@ class VLLMGenerator:
                 "n": len(rows),
                 "temperature": 0.0 if step is None else self.args.temperature,
                 "max_tokens": self.args.response_length,
-                # The model's own stop tokens would end answers where PPO goes on.
+                # The model's own stop tokens would end completions where PPO goes on.
                 "ignore_eos": True,
                 "stop_token_ids": [] if self.stop_token_id is None else [self.stop_token_id],
                 "logit_bias": dict.fromkeys(self.suppressed, NEVER) or None,
@@ -178,21 +178,21 @@ class VLLMGenerator:
                 "detokenize": False,
             }
             token_ids = inputs.input_ids[row][inputs.attention_mask[row].bool()].tolist()
-            pictures = [as_seen(image, self.processor) for image in images[row]]
-            questions.append(Question(token_ids, pictures, settings))
-        return questions
+            shown = [as_seen(image, self.processor) for image in images[row]]
+            requests.append(Request(token_ids, shown, settings))
+        return requests
 
-    def _check(self, answer: Answer) -> None:
-        """Stop at an answer that this run could not have asked for."""
-        ids, limit = answer.token_ids, self.args.response_length
+    def _check(self, completion: EngineCompletion) -> None:
+        """Stop at an completion that this run could not have drawn."""
+        ids, limit = completion.token_ids, self.args.response_length
         wrong = next((t for t in ids if not 0 <= t < self.vocabulary or t in self.suppressed), None)
         if wrong is not None:
             raise RolloutEngineError(
-                f"vLLM's answer holds the token id {wrong}, which is no id that the policy may answer with (0 to "
+                f"vLLM's completion holds the token id {wrong}, which is no id that the policy may draw (0 to "
                 f"{self.vocabulary - 1}, without {abridged(self.suppressed)}): does it serve the policy's model?"
             )
         if len(ids) > limit or (len(ids) < limit and ids[-1:] != [self.stop_token_id]):
             raise RolloutEngineError(
-                f"vLLM's answer ends after {len(ids)} tokens, without the stop token {self.stop_token_id} or at "
+                f"vLLM's completion ends after {len(ids)} tokens, without the stop token {self.stop_token_id} or at "
                 f"another length than `response_length` ({limit}): was it aborted, or `--max-model-len` reached?"
             )
