@@ -108,7 +108,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*args: Any, **options: Any) -> None:
         raise ValueError("a fault")
 
-    monkeypatch.setattr("trl_llava.tools.convert.merge.merge", fail)
+    monkeypatch.setattr("trl_llava.tools.convert.merge_command.merge", fail)
     with pytest.raises(ValueError, match="a fault"):
         cli.main(["merge", "adapter", "target"])
 
@@ -171,7 +171,7 @@ def test_score_prints_one_number(
             return [1.25]
 
     monkeypatch.setattr(
-        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, revision: Reward()
+        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, **options: Reward()
     )
     red_image.save(tmp_path / "red.png")
     words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "What?"]
@@ -193,7 +193,7 @@ def test_score_asks_for_the_captions_that_its_reward_model_reads(
 ) -> None:
     reads_captions = SimpleNamespace(needs_captions=True)
     monkeypatch.setattr(
-        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, revision: reads_captions
+        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, **options: reads_captions
     )
     red_image.save(tmp_path / "red.png")
     words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "?", "--answer", "!"]

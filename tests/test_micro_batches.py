@@ -8,6 +8,7 @@ import torch
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, weights
 
 from trl_llava.models.micro_batches import Lengths, micro_batches
+from trl_llava.ppo.decoding import CACHE
 
 ALONE = SimpleNamespace(num_processes=1)
 LENGTHS = Lengths(prompts=[10, 4, 10, 4, 30], responses=[2, 1, 8, 3, 1])
@@ -59,7 +60,7 @@ def test_a_budget_changes_neither_logged_numbers_nor_weights(tiny_llava_dir: Pat
         decoder.register_forward_pre_hook(
             lambda module, args, kwargs, passes=passes: (
                 passes.append(kwargs["input_ids"].numel())
-                if kwargs.get("past_key_values") is None and kwargs["input_ids"].shape[1] > 2
+                if kwargs.get(CACHE) is None and kwargs["input_ids"].shape[1] > 2
                 else None
             ),
             with_kwargs=True,

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, ProcessorMixin
 
 from trl_llava.errors import InputError
 from trl_llava.hub.lookup import find_file
+from trl_llava.models.sharded_weights import loaded_whole
 
 PATCHES, STRATEGY, ADDITIONAL = "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"
 
@@ -64,7 +65,7 @@ def _fit_image_tokens(processor: ProcessorMixin, config: PreTrainedConfig, name:
 
 def _class_tokens(vision: PreTrainedConfig) -> int:
     """How many features a vision tower makes beside those of patches: CLIP one of the whole image, SigLIP none."""
-    with torch.device("meta"):  # no memory
+    with loaded_whole(), torch.device("meta"):  # no memory; under ZeRO-3 it would be shared out
         tower = AutoModel.from_config(vision)
     return sum(key.rpartition(".")[2] in ("class_embedding", "cls_token") for key, _ in tower.named_parameters())
 
