@@ -147,11 +147,7 @@ def _needs(requirements: list[str] | None, package: str) -> SpecifierSet:
 
 
 def require_vllm(config: Any) -> None:
-    """Stop before anything is loaded if `use_vllm` is set and there is no vLLM, or one that cannot work here.
-
-    Raises:
-        MissingPackageError: If it is not installed, or its version does not go with TRL's or transformers'.
-    """
+    """Stop before anything is loaded if `use_vllm` is set and there is no vLLM, or one that cannot work here."""
     if not config.use_vllm:
         return
     trl_takes = _needs(importlib.metadata.requires("trl"), "vllm")

@@ -37,8 +37,7 @@ def start_command(name: str, dtype: torch.dtype) -> str:
 def connect(url: str, group_port: int, timeout: float, name: str, dtype: torch.dtype) -> tuple[Any, int | None]:
     """TRL's client of a server that has passed all checks, and the most tokens of a prompt with its completion.
 
-    Raises:
-        RolloutEngineError: if its version, model, dtype or flags do not fit.
+    A `RolloutEngineError` says if its version, model, dtype or flags do not fit.
     """
     client = vllm_client.VLLMClient(base_url=url, group_port=group_port, connection_timeout=timeout)
     for path in UPDATE_PATHS:
