@@ -14,7 +14,6 @@ IMAGES = "pictures"
 KINDS = {"describe": 0.6, "yes_no": 0.2, "choice": 0.2}
 # Of the closed questions in stage 1; a policy that is never wrong has nothing to explore.
 FALSE_ANSWERS = 0.12
-PREFERENCE_KINDS = {"describe": 0.5, "yes_no": 0.25, "choice": 0.25}
 
 
 @dataclass(frozen=True)
