@@ -176,6 +176,14 @@ def test_no_dropout_is_left_and_the_policys_config_is_as_it_was(tiny_llava_dir, 
     assert policy.config.to_dict().get("use_cache") is saved.get("use_cache")
 
 
+def test_ddp_looks_for_unused_parameters_only_where_a_tower_is_trained(tiny_llava_dir, adapter_dir, tmp_path):
+    trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path)
+    assert trainer._build_accelerator_args()["kwargs_handlers"][0].find_unused_parameters is False
+    # The tower's last layers stand behind the one whose features are selected, and get no gradient.
+    trainer.policy_model.get_base_model().model.vision_tower.requires_grad_(True)
+    assert trainer._build_accelerator_args()["kwargs_handlers"][0].find_unused_parameters is True
+
+
 def test_a_mini_batch_is_one_optimizer_step(tiny_llava_dir, adapter_dir, tmp_path):
     trainer = ppo_trainer(tiny_llava_dir, adapter_dir, tmp_path, num_mini_batches=2, num_ppo_epochs=3)
     steps = []
