@@ -73,7 +73,7 @@ def _number(value: Any) -> float | None:
 
 
 def _rlaif_v(record: Record, row_name: str) -> Record:
-    """RLAIF-V: `image`, `question`, `chosen`, `rejected`."""
+    """RLAIF-V: `image`, `question`, `chosen`, `rejected`; also a question alone, as `trl-llava eval` asks it."""
     return {"prompt": record["question"]}
 
 
@@ -152,5 +152,6 @@ LAYOUTS = (
     Layout(frozenset({"Text", "Output1", "Output2", "Better"}), _multimodal_reward_bench, others=frozenset({"Image"})),
     Layout(frozenset({"query", "response", "human_ranking"}), _vl_reward_bench, unless=_OTHER_PROMPTS),
     Layout(frozenset({"messages", "rejected_response"}), _ms_swift),
+    Layout(frozenset({"question"}), _rlaif_v, unless=_OTHER_PROMPTS),
 )
 """The first one that fits a record is taken."""

@@ -1,0 +1,122 @@
+"""An evaluation as a table for the terminal and as files: numbers as JSON, answers as JSON lines."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_llava.errors import OccupiedError
+from trl_llava.run.atomic_files import write_atomically
+from trl_llava.run.output_dir import versions
+from trl_llava.tools.evaluate.results import TaskResult
+from trl_llava.tools.evaluate.statistics import Estimate
+
+NUMBERS = "evaluation.json"
+PAGE = "evaluation.html"
+ANSWERS = "answers"
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier evaluation, which gives way to this one."""
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in (NUMBERS, ANSWERS)):
+        raise OccupiedError(f"--output_dir: {folder} holds something else than an evaluation; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise OccupiedError(f"--output_dir: {folder} is a file; choose a folder")
+
+
+def numbers(results: Sequence[TaskResult]) -> dict[str, Any]:
+    """Every measure of every task, with 95 % intervals, by task, measure and model."""
+    return {result.task: _task_numbers(result) for result in results}
+
+
+def _task_numbers(result: TaskResult) -> dict[str, Any]:
+    measures = {}
+    for measure in result.measures:
+        estimates, differences = result.estimates(measure), result.differences(measure)
+        measures[measure.name] = {
+            "text": measure.text,
+            "better": measure.better,
+            "values": {model: _plain(found) for model, found in zip(result.models, estimates, strict=True)},
+            "differences": {model: _plain(found) for model, found in zip(result.models[1:], differences, strict=True)},
+        }
+    return {"questions": len(result.questions), "note": result.note, "measures": measures}
+
+
+def _plain(found: Estimate) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in found._asdict().items()}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The numbers of `numbers` as text; a star marks a difference whose interval does not hold 0."""
+    lines = []
+    for task, values in found.items():
+        lines += [f"{task}: {values['note']}"]
+        models = list(next(iter(values["measures"].values()))["values"]) if values["measures"] else []
+        rows = [["", *models, *(f"{model} - {models[0]}" for model in models[1:])]]
+        for name, measure in values["measures"].items():
+            cells = [shown(one) for one in measure["values"].values()]
+            rows.append([name, *cells, *(shown(one, signed=True) for one in measure["differences"].values())])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def shown(found: dict[str, float | None], *, signed: bool = False) -> str:
+    """An estimate as a cell.
+
+    >>> shown({"value": -0.5, "low": -0.75, "high": -0.25}, signed=True)
+    '-0.500 [-0.750, -0.250] *'
+    """
+    value, low, high = found["value"], found["low"], found["high"]
+    if value is None or low is None or high is None:
+        return "-"
+    sign = "+" if signed else ""
+    star = " *" if signed and (low > 0 or high < 0) else ""
+    return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]{star}"
+
+
+def write_numbers(folder: Path, found: dict[str, Any], models: dict[str, str], settings: dict[str, Any]) -> None:
+    """Write evaluation.json: the numbers, and what they were made with."""
+    record = {"models": models, "settings": settings, "versions": versions(), "tasks": found}
+    write_atomically(folder / NUMBERS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_answers(folder: Path, result: TaskResult) -> None:
+    """Write answers/TASK.jsonl: a line for each question with the answer of every model."""
+    (folder / ANSWERS).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, question in enumerate(result.questions):
+        answers = {}
+        for model, outcomes in zip(result.models, result.outcomes, strict=True):
+            outcome = outcomes[number]
+            note = {"note": outcome.note} if outcome.note else {}
+            answers[model] = {"text": outcome.text, "wrong": outcome.wrong, **note, **outcome.details}
+        record = {"row_name": question.name, "question": question.text, "truth": question.truth, "answers": answers}
+        lines.append(json.dumps(record, ensure_ascii=False))
+    write_atomically(folder / ANSWERS / f"{file_name(result.task)}.jsonl", "\n".join(lines) + "\n")
+
+
+def file_name(task: str) -> str:
+    """A task's name as a file's, without what a path could hold."""
+    return re.sub(r"[^\w.-]+", "_", task).removesuffix(".jsonl").strip(".") or "task"
+
+
+def labels(models: Sequence[str]) -> list[str]:
+    """What tables call models: the shortest ends of their paths that differ; of a Hub ID, and of a checkpoint, two.
+
+    >>> labels(["runs/sft", "runs/ppo/checkpoint-40", "org/base"])
+    ['sft', 'ppo/checkpoint-40', 'org/base']
+    """
+    parts = [Path(model).parts for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        found = []
+        for model, own in zip(models, parts, strict=True):
+            least = 2 if own[-1].startswith("checkpoint-") or not Path(model).is_dir() else 1
+            found.append("/".join(own[-max(length, least) :]).lstrip("/"))
+        if len(set(found)) == len(found):
+            return found
+    return list(models)

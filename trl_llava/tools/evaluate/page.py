@@ -1,0 +1,80 @@
+"""An evaluation as one HTML page: measures, then images, questions and answers side by side."""
+
+import base64
+import io
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from PIL import Image
+
+from trl_llava.data.images import ImageRef, load_image
+from trl_llava.run.atomic_files import write_atomically
+from trl_llava.tools.evaluate.files import shown
+from trl_llava.tools.evaluate.results import Outcome, TaskResult
+
+SIDE = 320
+"""Longest side of an image on the page, in pixels."""
+
+
+def write_page(
+    path: Path, results: Sequence[TaskResult], found: dict[str, Any], about: dict[str, str], *, examples: int
+) -> None:
+    """Write the page, with the first `examples` questions of every task."""
+    tasks = [
+        {
+            "name": result.task,
+            "models": result.models,
+            **found[result.task],
+            "examples": [_example(result, number) for number in range(min(examples, len(result.questions)))],
+        }
+        for result in results
+    ]
+    # Texts of models and data are text: whatever they hold is escaped.
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["shown"] = shown
+    source = files("trl_llava.tools.evaluate").joinpath("page.html.j2").read_text(encoding="utf-8")
+    write_atomically(path, environment.from_string(source).render(tasks=tasks, about=about))
+
+
+def _example(result: TaskResult, number: int) -> dict[str, Any]:
+    question = result.questions[number]
+    outcomes = [own[number] for own in result.outcomes]
+    return {
+        "question": question.text,
+        "truth": question.truth,
+        "name": question.name,
+        "images": [thumbnail(image, question.name) for image in question.images],
+        "differ": len({outcome.wrong for outcome in outcomes}) > 1,
+        "wrong": any(outcome.wrong for outcome in outcomes),
+        "answers": [
+            {"model": model, "pieces": pieces(outcome), "outcome": outcome}
+            for model, outcome in zip(result.models, outcomes, strict=True)
+        ],
+    }
+
+
+def pieces(outcome: Outcome) -> list[tuple[str, bool]]:
+    """An answer's text in parts, each with whether it is marked as wrong.
+
+    >>> pieces(Outcome("A dog and a cat.", marks=[(2, 5)]))
+    [('A ', False), ('dog', True), (' and a cat.', False)]
+    """
+    parts, at = [], 0
+    for start, end in outcome.marks:
+        parts += [(outcome.text[at:start], False), (outcome.text[start:end], True)]
+        at = end
+    return [part for part in [*parts, (outcome.text[at:], False)] if part[0]]
+
+
+def thumbnail(ref: ImageRef, row_name: str) -> str:
+    """An image as a data URL: JPEG, or PNG where it is as small as it is, so that few pixels stay sharp."""
+    image = load_image(ref, row_name)
+    small = max(image.size) <= SIDE
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG" if small else "JPEG", quality=80)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
