@@ -280,7 +280,7 @@ def test_a_page_shows_text_as_text(tmp_path: Path) -> None:
 def test_the_table_marks_a_difference_that_is_one() -> None:
     near = {"value": 0.1, "low": -0.1, "high": 0.3}
     far = {"value": -0.5, "low": -0.6, "high": -0.4}
-    measures = {"m": {"values": {"a": near, "b": near}, "differences": {"b": far}}}
+    measures = {"m": {"by": "", "values": {"a": near, "b": near}, "differences": {"b": far}}}
     text = table({"t": {"note": "2 questions", "measures": measures}})
     assert text.splitlines()[2].endswith("-0.500 [-0.600, -0.400] *")
 

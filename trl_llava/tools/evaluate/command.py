@@ -8,13 +8,14 @@ The first model is what the others are compared with. Written are evaluation.jso
 
 import argparse
 import gc
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from trl_llava.data.contract import check_captions
 from trl_llava.errors import RecipeError
@@ -22,8 +23,19 @@ from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.rewards.reward_settings import read_settings
-from trl_llava.tools.evaluate.files import PAGE, check_output, labels, numbers, table, write_answers, write_numbers
-from trl_llava.tools.evaluate.model import EvaluationModel, Generated, check_has_model
+from trl_llava.tools.evaluate.files import (
+    ANSWERS,
+    PAGE,
+    check_output,
+    labels,
+    numbers,
+    table,
+    write_answers,
+    write_numbers,
+)
+from trl_llava.tools.evaluate.judge import KEYS, Judge
+from trl_llava.tools.evaluate.mmhal import MMHalTask
+from trl_llava.tools.evaluate.model import Row, check_has_model
 from trl_llava.tools.evaluate.options import (
     add_data,
     add_decoding,
@@ -36,6 +48,7 @@ from trl_llava.tools.evaluate.options import (
 )
 from trl_llava.tools.evaluate.own_data import OwnTask, is_own_data
 from trl_llava.tools.evaluate.page import write_page
+from trl_llava.tools.evaluate.results import Task
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,6 +62,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reward_model", help="factual reward model that scores the answers to own questions")
     parser.add_argument("--vocabulary", help="JSON file with names of objects: a list, or {name: [other words]}")
     parser.add_argument("--examples", type=positive, default=50, help="questions of a task on the page (default: 50)")
+    parser.add_argument("--data", help="folder with a copy of each benchmark's data, by the task's name")
+    group = parser.add_argument_group("judge (mmhal)")
+    group.add_argument("--judge_base_url", help="OpenAI-compatible address, as http://localhost:8000/v1")
+    group.add_argument("--judge_model", help=f"the judge's name there; its key is read from {' or '.join(KEYS)}")
+    group.add_argument("--judge_concurrency", type=positive, default=8, help="requests at once (default: 8)")
+    group.add_argument("--judge_options", default='{"temperature": 0}', help="further fields of a request, as JSON")
     add_data(parser)
     add_decoding(parser)
     add_loading(parser)
@@ -61,20 +80,16 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(args.output_dir)
     check_output(folder)
     _check_models(args.model)
-    tasks = [make_task(args, name) for name in _split(args.tasks)]
-    _check_reward(args, tasks)
-    answers: list[list[list[Generated]]] = [[] for _ in tasks]
+    tasks = make_tasks(args)
+    answers: list[list[Any]] = [[] for _ in tasks]
     for name in args.model:
         model = load_model(args, name)
         for own, task in zip(answers, tasks, strict=True):
-            own.append(ask(model, task, args))
+            own.append(task.ask(model, decoding_of(args)))
         del model
         free_memory()
-    reward = None
-    if args.reward_model is not None:
-        reward = (args.reward_model, FactualReward.from_pretrained(args.reward_model, batch_size=args.batch_size))
     shown = labels(args.model)
-    results = [task.judge(shown, own, reward) for task, own in zip(tasks, answers, strict=True)]
+    results = [task.judge(shown, own) for task, own in zip(tasks, answers, strict=True)]
     found = numbers(results)
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
@@ -87,19 +102,49 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_task(args: argparse.Namespace, name: str) -> OwnTask:
-    """The task of that name."""
-    if not is_own_data(name):
-        raise RecipeError(f"--tasks: there is no task {name!r}; a data set of your own is named by its file.")
+def make_tasks(args: argparse.Namespace) -> list[Task]:
+    """The tasks in the order given; whatever of them is not there is an error before a model is loaded."""
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise RecipeError(f"--tasks: expected different names, separated by commas; found {args.tasks!r}.")
+    unknown = [name for name in names if name != MMHalTask.name and not is_own_data(name)]
+    if unknown:
+        raise RecipeError(
+            f"--tasks: there is no task {unknown[0]!r}; expected {MMHalTask.name}, or the file of a data set of your "
+            "own."
+        )
+    return [_mmhal(args) if name == MMHalTask.name else _own(args, name) for name in names]
+
+
+def _own(args: argparse.Namespace, name: str) -> OwnTask:
     everything = read_rows(argparse.Namespace(**{**vars(args), "limit": None}), name)
     rows = everything if args.limit is None else everything.select(range(min(args.limit, len(everything))))
-    return OwnTask(Path(name).name, rows, everything, args.vocabulary)
+    reward = None
+    if args.reward_model is not None:
+        _check_reward(args.reward_model, rows)
+        reward = (args.reward_model, partial(_reward, args.reward_model, args.batch_size))
+    return OwnTask(Path(name).name, rows, everything, args.vocabulary, reward)
 
 
-def ask(model: EvaluationModel, task: OwnTask, args: argparse.Namespace) -> list[Generated]:
-    """A model's answers to all questions of a task."""
-    completions = model.complete(task.rows, decoding_of(args))
-    return list(tqdm(completions, desc=f"{model.name} on {task.name}", total=len(task.rows), disable=None))
+def _mmhal(args: argparse.Namespace) -> MMHalTask:
+    if args.judge_base_url is None or args.judge_model is None:
+        raise RecipeError("mmhal needs a judge: name it with --judge_base_url and --judge_model.")
+    try:
+        options = json.loads(args.judge_options)
+    except ValueError as error:
+        raise RecipeError(f"--judge_options: {args.judge_options!r} is not JSON ({error}).") from error
+    if not isinstance(options, dict):
+        raise RecipeError(f"--judge_options: expected a JSON object, found {args.judge_options!r}.")
+    verdicts = Path(args.output_dir) / ANSWERS / "mmhal_verdicts.jsonl"
+    judge = Judge(args.judge_base_url, args.judge_model, verdicts, options, args.judge_concurrency)
+    task = MMHalTask(judge, None if args.data is None else Path(args.data) / MMHalTask.name, args.limit)
+    judge.check()
+    return task
+
+
+@cache
+def _reward(name: str, batch_size: int) -> FactualReward:
+    return FactualReward.from_pretrained(name, batch_size=batch_size)
 
 
 def free_memory() -> None:
@@ -107,13 +152,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _split(tasks: str) -> list[str]:
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise RecipeError(f"--tasks: expected different names, separated by commas; found {tasks!r}.")
-    return names
 
 
 def _check_models(names: list[str]) -> None:
@@ -126,13 +164,11 @@ def _check_models(names: list[str]) -> None:
         check_has_model(path)
 
 
-def _check_reward(args: argparse.Namespace, tasks: list[OwnTask]) -> None:
+def _check_reward(name: str, rows: Iterable[Row]) -> None:
     """Refuse a reward model that is none, or that reads captions where rows have none."""
-    if args.reward_model is None:
-        return
-    path, revision = split_revision("--reward_model", args.reward_model)
+    path, revision = split_revision("--reward_model", name)
     prompt = read_settings(check_there("--reward_model", path, revision), revision=revision).judging_prompt
-    for row in (row for task in tasks for row in task.rows if prompt is not None and prompt.with_captions):
+    for row in rows if prompt is not None and prompt.with_captions else ():
         check_captions(row["captions"], row["row_name"])
 
 
@@ -142,5 +178,6 @@ def _about(args: argparse.Namespace, shown: list[str]) -> dict[str, Any]:
         "decoding": "greedy" if args.temperature == 0 else f"temperature {args.temperature}, seed {args.seed}",
         "at most": f"{args.max_new_tokens} tokens",
         "reward model": args.reward_model,
+        "judge": args.judge_model,
         "command": " ".join(["trl-llava eval", *sys.argv[2:]]) if sys.argv[1:2] == ["eval"] else "",
     }

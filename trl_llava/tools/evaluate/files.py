@@ -38,6 +38,7 @@ def _task_numbers(result: TaskResult) -> dict[str, Any]:
         measures[measure.name] = {
             "text": measure.text,
             "better": measure.better,
+            "by": measure.by,
             "values": {model: _plain(found) for model, found in zip(result.models, estimates, strict=True)},
             "differences": {model: _plain(found) for model, found in zip(result.models[1:], differences, strict=True)},
         }
@@ -57,7 +58,8 @@ def table(found: dict[str, Any]) -> str:
         rows = [["", *models, *(f"{model} - {models[0]}" for model in models[1:])]]
         for name, measure in values["measures"].items():
             cells = [shown(one) for one in measure["values"].values()]
-            rows.append([name, *cells, *(shown(one, signed=True) for one in measure["differences"].values())])
+            by = f" ({measure['by']})" if measure["by"] else ""
+            rows.append([name + by, *cells, *(shown(one, signed=True) for one in measure["differences"].values())])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

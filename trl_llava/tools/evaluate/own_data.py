@@ -7,7 +7,7 @@ factual reward model.
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from trl_llava.data.contract import RowError, abridged
 from trl_llava.errors import InputError
 from trl_llava.prompts import message_text
 from trl_llava.rewards.factual_reward import FactualReward
-from trl_llava.tools.evaluate.model import Generated, Row
+from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row
 from trl_llava.tools.evaluate.objects import Vocabulary
-from trl_llava.tools.evaluate.results import Measure, Outcome, Question, TaskResult
+from trl_llava.tools.evaluate.results import Measure, Outcome, Question, TaskResult, ask_rows
 
 MEASURES = [
     Measure("invented_objects", "mentioned objects that are not in the image (CHAIR-i)", "lower"),
@@ -29,7 +29,7 @@ MEASURES = [
     Measure("says_yes", "yes/no questions answered with yes"),
     Measure("choice_accuracy", "right among multiple-choice questions", "higher"),
     Measure("exact_match", "completions that are the right answer, articles and punctuation aside", "higher"),
-    Measure("reward", "mean score by the factual reward model", "higher"),
+    Measure("reward", "mean score", "higher"),
     Measure("tokens", "mean length in tokens"),
     Measure("empty", "empty completions", "lower"),
     Measure("unfinished", "completions cut at --max_new_tokens", "lower"),
@@ -47,12 +47,19 @@ class OwnTask:
         rows: Rows of the prompt stage.
         vocabulary_rows: All rows of the data set, whose object lists make the vocabulary.
         vocabulary_file: Further names of objects.
+        reward: The name of a factual reward model, and what loads it once the policies are gone.
     """
 
     def __init__(
-        self, name: str, rows: Sequence[Row], vocabulary_rows: Sequence[Row], vocabulary_file: str | None = None
+        self,
+        name: str,
+        rows: Sequence[Row],
+        vocabulary_rows: Sequence[Row],
+        vocabulary_file: str | None = None,
+        reward: tuple[str, Callable[[], FactualReward]] | None = None,
     ) -> None:
         self.name = name
+        self.reward = reward
         self.rows = list(rows)
         lists = [_objects(row) or [] for row in vocabulary_rows]
         has_lists = any(lists)
@@ -63,13 +70,17 @@ class OwnTask:
             Question(row["row_name"], message_text(row["prompt"][-1]), row["images"], _truth(row)) for row in rows
         ]
 
-    def judge(
-        self, models: list[str], answers: list[list[Generated]], reward: tuple[str, FactualReward] | None = None
-    ) -> TaskResult:
+    def ask(self, model: EvaluationModel, decoding: Decoding) -> list[Generated]:
+        """A model's completions of the rows."""
+        return ask_rows(model, self.name, self.rows, decoding)
+
+    def judge(self, models: list[str], answers: list[list[Generated]]) -> TaskResult:
         """Compare the models' answers with what is known of the images."""
         scores: list[list[float | None]] = [[None] * len(self.rows) for _ in models]
-        if reward is not None:
-            scores = [[*self._scores(reward[1], own)] for own in answers]
+        by = ""
+        if self.reward is not None:
+            by, load = self.reward
+            scores = [[*self._scores(load(), own)] for own in answers]
         outcomes = [
             [self._outcome(*found) for found in zip(self.rows, own, marks, strict=True)]
             for own, marks in zip(answers, scores, strict=True)
@@ -77,9 +88,8 @@ class OwnTask:
         notes = [f"{len(self.rows)} questions"]
         if self.vocabulary is not None:
             notes.append(f"{len(set(self.vocabulary.names.values()))} objects can be found in a text, no others")
-        if reward is not None:
-            notes.append(f"scores by {reward[0]}")
-        return TaskResult(self.name, models, self.questions, outcomes, MEASURES, "; ".join(notes))
+        measures = [measure._replace(by=by) if measure.name == "reward" else measure for measure in MEASURES]
+        return TaskResult(self.name, models, self.questions, outcomes, measures, "; ".join(notes))
 
     def _scores(self, reward: FactualReward, answers: list[Generated]) -> list[float]:
         return reward(

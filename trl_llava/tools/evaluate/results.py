@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+from tqdm import tqdm
+
+from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row
 from trl_llava.tools.evaluate.statistics import RESAMPLES, Estimate, Statistic, difference, estimate, ratio
 
 
 class Measure(NamedTuple):
-    """A number of a task; `better` says which way is good, None where neither is."""
+    """A number of a task; `better` says which way is good, None where neither is; `by` who gave it, if a model did."""
 
     name: str
     text: str
     better: Literal["higher", "lower"] | None = None
+    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,21 @@ class TaskResult:
         """How far each model but the first is from the first one."""
         first, *others = [own[measure.name] for own in self.statistics]
         return [difference(first, other, self.units, resamples=self.resamples) for other in others]
+
+
+class Task(Protocol):
+    """Questions that a model is asked, and how its answers are judged once every model has been asked."""
+
+    name: str
+
+    def ask(self, model: EvaluationModel, decoding: Decoding) -> list[Any]:
+        """A model's answers."""
+
+    def judge(self, models: list[str], answers: list[list[Any]]) -> TaskResult:
+        """What the answers of all models are worth."""
+
+
+def ask_rows(model: EvaluationModel, task: str, rows: Sequence[Row], decoding: Decoding) -> list[Generated]:
+    """A model's completions of rows, with a bar on a terminal."""
+    completions = model.complete(rows, decoding)
+    return list(tqdm(completions, desc=f"{model.name}: {task}", total=len(rows), disable=None))
