@@ -22,7 +22,7 @@ test-oldest: .venv-oldest/.installed
 # PPO whose completions a real vLLM makes, on CPUs. It is built with other versions than the rest (docs/vllm.md).
 VLLM_TESTS := tests/real_vllm
 test-vllm: .venv-vllm/.installed
-	PYTHONPATH=tests:tests/real_vllm CI=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	PYTHONPATH=tests:tests/real_vllm:tests/child_site CI=true OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		.venv-vllm/bin/python -m pytest -m vllm $(VLLM_TESTS) $(PYTEST_ARGS)
 
 # vLLM asks for torchaudio and torchcodec, whose wheels are built for CUDA and cannot be imported beside a torch for CPUs.
@@ -48,8 +48,11 @@ install: .venv/.installed
 
 .venv/.installed: constraints.txt
 .venv-oldest/.installed: constraints-oldest.txt
+# Its last line is for machines whose torch is built for CPUs: PyPI's torchvision is not, and stops every import beside it.
 %/.installed: pyproject.toml
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(filter constraints%,$^) --editable ".[dev,qlora,deepspeed]"
+		--constraint $(filter constraints%,$^) --editable ".[dev,qlora,deepspeed,vlm]"
+	site=$$($*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp tests/child_site/cpu_torchvision.py $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
 	touch $@

@@ -2,7 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 
+# Before anything imports transformers, which imports torchvision; and for all processes that tests start.
+sys.path.insert(0, str(Path(__file__).parent / "child_site"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH", "")]))
+import cpu_torchvision  # noqa: F401
 import devices
 import hub_server
 
@@ -13,8 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_ENDPOINT"] = hub_server.shared().url
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 
-from collections.abc import Iterator
-from pathlib import Path
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
@@ -58,6 +64,21 @@ def tiny_llava_onevision_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random text-only Llama and its tokenizer. Read only."""
     return tiny_models.tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model of a family of `tiny_families.FAMILIES`, by its name. Read only."""
+    missing = [name for name in ("torchvision", "num2words") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.fail(f"the processors of these families need {' and '.join(missing)}: `make install`", pytrace=False)
+    import tiny_families  # not above: some of these classes cannot even be imported without torchvision
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        return tiny_families.FAMILIES[name](tmp_path_factory.mktemp(name))
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -55,10 +55,9 @@ def test_the_pins_are_within_the_bounds(file: str) -> None:
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert not [pin for pin in pins.values() if "+" in pin]  # local builds such as +cpu
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
-    untested = {"torchvision"}  # its build has to be that of torch: README.md, Limits
     for item in [*NEEDED, *(one for many in EXTRAS.values() for one in many)]:
         name = canonicalize_name(item.name)
-        assert name in untested or pinned[name] in item.specifier, item
+        assert pinned[name] in item.specifier, item
 
 
 def test_messages_name_extras_that_exist() -> None:
@@ -68,4 +67,4 @@ def test_messages_name_extras_that_exist() -> None:
 
 def test_make_installs_what_the_default_tests_launch() -> None:
     (installed,) = re.findall(r"--editable \"\.\[([\w,]+)\]\"", (ROOT / "Makefile").read_text())
-    assert {"dev", "qlora", "deepspeed"} <= set(installed.split(","))
+    assert {"dev", "qlora", "deepspeed", "vlm"} <= set(installed.split(","))
