@@ -120,6 +120,6 @@ def _pixels(inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor) ->
         "input_ids": torch.cat((inputs.input_ids, responses), 1).masked_fill(attention_mask == 0, 0),
         "attention_mask": attention_mask,
         "position_ids": attention_mask.cumsum(1) - attention_mask,
-        "pixel_values": inputs.extras["pixel_values"],
+        "pixel_values": inputs.image_tensors()["pixel_values"],
         "use_cache": False,
     }

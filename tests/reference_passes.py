@@ -8,18 +8,19 @@ from torch import nn
 
 from trl_llava.models.chunked_head import Sampling, entropies_of, logprobs_of
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.ppo.passes import position_kwargs
+from trl_llava.models.positions import position_kwargs
+from trl_llava.ppo.passes import completion_kind
 
 
-def followed_by(inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+def followed_by(model: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments of a pass over (B, Q + R): padding on the left of the prompt and on the right, and a mask."""
     attention_mask = torch.cat((inputs.attention_mask, mask.long()), 1)
     kwargs = {
         "input_ids": torch.cat((inputs.input_ids, responses), 1).masked_fill(attention_mask == 0, 0),
         "attention_mask": attention_mask,
     }
-    for key, value in inputs.with_tokens().items():
-        kwargs[key] = torch.cat((value, torch.zeros_like(responses)), 1)
+    for name, value in inputs.tokens.items():
+        kwargs[name] = torch.cat((value, torch.full_like(responses, completion_kind(model))), 1)
     return {**inputs.image_kwargs(), **kwargs}
 
 
@@ -32,7 +33,7 @@ def response_logits(
     suppressed: Sequence[int] = (),
 ) -> torch.Tensor:
     """(B, R, V) float32 logits of the distribution each of the (B, R) response tokens was drawn from."""
-    kwargs = followed_by(inputs, responses, mask)
+    kwargs = followed_by(policy, inputs, responses, mask)
     kwargs.update(position_kwargs(policy, kwargs["attention_mask"]))
     output = policy(**kwargs, logits_to_keep=responses.shape[1] + 1, use_cache=False)
     return Sampling(temperature, suppressed).logits(output.logits[:, -responses.shape[1] - 1 : -1])
@@ -42,7 +43,7 @@ def plain_values(
     value_model: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """(B, R) values, 0 at padding."""
-    kwargs = followed_by(inputs, responses, mask)
+    kwargs = followed_by(value_model, inputs, responses, mask)
     kwargs.update(position_kwargs(value_model, kwargs["attention_mask"]))
     hidden = value_model.model(**kwargs, use_cache=False).last_hidden_state
     return torch.where(mask, value_model.score(hidden[:, -responses.shape[1] - 1 : -1]).squeeze(-1), 0.0)

@@ -45,7 +45,7 @@ def prompts_and_responses() -> tuple[ModelInputs, torch.Tensor, torch.Tensor]:
     attention = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
     responses = torch.randint(10, 300, (3, 5), generator=generator)
     mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
-    return ModelInputs(ids, attention, [0, 0, 0]), responses, mask
+    return ModelInputs(ids, attention), responses, mask
 
 
 def test_a_pass_is_as_wide_as_its_longest_row(tiny_llava_dir: Path) -> None:

@@ -77,8 +77,7 @@ def rollout(model: PreTrainedModel) -> tuple[ModelInputs, torch.Tensor, torch.Te
     prompts = ModelInputs(
         inputs["input_ids"],
         inputs["attention_mask"],
-        [1] * len(OUT["pixel_values"]),
-        {"pixel_values": OUT["pixel_values"]},
+        {"pixel_values": list(OUT["pixel_values"].split(1))},
     )
     responses = OUT["ppo_fwd.responses"]
     return prompts, responses, response_mask(responses, model.config.get_text_config().eos_token_id)

@@ -18,6 +18,7 @@ from trl_llava.models.adapters import load_adapter
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.image_features import encode_images, same_vision
 from trl_llava.models.load import load_policy
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.shared_base import SharedBase
 from trl_llava.ppo.passes import response_logprobs
 from trl_llava.rewards.factual_reward import FactualReward
@@ -39,6 +40,11 @@ class Tower:
         self.passes += 1
 
 
+def flat(inputs: ModelInputs) -> list[torch.Tensor]:
+    """The features of all images, row by row."""
+    return [feature for row in inputs.features.rows for feature in row]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_follow_their_rows_and_stand_in_the_place_of_pixels(
     family: str, request: pytest.FixtureRequest
@@ -47,12 +53,12 @@ def test_features_follow_their_rows_and_stand_in_the_place_of_pixels(
     model, _ = policy_and_value(family, folder)
     tower, inputs = Tower(model), make_inputs(family, folder)  # 1, 0, 2 and 1 images, all different
     found = encode_images(model, inputs, batch_size=2)
-    assert tower.passes == 2 and len(found.features) == 4
-    assert not any(feature.requires_grad for feature in found.features)
-    assert set(inputs.extras) - set(found.extras) >= {"pixel_values"} and not found.with_tokens() and not found.extras
-    _, second, third, fourth = found.features
+    assert tower.passes == 2 and [len(row) for row in found.features.rows] == [1, 0, 2, 1]
+    assert not any(feature.requires_grad for feature in flat(found))
+    assert "pixel_values" in inputs.images and not found.tokens and not found.images
+    _, second, third, fourth = flat(found)
     picked = found.select([3, 1, 2]).repeated(2)
-    for own, expected in zip(picked.features, [fourth, fourth, second, third, second, third], strict=True):
+    for own, expected in zip(flat(picked), [fourth, fourth, second, third, second, third], strict=True):
         assert own is expected
     assert picked.image_kwargs()["mm_encoder_outputs"]["image"].pooler_output[2] is second
     assert found.select([1]).image_kwargs() == {}
@@ -64,10 +70,10 @@ def test_features_are_made_in_the_dtype_of_the_model_outside_of_autocast(tiny_ll
     inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
     with torch.autocast("cpu", torch.bfloat16):
         found = encode_images(model, inputs, 8)
-    assert {feature.dtype for feature in found.features} == {torch.float32}
-    for ours, alone in zip(found.features, encode_images(model, inputs, 8).features, strict=True):
+    assert {feature.dtype for feature in flat(found)} == {torch.float32}
+    for ours, alone in zip(flat(found), flat(encode_images(model, inputs, 8)), strict=True):
         assert torch.equal(ours, alone)
-    assert encode_images(model.to(torch.bfloat16), inputs, 8).features[0].dtype == torch.bfloat16
+    assert flat(encode_images(model.to(torch.bfloat16), inputs, 8))[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,16 +116,16 @@ def test_roles_whose_adapters_hold_the_projector_make_features_of_their_own(
     inputs = make_inputs("tiny_llava_dir", tiny_llava_dir)
     assert encode_images(host, inputs, 8) is inputs and encode_images(roles["value"], inputs, 8) is inputs  # trained
     assert not same_vision(host, roles["value"]) and not same_vision(host, roles["reward"])
-    of_reward = encode_images(roles["reward"], inputs, 8).features
+    of_reward = flat(encode_images(roles["reward"], inputs, 8))
     with active_adapter(host, "reference"):  # has the base's projector, as the reward model does
         assert same_vision(host, roles["reward"])
-        of_reference = encode_images(host, inputs, 8).features
+        of_reference = flat(encode_images(host, inputs, 8))
     assert all(torch.equal(a, b) for a, b in zip(of_reference, of_reward, strict=True))
     host.requires_grad_(False)
     for role in ("value", "policy"):
-        found = encode_images(roles["value"] if role == "value" else host, inputs, 8).features
+        found = flat(encode_images(roles["value"] if role == "value" else host, inputs, 8))
         with torch.no_grad(), active_adapter(host, "value_role" if role == "value" else "default"):
-            pixels = inputs.extras["pixel_values"]
+            pixels = inputs.image_tensors()["pixel_values"]
             expected = host.get_base_model().model.get_image_features(pixel_values=pixels, return_dict=True)
         assert all(torch.equal(a, b) for a, b in zip(found, expected.pooler_output, strict=True))
         assert not torch.equal(found[0], of_reward[0])

@@ -83,7 +83,7 @@ def test_features_give_what_pixels_give(family: str, request: pytest.FixtureRequ
     policy, value = policy_and_value(family, folder)
     pixels = make_inputs(family, folder)
     features = encode_images(policy, pixels, batch_size=2)
-    assert "pixel_values" not in features.extras and len(features.features) == 4
+    assert "pixel_values" not in features.images and [len(row) for row in features.features.rows] == [1, 0, 2, 1]
     responses = torch.randint(10, 300, (4, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(responses, dtype=torch.bool)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_language_models_need_no_mask(config: PreTrainedConfig, attention: str) 
     value = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
     mask = (torch.arange(9) >= torch.tensor([[4], [0], [6], [2]])).long()
     ids = torch.randint(10, 300, (4, 9), generator=torch.Generator().manual_seed(2)).masked_fill(mask == 0, 319)
-    assert_same_passes(policy, value, ModelInputs(ids, mask, [0] * 4))
+    assert_same_passes(policy, value, ModelInputs(ids, mask))
 
 
 def test_attention_runs_with_its_causal_kernel(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def causal_lm(config: PreTrainedConfig) -> tuple[PreTrainedModel, ModelInputs]:
     policy = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     mask = (torch.arange(9) >= torch.tensor([[4], [0], [6], [2], [0], [8], [3], [5]])).long()
     ids = torch.randint(10, 300, (8, 9), generator=torch.Generator().manual_seed(2)).masked_fill(mask == 0, 319)
-    return policy, ModelInputs(ids, mask, [0] * 8)
+    return policy, ModelInputs(ids, mask)
 
 
 @pytest.mark.parametrize(
@@ -504,8 +504,8 @@ def test_the_image_matters(tiny_llava_dir: Path) -> None:
     """Else the tests above would also pass with the features of another picture."""
     policy, _ = policy_and_value("tiny_llava_dir", tiny_llava_dir)
     features = encode_images(policy, make_inputs("tiny_llava_dir", tiny_llava_dir), batch_size=8)
-    first, second, *others = features.features
-    swapped = replace(features, features=[second, first, *others])
+    first, _, [second, third], *others = features.features.rows
+    swapped = replace(features, features=replace(features.features, rows=[[second], [], [*first, third], *others]))
     part = (torch.full((1, 3), 20), torch.ones(1, 3, dtype=torch.bool))
     with torch.no_grad():
         first = response_logits(policy, features.select([0]), *part, temperature=1.0)

@@ -71,7 +71,7 @@ def test_ppo_needs_what_is_planned(tiny_llava_dir, tmp_path, monkeypatch, change
 
     def count_features(*given: Any) -> Any:
         found = rollout(*given)
-        features = [*found.inputs.features, *found.value_inputs.features]
+        features = [one for given in (found.inputs, found.value_inputs) for row in given.features.rows for one in row]
         made.append(sum(one.nbytes for one in {id(one): one for one in features}.values()))
         return found
 

@@ -286,7 +286,7 @@ def test_values_come_from_the_token_before_each_response_token(tiny_llava_dir, a
     row = next(i for i, images in enumerate(rollout.columns["images"]) if images)
     alone = rollout.select([row])
     for t in range(int(alone.mask.sum())):
-        prefix = followed_by(alone.inputs, alone.responses[:, :t], alone.mask[:, :t])
+        prefix = followed_by(value, alone.inputs, alone.responses[:, :t], alone.mask[:, :t])
         with torch.no_grad():
             expected = value(**prefix).logits.item()  # the head at the last real token
         assert alone.values[0, t].item() == pytest.approx(expected, abs=1e-5)

@@ -55,6 +55,18 @@ VICUNA_V1_CHAT_TEMPLATE = (
     "{{- ' ASSISTANT:' if add_generation_prompt -}}"
 )
 
+# PaliGemma's prompts: images, BOS, the question and a new line; the completion follows. Checkpoints bring no template.
+PALIGEMMA_CHAT_TEMPLATE = (
+    "{%- for turn in messages -%}"
+    "{%- set content = turn['content'] -%}"
+    "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}"
+    "{%- for part in content if part['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}"
+    "{%- if loop.first -%}{{ bos_token }}{%- endif -%}"
+    "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+    "{{ eos_token if turn['role'] == 'assistant' else '\n' }}"
+    "{%- endfor -%}"
+)
+
 FACTUAL_PLACEHOLDER = "{factual_prompt}"
 CAPTION_PLACEHOLDER = "{caption}"
 

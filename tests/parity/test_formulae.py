@@ -354,7 +354,7 @@ class LinearRoles(nn.Module):
         self.w, self.u = nn.Parameter(start["w0"].clone()), nn.Parameter(start["u0"].clone())
 
     def forward(self, part: Rollout, sampling: Sampling, share_prefix: bool) -> tuple[torch.Tensor, ...]:
-        features = part.inputs.extras
+        features = part.inputs.image_tensors()
         logprobs, values = part.logprobs + features["F1"] @ self.w, part.values + features["F2"] @ self.u
         return logprobs, torch.zeros_like(logprobs), values
 
@@ -412,7 +412,7 @@ def loop_rollout(given: dict[str, torch.Tensor]) -> Rollout:
     logprobs = given["old_logprobs"]
     nothing = torch.zeros(len(logprobs), 1, dtype=torch.long)
     # One "image" per row carries its features along.
-    inputs = ModelInputs(nothing, nothing + 1, [1] * len(logprobs), {"F1": given["F1"], "F2": given["F2"]})
+    inputs = ModelInputs(nothing, nothing + 1, {"F1": list(given["F1"].split(1)), "F2": list(given["F2"].split(1))})
     return Rollout(
         inputs=inputs, value_inputs=inputs, columns={}, responses=torch.zeros_like(logprobs, dtype=torch.long),
         mask=full(logprobs), stopped=torch.ones(len(logprobs), dtype=torch.bool), logprobs=logprobs,

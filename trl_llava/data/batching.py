@@ -1,6 +1,6 @@
 """What all collators share: a batch encoded under a length limit, and lists of different length padded to tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -77,6 +77,13 @@ def text_tensors(
         "input_ids": pad(ids, tokenizer.pad_token_id, side=side, multiple=multiple),
         "attention_mask": pad([[1] * len(row) for row in ids], 0, side=side, multiple=multiple),
     }
+
+
+def kind_tensors(
+    kinds: Mapping[str, Sequence[Sequence[int]]], *, side: Side = "right", multiple: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The kinds of tokens, by name, padded to (B, L) with 0 as `text_tensors` pads the ids."""
+    return {name: pad(rows, 0, side=side, multiple=multiple) for name, rows in kinds.items()}
 
 
 def pad(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_llava.data.batching import Row, encode_rows, pad, text_tensors
+from trl_llava.data.batching import Row, encode_rows, kind_tensors, pad, text_tensors
 from trl_llava.data.images import load_images
 from trl_llava.prompts import Message
 
@@ -70,9 +70,10 @@ class PromptCollator:
             rows: B rows of the prompt stage.
 
         Returns:
-            `input_ids` (B, Q) and `attention_mask` (B, Q), both int64 and left-padded, the image tensors of the
-            processor (`pixel_values` (I, ...), ...), and `columns`: `prompts`, `images` (decoded) and the other
-            columns of the rows, each a list of B.
+            `input_ids` (B, Q) and `attention_mask` (B, Q), both int64 and left-padded; what kind each token is, (B, Q)
+            too, where the model takes that; the image tensors of the processor (`pixel_values` (I, ...), ...), and
+            `image_counts`, by name how many of their entries each row has; `columns`: `prompts`, `images` (decoded)
+            and the other columns of the rows, each a list of B.
 
         Raises:
             RowError: If an image cannot be read, or a prompt is too long.
@@ -84,7 +85,9 @@ class PromptCollator:
             names = dict.fromkeys(name for name in names if name in self.columns)
         return {
             **text_tensors(self.processor, encoding.input_ids, side="left"),
-            **encoding.image_inputs,
+            **kind_tensors(encoding.token_kinds, side="left"),
+            **encoding.images.tensors,
+            "image_counts": encoding.images.counts,
             "columns": {
                 "prompts": [row["prompt"] for row in rows],
                 "images": images,
@@ -149,7 +152,8 @@ class SFTCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each (B, L) int64 and right-padded; `labels` is -100 wherever
-            nothing is learned. Also the image tensors of the processor.
+            nothing is learned. Also the image tensors of the processor, and what kind each token is, (B, L), where the
+            model takes that.
 
         Raises:
             RowError: If an image cannot be read, or a conversation is too long.
@@ -166,5 +170,6 @@ class SFTCollator:
         return {
             **text_tensors(self.processor, encoding.input_ids, multiple=multiple),
             "labels": pad(labels, IGNORED, multiple=multiple),
-            **encoding.image_inputs,
+            **kind_tensors(encoding.token_kinds, multiple=multiple),
+            **encoding.images.tensors,
         }

@@ -5,9 +5,10 @@ here: which tokens are the assistant's (from positions in the rendered text, so 
 confuse it), and special tokens inside a user's text that stay text.
 """
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl_llava.data.contract import RowError, count_images, names_or_numbers
 from trl_llava.data.plain_text import guard, special_strings, splice
 from trl_llava.errors import InputError
+from trl_llava.models.families import family_of_processor
 from trl_llava.prompts import Message, render
 
 AssistantTurns = Literal["none", "last", "all"]
@@ -32,7 +34,27 @@ class Encoding:
     input_ids: list[list[int]]
     assistant_mask: list[list[bool]]  # True on the tokens of assistant turns and of the tokens that end them
     image_mask: list[list[bool]]  # True on image tokens
-    image_inputs: dict[str, torch.Tensor]  # of the processor's image part (`pixel_values`, ...); empty without images
+    images: "ImageTensors"
+    # By name, what kind each token is, for models that take it (`token_type_ids`, `mm_token_type_ids`).
+    token_kinds: dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True)
+class ImageTensors:
+    """What a processor makes of the images of a batch; empty where no row has any."""
+
+    replacements: list[list[str]]  # for each row and image, the text that its image token stands for
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by name (`pixel_values`, ...), for all rows
+    counts: dict[str, list[int]] = field(default_factory=dict)  # by name, how many entries of a tensor each row has
+
+
+class EncodedText(NamedTuple):
+    """Conversations as ids, without the tensors of their images."""
+
+    input_ids: list[list[int]]
+    assistant_mask: list[list[bool]]
+    image_mask: list[list[bool]]
+    token_kinds: dict[str, list[list[int]]]
 
 
 def encode(
@@ -69,30 +91,27 @@ def encode(
             cannot be located; the message says which part is missing.
     """
     rows = len(conversations) // image_copies
-    replacements, image_inputs = expand_images(processor, images if images is not None else [[]] * rows)
-    ids_and_masks = encode_text(
+    shown = expand_images(processor, images if images is not None else [[]] * rows)
+    text = encode_text(
         processor,
         conversations,
-        replacements * image_copies,
+        shown.replacements * image_copies,
         names_or_numbers(row_names, rows) * image_copies,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         judging_turn=judging_turn,
         assistant_turns=assistant_turns,
     )
-    return Encoding(*ids_and_masks, image_inputs)
+    return Encoding(text.input_ids, text.assistant_mask, text.image_mask, shown, text.token_kinds)
 
 
 def expand_images(
     processor: ProcessorMixin | PreTrainedTokenizerBase, images: Sequence[Sequence[Image.Image]]
-) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
-    """Prepare the images of a batch, and find what each image token stands for in the text.
-
-    Returned are, for each row and image, the text that replaces its image token, and the image tensors by name.
-    """
+) -> ImageTensors:
+    """Prepare the images of a batch, and find what each image token stands for in the text."""
     with_images = [list(row) for row in images if row]
     if not with_images:
-        return [[] for _ in images], {}
+        return ImageTensors([[] for _ in images])
     kind = type(processor).__name__
     token = getattr(processor, "image_token", None)
     if token is None or getattr(processor, "image_processor", None) is None:
@@ -104,6 +123,7 @@ def expand_images(
     outputs = processor(
         text=[token * len(row) for row in with_images],
         images=with_images,
+        padding=processor.tokenizer.pad_token_id is not None,  # some processors make an array of the ids
         return_text_replacement_offsets=True,
         images_kwargs={"return_tensors": "pt"},
     )
@@ -112,16 +132,77 @@ def expand_images(
         raise InputError(
             f"{kind} does not tell which text replaces an image token: its `replace_image_token` is missing or unused."
         )
-    known = set(processor.image_processor.model_input_names)
-    unknown = set(outputs) - known - set(processor.tokenizer.model_input_names) - {"token_type_ids"}
-    if unknown:
-        raise InputError(
-            f"{kind} makes {sorted(unknown)} beside its image inputs {sorted(known)}: inputs per token that this "
-            "package cannot build for its own batches."
-        )
+    tensors = {name: torch.as_tensor(outputs[name]) for name in outputs if name in _image_inputs(processor)}
     remaining = iter(offsets)
     replacements = [[part["replacement"] for part in next(remaining)] if row else [] for row in images]
-    return replacements, {name: torch.as_tensor(outputs[name]) for name in outputs if name in known}
+    counts = {
+        name: entries_of_rows(name, tensor, [len(row) for row in images], replacements, token)
+        for name, tensor in tensors.items()
+    }
+    return ImageTensors(replacements, tensors, counts)
+
+
+def entries_of_rows(
+    name: str, tensor: torch.Tensor, images: Sequence[int], replacements: Sequence[Sequence[str]], token: str
+) -> list[int]:
+    """How many entries of an image tensor each row has, of B rows with so many `images` and so many image `token`s.
+
+    Processors make one for each image, one for each row that has images, or as many as an image has tiles or patches,
+    each of which becomes the same number of image tokens.
+    """
+    entries = len(tensor)
+    if entries == sum(images):
+        return list(images)
+    if entries == sum(count > 0 for count in images):
+        return [int(count > 0) for count in images]
+    tokens = [sum(text.count(token) for text in row) for row in replacements]
+    found = [entries * own // sum(tokens) for own in tokens]
+    if [own * sum(tokens) for own in found] != [entries * own for own in tokens]:
+        raise InputError(
+            f"`{name}` of shape {tuple(tensor.shape)} cannot be split into rows: expected one entry for each of "
+            f"{sum(images)} images, or entries that each become the same number of the {sum(tokens)} image tokens"
+        )
+    return found
+
+
+def _image_inputs(processor: ProcessorMixin) -> set[str]:
+    """Names of the tensors that a processor makes of images and that its model reads."""
+    return {*processor.image_processor.model_input_names} - {*getattr(processor, "unused_input_names", ())}
+
+
+@functools.lru_cache(maxsize=16)
+def kinds_name(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str | None:
+    """What a processor calls the tensor that says what kind each token is; None if it makes none.
+
+    Anything else that it makes for its tokens is an error: rows would go to the model without it.
+    """
+    if getattr(processor, "image_processor", None) is None:
+        return None
+    text, blank = [processor.image_token], [[Image.new("RGB", (32, 32))]]
+    made = processor(text=text, images=blank, images_kwargs={"return_tensors": "pt"})
+    # PaliGemma's labels are of a completion that is given apart, which is not how rows are encoded here.
+    known = {"input_ids", "attention_mask", "labels", *_image_inputs(processor)}
+    unknown = sorted(set(made) - known)
+    if not unknown:
+        return None
+    kinds = unknown[0]
+    family = family_of_processor(processor)
+    own = family is not None and family.attends_to_whole_prompt
+    if len(unknown) > 1 or not (own or _of_images(processor, made["input_ids"]) == _lists(made[kinds])):
+        raise InputError(
+            f"{type(processor).__name__} makes {', '.join(unknown)} beside its image inputs "
+            f"{sorted(_image_inputs(processor))}: inputs per token that this package cannot build for its own batches"
+        )
+    return kinds
+
+
+def _of_images(processor: ProcessorMixin, ids: Any) -> list[list[int]]:
+    """For each token 1 if it is of an image, else 0, by the processor's own rule."""
+    return _lists(processor.create_mm_token_type_ids(_lists(ids)))
+
+
+def _lists(rows: Any) -> list[list[int]]:
+    return [[int(entry) for entry in row] for row in rows]
 
 
 def encode_text(
@@ -132,10 +213,10 @@ def encode_text(
     *,
     assistant_turns: AssistantTurns = "none",
     **rendering: bool,
-) -> tuple[list[list[int]], list[list[bool]], list[list[bool]]]:
+) -> EncodedText:
     """Render and tokenise conversations of which each has its images' `replacements`, the texts for its image tokens.
 
-    `rendering` are the flags of `prompts.render`; returned are ids, assistant masks and image masks as in `Encoding`.
+    `rendering` are the flags of `prompts.render`.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if not getattr(tokenizer, "is_fast", False):
@@ -143,20 +224,26 @@ def encode_text(
             f"{type(tokenizer).__name__} gives no character offsets, which locate assistant turns and images. Use the "
             "fast tokenizer of this model (a folder with tokenizer.json)."
         )
-    specials = special_strings(processor)
-    texts, guards, assistant_spans, image_spans = [], [], [], []
+    specials, kinds = special_strings(processor), kinds_name(processor)
+    family = family_of_processor(processor)
+    prefixes = family is not None and family.attends_to_whole_prompt
+    texts, guards, assistant_spans, image_spans, prompt_ends = [], [], [], [], []
     for messages, row_replacements, name in zip(conversations, replacements, row_names, strict=True):
         _check_image_count(messages, len(row_replacements), name)
         guarded, stand_ins = guard(messages, specials, name)
         text, spans = _render(processor, guarded, assistant_turns, specials, name, rendering)
+        if prefixes:
+            spans = [_first_completion(processor, guarded, text), *spans]
         text, spans, images = _expand(text, spans, getattr(processor, "image_token", None), row_replacements, name)
+        if prefixes:
+            prompt_ends.append(spans.pop(0)[0])
         texts.append(text)
         guards.append(stand_ins)
         assistant_spans.append(spans)
         image_spans.append(images)
 
-    # A template that writes BOS itself must not get a second one from the tokenizer.
-    writes_bos = bool(tokenizer.bos_token) and all(text.startswith(tokenizer.bos_token) for text in texts)
+    # A template that writes BOS itself (PaliGemma's behind the image) must not get a second one from the tokenizer.
+    writes_bos = bool(tokenizer.bos_token) and all(tokenizer.bos_token in text for text in texts)
     outputs = tokenizer(
         texts,
         add_special_tokens=not writes_bos,
@@ -164,7 +251,7 @@ def encode_text(
         return_attention_mask=False,
         verbose=False,
     )
-    ids, assistant_mask, image_mask = [], [], []
+    ids, assistant_mask, image_mask, behind = [], [], [], []
     for i, text in enumerate(texts):
         row_ids, offsets = outputs["input_ids"][i], outputs["offset_mapping"][i]
         if guards[i]:
@@ -172,7 +259,19 @@ def encode_text(
         ids.append(row_ids)
         assistant_mask.append(_overlapping(offsets, assistant_spans[i]))
         image_mask.append(_overlapping(offsets, image_spans[i]))
-    return ids, assistant_mask, image_mask
+        if prefixes:
+            behind.append([int(last > prompt_ends[i]) for _, last in offsets])
+    token_kinds = {} if kinds is None else {kinds: behind if prefixes else _of_images(processor, ids)}
+    return EncodedText(ids, assistant_mask, image_mask, token_kinds)
+
+
+def _first_completion(
+    processor: ProcessorMixin | PreTrainedTokenizerBase, messages: Sequence[Message], text: str
+) -> Span:
+    """Where the first assistant turn of the rendered `text` begins, or where it ends if there is none; no width."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+    at = len(text) if first is None else len(render(processor, messages[:first], add_generation_prompt=True))
+    return at, at
 
 
 def _check_image_count(messages: Sequence[Message], images: int, row_name: str) -> None:

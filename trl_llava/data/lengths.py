@@ -80,11 +80,9 @@ class LengthMeter:
                 replacements.append(expansions)
                 names.append(row["row_name"])
                 owners.append(i)
-        ids, _, image_masks = encode_text(
-            self.collator.processor, conversations, replacements, names, **self.collator.rendering()
-        )
+        text = encode_text(self.collator.processor, conversations, replacements, names, **self.collator.rendering())
         lengths = [(0, 0)] * len(rows)
-        for i, row_ids, image_mask in zip(owners, ids, image_masks, strict=True):
+        for i, row_ids, image_mask in zip(owners, text.input_ids, text.image_mask, strict=True):
             lengths[i] = max(lengths[i], (len(row_ids), len(row_ids) - sum(image_mask)))
         return lengths
 
@@ -93,5 +91,5 @@ class LengthMeter:
         sizes = tuple(image_size(ref, row["row_name"]) for ref in row.get("images") or [])
         if sizes not in self._expansions:
             blank = [[Image.new("RGB", size) for size in sizes]]
-            self._expansions[sizes] = expand_images(self.collator.processor, blank)[0][0]
+            self._expansions[sizes] = expand_images(self.collator.processor, blank).replacements[0]
         return self._expansions[sizes]

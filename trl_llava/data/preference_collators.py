@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from trl_llava.data.batching import Row, encode_rows, pad, text_tensors
+from trl_llava.data.batching import Row, encode_rows, kind_tensors, pad, text_tensors
 from trl_llava.data.contract import RowError, check_captions
 from trl_llava.data.images import load_images
 from trl_llava.models.shared_prefix import pack_pairs
@@ -94,12 +94,13 @@ class PreferenceCollator:
         """
         encoding = encode_rows(self, rows, load_images(rows))
         multiple, ids = self.pad_to_multiple_of, encoding.input_ids
-        batch: dict[str, Any] = dict(encoding.image_inputs)
+        batch: dict[str, Any] = dict(encoding.images.tensors)
         if self.share_prefix:
             batch |= pack_pairs(ids[: len(rows)], ids[len(rows) :], multiple)._asdict()
         else:
             batch |= text_tensors(self.processor, ids, multiple=multiple)
-            batch |= {"image_copies": 2} if encoding.image_inputs else {}
+            batch |= kind_tensors(encoding.token_kinds, multiple=multiple)
+            batch |= {"image_copies": 2} if encoding.images.tensors else {}
         if any("margin" in row for row in rows):
             batch["margin"] = torch.tensor(_margins(rows), dtype=torch.float32)
         return batch
@@ -163,7 +164,8 @@ class DPOCollator:
         return {
             **text_tensors(self.processor, encoding.input_ids, multiple=multiple),
             "completion_mask": pad(encoding.assistant_mask, 0, multiple=multiple),
-            **{name: torch.cat([tensor, tensor]) for name, tensor in encoding.image_inputs.items()},
+            **kind_tensors(encoding.token_kinds, multiple=multiple),
+            **{name: torch.cat([tensor, tensor]) for name, tensor in encoding.images.tensors.items()},
         }
 
 

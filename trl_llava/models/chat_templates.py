@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, ProcessorMixin
 
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
-from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
+from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, render
 
 VICUNA_V1 = "vicuna_v1"
 """What a recipe writes as `chat_template_path` for the template of `prompts.py`."""
@@ -30,6 +31,22 @@ def set_chat_template(processor: ProcessorMixin, source: str, *, trust_remote_co
     processor.chat_template = template
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.chat_template = template
+
+
+def end_at_turns(processor: ProcessorMixin) -> None:
+    """Make the special token that ends an assistant turn the tokenizer's end-of-sequence token; saved with it.
+
+    Gemma's and Idefics3's end with another one than their tokenizers say: completions would never be seen to stop.
+    """
+    question = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Ho"}]}
+    try:
+        end = render(processor, [question, answer]).rpartition("Ho")[2].strip()
+    except (TemplateError, InputError, ValueError):  # said with its cause when rows are rendered
+        return
+    tokenizer = processor.tokenizer
+    if end != tokenizer.eos_token and end in {str(token) for token in tokenizer.added_tokens_decoder.values()}:
+        tokenizer.eos_token = end
 
 
 def _template_of_model(name: str, trust_remote_code: bool) -> str:

@@ -44,6 +44,11 @@ def entropies_of(logits: torch.Tensor) -> torch.Tensor:
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """(..., V) logits of a model that keeps them below `cap`, out of its head's; None leaves them as they are."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def token_statistics(
     hidden: torch.Tensor,
     head: nn.Module,
@@ -51,16 +56,18 @@ def token_statistics(
     sampling: Sampling,
     *,
     entropies: bool,
+    cap: float | None = None,
     context_fn: Callable[..., Any] = noop_context_fn,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (n,) of tokens; entropies of what they were drawn from, (n,) or (0,) if not wanted; float32.
 
     `hidden` (n, H) are the hidden states that the n tokens are predicted from; the head may be trained, or have an
-    adapter; entropies carry no gradient. `context_fn` is that of `torch.utils.checkpoint`, for the head's two runs.
+    adapter; entropies carry no gradient. `cap` is what the model keeps its logits below. `context_fn` is that of
+    `torch.utils.checkpoint`, for the head's two runs.
     """
 
     def chunk(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = sampling.logits(head(states))
+        logits = sampling.logits(capped(head(states), cap))
         logprobs = logprobs_of(logits, ids)
         # Behind the log-probabilities, so that the second run, in the backward pass, stops before it.
         return logprobs, entropies_of(logits.detach()) if entropies else logprobs.new_empty(0)

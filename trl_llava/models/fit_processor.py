@@ -31,6 +31,12 @@ def fit_to_model(processor: ProcessorMixin, name: str, revision: str | None, tru
     _check_embeddings(processor, config, name)
     if all(hasattr(processor, field) for field in (PATCHES, STRATEGY, ADDITIONAL)):
         _fit_image_tokens(processor, config, name, _saved_fields(name, revision))
+    for field, found, right in _of_other_families(processor, config):
+        if found != right:
+            raise InputError(
+                f"the processor of {name} makes image tokens for {field} {found}, the model features for {right}: set "
+                f"{field} to {right} in the processor's files"
+            )
 
 
 def _check_embeddings(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
@@ -61,6 +67,33 @@ def _fit_image_tokens(processor: ProcessorMixin, config: PreTrainedConfig, name:
             f"the processor of {name} makes {made} image tokens of {side}x{side} pixels, the model {features} "
             f"features: set {values} in processor_config.json"
         )
+
+
+def _of_other_families(processor: ProcessorMixin, config: PreTrainedConfig) -> list[tuple[str, int, int]]:
+    """Fields of processors that decide the number of image tokens, with their values and those the model needs."""
+    vision: Any = getattr(config, "vision_config", None)
+    images = processor.image_processor
+    if hasattr(images, "merge_size"):  # Qwen's: an image becomes patches of its own size
+        merge = getattr(vision, "spatial_merge_size", images.merge_size)
+        return [("patch_size", images.patch_size, vision.patch_size), ("merge_size", images.merge_size, merge)]
+    if getattr(vision, "model_type", None) == "pixtral":
+        merge = getattr(config, "spatial_merge_size", 1)
+        own = processor.spatial_merge_size
+        return [(PATCHES, processor.patch_size, vision.patch_size), ("spatial_merge_size", own, merge)]
+    if config.model_type == "gemma3":
+        return [("image_seq_length", processor.image_seq_length, config.mm_tokens_per_image)]
+    if not all(isinstance(getattr(vision, name, None), (int, list, tuple)) for name in ("image_size", PATCHES)):
+        return []
+    sides = [getattr(vision, name) for name in ("image_size", PATCHES)]
+    size, patch = (side if isinstance(side, int) else side[0] for side in sides)
+    patches = (size // patch) ** 2
+    if config.model_type == "internvl":
+        return [("image_seq_length", processor.image_seq_length, int(patches * config.downsample_ratio**2))]
+    if config.model_type in ("idefics3", "smolvlm"):
+        return [("image_seq_len", processor.image_seq_len, patches // config.scale_factor**2)]
+    if config.model_type == "paligemma":
+        return [("image_seq_length", processor.image_seq_length, patches)]
+    return []
 
 
 def _class_tokens(vision: PreTrainedConfig) -> int:

@@ -5,45 +5,69 @@ They are made without autocast, in the dtype of the model, and kept on the CPU u
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
 from trl_llava.models.adapter_role import AdapterRole, computing, host_of
-from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.families import GRID, family_of
+from trl_llava.models.model_inputs import FeatureForm, ImageFeatures, ModelInputs
 from trl_llava.models.vision_tower import is_vision, takes_image_features
 
 
 def encode_images(model: nn.Module, inputs: ModelInputs, batch_size: int) -> ModelInputs:
     """The inputs with features of their images in place of the pixels, made from `batch_size` rows at a time.
 
-    `model` is a LLaVA with a language-modelling or a score head, a PEFT model around one, or a role; unwrapped. The
-    inputs stay as they are if there is no image, if the model takes no features, or if its tower or projector are
-    trained: every pass of the update must then run them to reach their gradients.
+    `model` is an image-text model with a language-modelling or a score head, a PEFT model around one, or a role;
+    unwrapped. The inputs stay as they are if there is no image, if the family takes no features, or if tower or
+    projector are trained: every pass of the update must then run them to reach their gradients.
     """
     with computing(model) as base, torch.no_grad():
         backbone = getattr(base, base.base_model_prefix)
-        if "pixel_values" not in inputs.extras or not takes_image_features(backbone):
+        family = family_of(backbone.config)
+        if family is None or not family.encodes_once or not takes_image_features(backbone):
+            return inputs
+        if "pixel_values" not in inputs.images:
             return inputs
         if any(parameter.requires_grad for _, parameter in _vision_parameters(model)):
             return inputs
-        replaced = inspect.signature(backbone.get_image_features).parameters.keys() & inputs.extras.keys()
-        device, features = inputs.input_ids.device, []
+        replaced = inspect.signature(backbone.get_image_features).parameters.keys() & inputs.images.keys()
+        features = ImageFeatures([], "list")
         for start in range(0, len(inputs), batch_size):
-            images = inputs.images_of(range(start, min(start + batch_size, len(inputs))))
-            if not images:
-                continue
-            given = {
-                key: value.to(device, base.dtype if value.is_floating_point() else value.dtype)
-                for key, value in images.items()
-                if key in replaced
-            }
-            with torch.autocast(device.type, enabled=False):
-                output = backbone.get_image_features(**given, return_dict=True).pooler_output
-            features += [feature.cpu() for feature in output]
-    extras = {key: value for key, value in inputs.extras.items() if key not in replaced}
-    return replace(inputs, extras=extras, features=features)
+            part = inputs.select(range(start, min(start + batch_size, len(inputs))))
+            found = _features(backbone, part, replaced, base.dtype)
+            features = ImageFeatures(features.rows + found.rows, found.form if any(found.rows) else features.form)
+    images = {name: entries for name, entries in inputs.images.items() if name not in replaced - {GRID}}
+    return replace(inputs, images=images, features=features)
+
+
+def _features(backbone: nn.Module, inputs: ModelInputs, taken: set[str], dtype: torch.dtype) -> ImageFeatures:
+    """The features of the images of some rows, on the CPU, each row's on their own."""
+    images = {name: value for name, value in inputs.image_tensors().items() if name in taken}
+    if not images:
+        return ImageFeatures([[] for _ in range(len(inputs))], "list")
+    device = inputs.input_ids.device
+    given = {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in images.items()
+    }
+    with torch.autocast(device.type, enabled=False):
+        output = backbone.get_image_features(**given, return_dict=True)
+    found, form = _entries(output)
+    counts = [len(entries) for entries in inputs.images[GRID if GRID in inputs.images else "pixel_values"]]
+    if sum(counts) != len(found):
+        raise RuntimeError(f"{type(backbone).__name__} made {len(found)} features of {sum(counts)} images")
+    entries = iter([feature.cpu() for feature in found])
+    return ImageFeatures([[next(entries) for _ in range(count)] for count in counts], form)
+
+
+def _entries(output: Any) -> tuple[list[torch.Tensor], FeatureForm]:
+    """The features of each image or tile, out of what `get_image_features` returned, and how they were returned."""
+    deeper = getattr(output, "deepstack_features", None)
+    if deeper is not None:
+        return [torch.stack(layers) for layers in zip(output.pooler_output, *deeper, strict=True)], "deepstack"
+    return list(output.pooler_output), "stacked" if isinstance(output.pooler_output, torch.Tensor) else "list"
 
 
 def same_vision(first: nn.Module, second: nn.Module) -> bool:

@@ -30,7 +30,8 @@ import trl_llava.models.sequence_classification  # noqa: F401  registers the sco
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, MissingPackageError, NotFoundError
 from trl_llava.hub.lookup import check_there, find_file, not_found
-from trl_llava.models.chat_templates import set_chat_template
+from trl_llava.models.chat_templates import end_at_turns, set_chat_template
+from trl_llava.models.families import FAMILIES, family_of_processor
 from trl_llava.models.fit_processor import fit_to_model
 from trl_llava.models.quantization import keep_differentiable, quantization_config
 from trl_llava.models.sharded_weights import whole
@@ -74,7 +75,7 @@ def load_processor(
             processor.image_processor = load_image_processor(name, revision, trust_remote_code)
     except ImportError as error:
         raise MissingPackageError(
-            f"the processor of '{name}' needs a package that is not installed (LLaVA-OneVision's video part needs "
+            f"the processor of '{name}' needs a package that is not installed (the video parts of many families need "
             f"torchvision: `pip install trl-llava[onevision]`). The cause: {str(error).strip().splitlines()[0]}"
         ) from error
     except (OSError, ValueError) as error:
@@ -84,8 +85,11 @@ def load_processor(
             f"'{name}' has no image processor, only a {type(processor).__name__}: it is a text-only model. Choose an "
             "image-text model, or put one together with trl_llava.models.assemble.assemble_llava"
         )
+    family = family_of_processor(processor)
     if chat_template_path is not None:
         set_chat_template(processor, chat_template_path, trust_remote_code=trust_remote_code)
+    elif not getattr(processor, "chat_template", None) and family is not None and family.chat_template is not None:
+        processor.chat_template = family.chat_template
     tokenizer = getattr(processor, "tokenizer", None)
     missing = {
         "tokenizer": tokenizer is None,
@@ -101,6 +105,7 @@ def load_processor(
             "(a chat template also by `chat_template_path: vicuna_v1` in the recipe; "
             "processor.tokenizer.pad_token = '<unk>'), save it to a folder, and use that folder"
         )
+    end_at_turns(processor)
     fit_to_model(processor, name, revision, trust_remote_code)
     if pad_to_square is not None:
         set_square_padding(processor, pad_to_square)
@@ -183,7 +188,7 @@ def load_sequence_classifier(
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise InputError(
             f"'{name}' is a {config.model_type} model, for which there is no score head. Reward and value models can "
-            "be LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision models"
+            f"be of these families: {', '.join(family.name for family in FAMILIES)}"
         )
     config.num_labels = 1
     with _without_report():

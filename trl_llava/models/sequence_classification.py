@@ -1,4 +1,4 @@
-"""LLaVA models with a score head instead of a language-model head: the reward and the value model.
+"""Image-text models with a score head instead of a language-model head: the reward and the value model.
 
 They differ from transformers' own `...ForSequenceClassification` in three things: the head has a bias, as the paper's
 has; the pooled token is the last one whose attention mask is 1, under any padding side, never a guess by pad ID (a
@@ -9,25 +9,46 @@ Importing this module registers the classes with `AutoModelForSequenceClassifica
 `trl.RewardTrainer(model="org/name")` finds them.
 """
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    Gemma3Config,
+    Gemma3PreTrainedModel,
+    Idefics3Config,
+    Idefics3PreTrainedModel,
+    InternVLConfig,
+    InternVLPreTrainedModel,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextPreTrainedModel,
     LlavaOnevisionConfig,
     LlavaOnevisionPreTrainedModel,
     LlavaPreTrainedModel,
+    PaliGemmaConfig,
+    PaliGemmaPreTrainedModel,
     PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLPreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLPreTrainedModel,
+    Qwen3VLConfig,
+    Qwen3VLPreTrainedModel,
+    SmolVLMConfig,
+    SmolVLMPreTrainedModel,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from trl_llava.models.families import GRID, family_of
+from trl_llava.models.positions import position_kwargs
 from trl_llava.models.shared_prefix import attention_mask_for, last_of_rests
 
 if TYPE_CHECKING:  # what a mixin's methods may expect of `self`
@@ -72,7 +93,6 @@ class ImageTextForSequenceClassification(_Mixin):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_copies: int = 1,
         segments: torch.Tensor | None = None,
@@ -85,19 +105,17 @@ class ImageTextForSequenceClassification(_Mixin):
             input_ids: (B, L) token IDs, image tokens expanded.
             attention_mask: (B, L) int or bool, 1/True at real tokens. May be left out for a batch of one row, which
                 then has no padding.
-            position_ids: (B, L); by default counted over the real tokens.
+            position_ids: (B, L); by default counted over the real tokens, or what the family makes of its images.
             inputs_embeds: (B, L, H) instead of `input_ids`.
-            pixel_values: The images as the family's image processor returns them: I images for the first
-                B / `image_copies` rows.
-            image_sizes: (I, 2) height and width of each image, for the families that tile.
+            pixel_values: The images of the first B / `image_copies` rows, as the image processor returns them.
             mm_encoder_outputs: Image features computed earlier, `{"image": ...}`, instead of `pixel_values`.
             image_copies: How many times the batch repeats the same images: 2 for B/2 chosen rows followed by the B/2
                 rejected ones. Each image is encoded once.
             segments: (B, L) where each row holds several that share their beginning, as `shared_prefix.pack` lays them
                 out; with its `position_ids`.
             labels: (B,) targets, for a loss by `config.problem_type`.
-            **kwargs: Handed on to the headless model (`output_hidden_states`, `batch_num_images`, ...). No token
-                follows, so `use_cache` is `False` by default.
+            **kwargs: Handed on to the headless model: what else the processor makes (`image_sizes`, `image_grid_thw`,
+                `token_type_ids`, ...), `output_hidden_states`. No token follows, so `use_cache` is `False` by default.
 
         Returns:
             `logits` (B, num_labels) in the head's dtype, and `loss` if there are labels. With `segments` of S rests a
@@ -108,19 +126,14 @@ class ImageTextForSequenceClassification(_Mixin):
                 not divide by `image_copies`.
         """
         _check_batch(input_ids if input_ids is not None else inputs_embeds, attention_mask, image_copies)
-        if image_copies > 1 and pixel_values is not None:
-            known = {"image_sizes": image_sizes, "batch_num_images": kwargs.pop("batch_num_images", None)}
-            given = {name: value for name, value in known.items() if value is not None}
-            encoded = self.model.get_image_features(pixel_values=pixel_values, return_dict=True, **given)
-            mm_encoder_outputs, pixel_values, image_sizes = {"image": encoded}, None, None
-        if image_copies > 1 and mm_encoder_outputs is not None:  # as often as the batch repeats its rows, not copied
-            features = list(mm_encoder_outputs["image"].pooler_output) * image_copies
-            mm_encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        if image_copies > 1:
+            given = {"pixel_values": pixel_values, "mm_encoder_outputs": mm_encoder_outputs, **kwargs}
+            kwargs = copied_images(self.model, given, image_copies)
+            pixel_values, mm_encoder_outputs = kwargs.pop("pixel_values", None), kwargs.pop("mm_encoder_outputs", None)
         if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        for name, value in (("image_sizes", image_sizes), ("mm_encoder_outputs", mm_encoder_outputs)):
-            if value is not None:  # not every family's forward knows these
-                kwargs[name] = value
+            position_ids = position_kwargs(self, attention_mask).get("position_ids")
+        if mm_encoder_outputs is not None:  # not every family's forward knows it
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask if segments is None else attention_mask_for(self, segments),
@@ -139,6 +152,37 @@ class ImageTextForSequenceClassification(_Mixin):
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def copied_images(backbone: nn.Module, given: dict[str, Any], copies: int) -> dict[str, Any]:
+    """Keyword arguments of a batch that repeats its rows, out of those with each image once.
+
+    Each image is encoded once where the family can; else its tensors are repeated, and it is encoded as often.
+    """
+    taken = inspect.signature(backbone.get_image_features).parameters
+    images = {name: value for name, value in given.items() if name in taken and value is not None}
+    rest = {name: value for name, value in given.items() if name not in images and value is not None}
+    family = family_of(backbone.config)
+    if family is None or not family.encodes_once:
+        return {**rest, **{name: torch.cat([value] * copies) for name, value in images.items()}}
+    encoded = rest.pop("mm_encoder_outputs", {}).get("image")
+    if encoded is None and "pixel_values" in images:
+        encoded = backbone.get_image_features(**images, return_dict=True)
+    if GRID in images:  # positions are made of it too
+        rest[GRID] = torch.cat([images[GRID]] * copies)
+    return rest if encoded is None else {**rest, "mm_encoder_outputs": {"image": _repeated(encoded, copies)}}
+
+
+def _repeated(encoded: BaseModelOutputWithPooling, copies: int) -> BaseModelOutputWithPooling:
+    """The features of images, in the family's own form, as often as the batch repeats its rows; lists copy nothing."""
+    features = encoded.pooler_output
+    stacked = isinstance(features, torch.Tensor)
+    repeated = BaseModelOutputWithPooling(
+        pooler_output=torch.cat([features] * copies) if stacked else [*features] * copies
+    )
+    if (deeper := getattr(encoded, "deepstack_features", None)) is not None:
+        repeated.deepstack_features = [[*layer] * copies for layer in deeper]
+    return repeated
 
 
 def _check_batch(given: torch.Tensor | None, attention_mask: torch.Tensor | None, image_copies: int) -> None:
@@ -173,7 +217,7 @@ def _ends_of_rests(hidden_states: torch.Tensor, segments: torch.Tensor) -> torch
 
 
 class LlavaForSequenceClassification(ImageTextForSequenceClassification, LlavaPreTrainedModel):
-    """LLaVA-1.5 with a score head."""
+    """LLaVA-1.5, or a LLaVA with a Pixtral tower, with a score head."""
 
 
 class LlavaNextForSequenceClassification(ImageTextForSequenceClassification, LlavaNextPreTrainedModel):
@@ -184,20 +228,65 @@ class LlavaOnevisionForSequenceClassification(ImageTextForSequenceClassification
     """LLaVA-OneVision with a score head."""
 
 
-for _config_class, _model_class in (
-    (LlavaConfig, LlavaForSequenceClassification),
-    (LlavaNextConfig, LlavaNextForSequenceClassification),
-    (LlavaOnevisionConfig, LlavaOnevisionForSequenceClassification),
-):
-    _model_class.config_class = _config_class
+class Qwen2VLForSequenceClassification(ImageTextForSequenceClassification, Qwen2VLPreTrainedModel):
+    """Qwen2-VL with a score head."""
+
+
+class Qwen2_5_VLForSequenceClassification(ImageTextForSequenceClassification, Qwen2_5_VLPreTrainedModel):
+    """Qwen2.5-VL with a score head."""
+
+
+class Qwen3VLForSequenceClassification(ImageTextForSequenceClassification, Qwen3VLPreTrainedModel):
+    """Qwen3-VL with a score head."""
+
+
+class InternVLForSequenceClassification(ImageTextForSequenceClassification, InternVLPreTrainedModel):
+    """InternVL with a score head."""
+
+
+class SmolVLMForSequenceClassification(ImageTextForSequenceClassification, SmolVLMPreTrainedModel):
+    """SmolVLM with a score head."""
+
+
+class Idefics3ForSequenceClassification(ImageTextForSequenceClassification, Idefics3PreTrainedModel):
+    """Idefics3 with a score head."""
+
+
+class Gemma3ForSequenceClassification(ImageTextForSequenceClassification, Gemma3PreTrainedModel):
+    """Gemma 3 with a score head; transformers' own has no bias and guesses the last token by its id."""
+
+
+class PaliGemmaForSequenceClassification(ImageTextForSequenceClassification, PaliGemmaPreTrainedModel):
+    """PaliGemma with a score head."""
+
+
+def _register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    model_class.config_class = config_class
     # Without exist_ok, `register` returns silently for a config that transformers owns.
-    AutoModelForSequenceClassification.register(_config_class, _model_class, exist_ok=True)
-    if _config_class not in AutoModelForSequenceClassification._model_mapping:
+    AutoModelForSequenceClassification.register(config_class, model_class, exist_ok=True)
+    if AutoModelForSequenceClassification._model_mapping._extra_content.get(config_class) is not model_class:
         # transformers 5.17, the newest that vLLM takes, returns silently with exist_ok too.
-        AutoModelForSequenceClassification._model_mapping._extra_content[_config_class] = _model_class
-    # The checkpoints on the Hub name their weights `language_model.model.*`; transformers renames them by model type,
-    # but only for its own classes. With the mapping ours are saved under those names too, and adapters that were
-    # trained when the modules had those names load.
-    register_checkpoint_conversion_mapping(
-        _model_class.__name__, get_checkpoint_conversion_mapping(_config_class.model_type), overwrite=True
-    )
+        AutoModelForSequenceClassification._model_mapping._extra_content[config_class] = model_class
+    # The checkpoints on the Hub name their weights `language_model.model.*` and the like; transformers renames them by
+    # class or model type, but only for its own classes. With the mapping ours are saved under those names too, and
+    # adapters that were trained when the modules had those names load.
+    names = (AutoModelForImageTextToText._model_mapping[config_class].__name__, config_class.model_type)
+    mapping = next(filter(None, map(get_checkpoint_conversion_mapping, names)), None)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
+
+
+for _config_class, _model_class in {
+    LlavaConfig: LlavaForSequenceClassification,
+    LlavaNextConfig: LlavaNextForSequenceClassification,
+    LlavaOnevisionConfig: LlavaOnevisionForSequenceClassification,
+    Qwen2VLConfig: Qwen2VLForSequenceClassification,
+    Qwen2_5_VLConfig: Qwen2_5_VLForSequenceClassification,
+    Qwen3VLConfig: Qwen3VLForSequenceClassification,
+    InternVLConfig: InternVLForSequenceClassification,
+    SmolVLMConfig: SmolVLMForSequenceClassification,
+    Idefics3Config: Idefics3ForSequenceClassification,
+    Gemma3Config: Gemma3ForSequenceClassification,
+    PaliGemmaConfig: PaliGemmaForSequenceClassification,
+}.items():
+    _register(_config_class, _model_class)

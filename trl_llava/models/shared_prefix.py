@@ -7,6 +7,7 @@ attending to each other, so that each token gets the hidden state that it would 
 Letters: `P` packs, `L` length of the longest, `S` rests.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from trl_llava.models.base_model import base_of
+from trl_llava.models.positions import derives_positions
 
 PREFIX, PADDING = 0, -1
 """Segments of a pack that are no rest; the rests count from 1."""
@@ -157,13 +159,9 @@ def why_not(model: nn.Module) -> str | None:
         return f"{type(base).__name__} has layers without full attention"
     if derives_positions(base):
         return f"{type(base).__name__} derives its own positions"
+    if "token_type_ids" in inspect.signature(getattr(base, base.base_model_prefix, base).forward).parameters:
+        return f"{type(base).__name__} does not attend causally everywhere"
     return None
-
-
-def derives_positions(model: nn.Module) -> bool:
-    """Whether a model makes multimodal positions of its own from the attention mask, instead of plain ones."""
-    base = base_of(model)
-    return any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base)))
 
 
 def _attention(model: nn.Module) -> str:

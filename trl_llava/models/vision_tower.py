@@ -2,15 +2,13 @@
 
 import inspect
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import LlavaImageProcessorPil, ProcessorMixin
 
 from trl_llava.errors import InputError
-
-TOWER_NAMES = ("vision_tower", "vision_model", "visual")
-PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector", "connector", "image_newline")
+from trl_llava.models.families import PROJECTOR_NAMES, TOWER_NAMES
 
 
 def lies_in(name: str, parts: Collection[str]) -> bool:
@@ -34,19 +32,32 @@ def takes_image_features(backbone: nn.Module) -> bool:
 
 
 def freeze_vision(model: nn.Module, *, tower: bool = True, projector: bool = True) -> None:
-    """Stop the gradients of tower and projector (LLaVA-NeXT's `image_newline` with it), found by module name.
+    """Stop the gradients of the tower and, where there is one, of the projector, found by module name.
 
-    A part that is not found is an error: a silent miss would train it.
+    LLaVA-NeXT's `image_newline` belongs to the projector, and so does what joins patches at the end of Qwen's tower. A
+    tower that is not found is an error: a silent miss would train it.
     """
-    for wanted, part, names in ((tower, "vision tower", TOWER_NAMES), (projector, "projector", PROJECTOR_NAMES)):
-        found = [p for name, p in model.named_parameters() if lies_in(name, names)]
-        if wanted and not found:
-            raise InputError(
-                f"{type(model).__name__} has no {part} to freeze: expected a module named one of {', '.join(names)}. "
-                f"Set freeze_{'vision_tower' if part == 'vision tower' else part} to false to train without freezing."
-            )
-        for parameter in found if wanted else []:
+    found = [(part_of(name), parameter) for name, parameter in model.named_parameters()]
+    if tower and not any(part == "tower" for part, _ in found):
+        raise InputError(
+            f"{type(model).__name__} has no vision tower to freeze: expected a module named one of "
+            f"{', '.join(TOWER_NAMES)}. Set freeze_vision_tower to false to train without freezing"
+        )
+    if not projector and not any(part == "projector" for part, _ in found):
+        raise InputError(
+            f"{type(model).__name__} has no projector to train: expected a module named one of "
+            f"{', '.join(PROJECTOR_NAMES)}. Leave freeze_projector true"
+        )
+    for part, parameter in found:
+        if (part == "tower" and tower) or (part == "projector" and projector):
             parameter.requires_grad_(False)
+
+
+def part_of(name: str) -> Literal["tower", "projector", "language model"]:
+    """The part of an image-text model that a dotted name of a module or parameter lies in."""
+    if lies_in(name, PROJECTOR_NAMES):
+        return "projector"
+    return "tower" if lies_in(name, TOWER_NAMES) else "language model"
 
 
 def set_square_padding(processor: ProcessorMixin, enabled: bool) -> None:

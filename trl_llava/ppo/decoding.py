@@ -27,7 +27,7 @@ from trl_llava.models.adapter_role import computing
 from trl_llava.models.base_model import base_of
 from trl_llava.models.chunked_head import Sampling, logprobs_of
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.ppo.passes import position_kwargs
+from trl_llava.models.positions import derives_positions, prompt_positions
 from trl_llava.ppo.randomness import gumbel_scores
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class DecodingState:
     Attributes:
         rows: (B,) their places in the batch that is generated.
         ids: (B, 1) the last token of each row, whose successor the next step draws.
-        positions: (B, 1) its position, which counts real tokens only.
+        positions: (B, 1) its position, which counts real tokens, and images as the model does.
         mask: (B, L) bool, `False` at the padding of the prompts; the places to come are `True` all along, as a causal
             model does not see them.
         step: (1,) how many tokens of the response there are.
@@ -97,10 +97,8 @@ def why_not_static(policy: nn.Module, inputs: ModelInputs) -> str | None:
     """Why a policy cannot decode these prompts with a static cache; None if it can."""
     if is_deepspeed_zero3_enabled():
         return "under ZeRO-3 all processes call the model equally often, as transformers' `generate` does"
-    if not position_kwargs(policy, inputs.attention_mask):
-        return f"{type(policy).__name__} derives its own positions"
-    if inputs.with_tokens():
-        return f"its processor gives each token {', '.join(inputs.with_tokens())}"
+    if inputs.tokens and not derives_positions(policy):
+        return f"{type(policy).__name__} does not attend causally everywhere"
     attention = base_of(policy).config.get_text_config()._attn_implementation
     if attention not in ("sdpa", "eager"):
         return f"{attention} does not leave out the places of a cache that are not filled yet"
@@ -171,16 +169,21 @@ class StaticDecoder:
         groups = inputs.groups if self.share_prefix else list(range(count))
         first = {group: row for row, group in reversed(list(enumerate(groups)))}
         once = sorted(first.values())
-        # Not `select`, which would cut padding: all rows share the places of one cache.
+        # Not `select` alone, which would cut padding: all rows share the places of one cache.
         mask = inputs.attention_mask[once][:, :-1]
+        ids = inputs.input_ids[once][:, :-1].masked_fill(mask == 0, 0)
+        kinds = {name: value[once][:, :-1] for name, value in inputs.tokens.items()}
+        prompts = replace(inputs.select(once), input_ids=ids, attention_mask=mask, tokens=kinds)
         prefix = DynamicCache(config=policy.config.get_text_config(decoder=True))
+        positions, last = prompt_positions(policy, prompts)
         if query > 1:
             with computing(policy) as base:
                 getattr(base, base.base_model_prefix)(
-                    **inputs.select(once).image_kwargs(),
-                    input_ids=inputs.input_ids[once][:, :-1].masked_fill(mask == 0, 0),
+                    **prompts.image_kwargs(),
+                    **kinds,
+                    input_ids=ids,
                     attention_mask=mask,
-                    **position_kwargs(base, mask),
+                    position_ids=positions,
                     **{CACHE: prefix},
                     use_cache=True,
                 )
@@ -192,12 +195,11 @@ class StaticDecoder:
             if query > 1:
                 layer.update(kept.keys[copies], kept.values[copies])
                 kept.keys = kept.values = None  # one layer at a time is there twice
-        real = inputs.attention_mask.sum(1, keepdim=True)
         padding = torch.ones(count, length - query, dtype=torch.bool, device=device)
         return DecodingState(
             rows=torch.arange(count, device=device),
             ids=inputs.input_ids[:, -1:].clone(),
-            positions=real - 1,
+            positions=last[copies],
             mask=torch.cat((inputs.attention_mask.bool(), padding), 1),
             step=torch.zeros(1, dtype=torch.long, device=device),
             tokens=torch.full((count, self.response_length), self.pad_token_id, device=device),

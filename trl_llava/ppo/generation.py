@@ -180,6 +180,7 @@ class Generator:
             output = policy.generate(
                 input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
                 attention_mask=inputs.attention_mask,
+                **inputs.tokens,
                 **inputs.image_kwargs(),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([chosen, *noise]),

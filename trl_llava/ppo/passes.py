@@ -18,15 +18,12 @@ from trl_llava.errors import InputError
 from trl_llava.models.adapter_role import AdapterRole, computing
 from trl_llava.models.adapter_switching import SwitchedLayer, checkpoint_contexts
 from trl_llava.models.base_model import base_of
-from trl_llava.models.chunked_head import Sampling, token_statistics
+from trl_llava.models.chunked_head import Sampling, capped, token_statistics
+from trl_llava.models.families import family_of
 from trl_llava.models.model_inputs import ModelInputs
-from trl_llava.models.shared_prefix import attention_mask_for, derives_positions, pack, predictors
+from trl_llava.models.positions import derives_positions
+from trl_llava.models.shared_prefix import attention_mask_for, pack, predictors
 from trl_llava.ppo.rollout import Rollout
-
-
-def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """(B, L) position ids that count real tokens only; nothing for a model that derives its own."""
-    return {} if derives_positions(model) else {"position_ids": attention_mask.cumsum(1) - attention_mask}
 
 
 def response_logprobs(
@@ -61,7 +58,10 @@ def response_logprobs(
         head = base.get_output_embeddings()
         # A head with an adapter runs again, in the backward pass, when another role's adapter may be active.
         contexts = checkpoint_contexts(policy) if isinstance(head, SwitchedLayer) else noop_context_fn
-        found = token_statistics(states, head, responses[mask], sampling, entropies=entropies, context_fn=contexts)
+        cap = logit_cap(base)
+        found = token_statistics(
+            states, head, responses[mask], sampling, entropies=entropies, cap=cap, context_fn=contexts
+        )
     return _at_tokens(found[0], mask), _at_tokens(found[1], mask) if entropies else torch.zeros_like(mask).float()
 
 
@@ -90,8 +90,9 @@ def _states(
     backbone = getattr(base, base.base_model_prefix)
     if share_prefix and inputs.can_be_packed:
         return _packed_states(backbone, inputs, responses, mask)
-    tokens, attention_mask, before = _left_aligned(inputs, responses, mask)
-    if derives_positions(base):
+    kind = completion_kind(base)
+    tokens, attention_mask, before = _left_aligned(inputs, responses, mask, kind)
+    if derives_positions(base) or inputs.tokens:
         tokens["attention_mask"] = attention_mask
     # Else none: a causal model's real tokens do not see what is behind them, and without a mask attention has kernels
     # that do half the work and hold no (L, L) matrix.
@@ -100,12 +101,12 @@ def _states(
 
 
 def _left_aligned(
-    inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor
+    inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor, kind: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Prompt and response of each row without a gap, all padding behind them.
 
-    Returns (B, L) `input_ids` with whatever else the model has for each token, the (B, L) attention mask, and (n,) the
-    place of the token before each real response token among the B * L.
+    `kind` is that of a response's tokens, where tokens have kinds. Returns (B, L) `input_ids` with the kinds, the
+    (B, L) attention mask, and (n,) the place of the token before each real response token among the B * L.
     """
     real = torch.cat((inputs.attention_mask.bool(), mask), 1)
     width = int(real.sum(1).max())
@@ -113,8 +114,8 @@ def _left_aligned(
     attention_mask = real.long().gather(1, order)
     # Padding becomes id 0: a pad id may lie outside of the embedding.
     tokens = {"input_ids": torch.cat((inputs.input_ids, responses), 1).gather(1, order) * attention_mask}
-    for key, value in inputs.with_tokens().items():
-        tokens[key] = torch.cat((value, torch.zeros_like(responses)), 1).gather(1, order)
+    for name, value in inputs.tokens.items():
+        tokens[name] = torch.cat((value, torch.full_like(responses, kind)), 1).gather(1, order)
     starts = inputs.attention_mask.sum(1) + width * torch.arange(len(inputs), device=mask.device)
     before = starts.unsqueeze(1) + torch.arange(-1, mask.shape[1] - 1, device=mask.device)
     return tokens, attention_mask, before[mask]
@@ -150,7 +151,7 @@ def _at_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def check_plain_head(policy: nn.Module) -> None:
-    """Refuse a policy that scales or caps its logits behind its head, which `response_logprobs` would not see."""
+    """Refuse a policy that does more with its logits than its head and its cap say: `response_logprobs` would not."""
     base = base_of(policy)
     ids = torch.tensor([[1, 2]], device=base.device)  # not 0, whose embedding may be 0 for padding
     with torch.no_grad():
@@ -158,12 +159,26 @@ def check_plain_head(policy: nn.Module) -> None:
         states = getattr(base, base.base_model_prefix)(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         ).last_hidden_state
-        found = base.get_output_embeddings()(states)
+        found = capped(base.get_output_embeddings()(states), logit_cap(base))
     if not torch.allclose(found.float(), whole.logits.float(), rtol=1e-2, atol=1e-3):
         raise InputError(
-            f"{type(base).__name__} does more with its logits than its head does (caps or scales them), which PPO's "
-            "chunked head does not follow. Use a policy of another family"
+            f"{type(base).__name__} does more with its logits than its head does (scales them), which PPO's chunked "
+            "head does not follow. Use a policy of another family"
         )
+
+
+def logit_cap(base: nn.Module) -> float | None:
+    """What a model's logits stay below, if it caps them."""
+    family = family_of(base.config)
+    if family is None or not family.caps_logits:
+        return None
+    return base.config.get_text_config().final_logit_softcapping
+
+
+def completion_kind(base: nn.Module) -> int:
+    """The kind of a completion's tokens, for models whose processor gives each token one."""
+    family = family_of(base.config)
+    return int(family is not None and family.attends_to_whole_prompt)
 
 
 class PolicyAndValue(nn.Module):

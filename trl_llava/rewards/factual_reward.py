@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.data.batching import kind_tensors
 from trl_llava.data.contract import check_captions, names_or_numbers, normalise_messages, place_images
 from trl_llava.data.encoding import encode
 from trl_llava.data.images import ImageRef, load_image
@@ -28,7 +29,7 @@ from trl_llava.models.adapters import load_adapter
 from trl_llava.models.base_model import base_of
 from trl_llava.models.load import HEAD, load_processor, load_sequence_classifier
 from trl_llava.models.micro_batches import Lengths, micro_batches
-from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.model_inputs import ModelInputs, split_by_rows
 from trl_llava.models.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.models.shared_base import SharedBase, add_role, find_shared_base
 from trl_llava.models.shared_prefix import Grouped, common_prefix, pack_groups, why_not
@@ -164,10 +165,10 @@ class FactualReward:
         inputs = ModelInputs(
             pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left").to(device),
             pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device),
-            [len(own) for own in images],
-            dict(encoding.image_inputs),
+            split_by_rows(encoding.images.tensors, encoding.images.counts),
+            {name: kinds.to(device) for name, kinds in kind_tensors(encoding.token_kinds, side="left").items()},
         )
-        packs = groups if self.share_prefix and not inputs.with_tokens() else None
+        packs = groups if self.share_prefix and not inputs.tokens else None
         lengths = _lengths(encoding.input_ids, packs)
         scores = torch.zeros(len(rows))
         with torch.inference_mode():
@@ -180,7 +181,7 @@ class FactualReward:
     def _pass(self, inputs: ModelInputs, together: Grouped | None) -> torch.Tensor:
         """(B,) float32: the scores of B rows, as they are or packed by prompt."""
         places = list(range(len(inputs)))
-        given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+        given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, **inputs.tokens}
         if together is not None:
             places = together.places
             given = {name: value.to(self.model.device) for name, value in together.packed._asdict().items()}

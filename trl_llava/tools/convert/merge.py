@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from trl_llava.configs.stages import LlavaModelConfig
-from trl_llava.data.batching import text_tensors
+from trl_llava.data.batching import kind_tensors, text_tensors
 from trl_llava.data.encoding import encode
 from trl_llava.errors import InputError
 from trl_llava.hub.lookup import check_there, find_file, local_base
@@ -147,7 +147,7 @@ def _probe(model: PeftModel, processor: ProcessorMixin) -> tuple[dict[str, torch
     contents[0].insert(0, {"type": "image"})
     questions: list[list[Message]] = [[{"role": "user", "content": content}] for content in contents]
     encoding = encode(processor, questions, [[image], []], add_generation_prompt=True)
-    batch = {**text_tensors(processor, encoding.input_ids), **encoding.image_inputs}
+    batch = text_tensors(processor, encoding.input_ids) | kind_tensors(encoding.token_kinds) | encoding.images.tensors
     dtype = model.get_base_model().dtype
     batch = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
     return {name: value.to(model.device) for name, value in batch.items()}, batch["attention_mask"].bool()

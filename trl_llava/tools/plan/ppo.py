@@ -20,7 +20,7 @@ from torch import nn
 
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.image_features import encode_images
-from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.model_inputs import ImageFeatures, ModelInputs, split_by_rows
 from trl_llava.models.shared_prefix import pack_groups, why_not
 from trl_llava.ppo.completions import Completions
 from trl_llava.ppo.generation import Generator, suppressed_tokens
@@ -95,7 +95,7 @@ class _Phases:
         self.sampling = Sampling(self.args.temperature, suppressed_tokens(roles.policy), self.args.logits_chunk_size)
         self.host: Counter[str] = Counter()
         self.notes: list[str] = []
-        self._features: dict[str, torch.Tensor] = {}
+        self._features: dict[str, ImageFeatures] = {}  # by role, of the images of one row
 
     def images(self) -> Counter[str]:
         """Tower and projector of each role but the reward, `local_rollout_forward_batch_size` prompts at a time."""
@@ -106,13 +106,17 @@ class _Phases:
             peak, features = self._encoded(model, self._inputs(role, Shape(min(self.at_once, prompts), 1, 1)))
             if features is None:  # tower or projector are trained, and run in every pass
                 continue
-            self._features[role] = features[0]
+            self._features[role] = ImageFeatures(features.rows[:1], features.form)
             if role not in self.roles.sharing:
-                self.host["image features of a step"] += prompts * self.job.images * features[0].nbytes
+                self.host["image features of a step"] += prompts * self._features_of_row(role)
             worst = max(worst, peak, key=Counter.total)
         return worst
 
-    def _encoded(self, model: nn.Module, inputs: ModelInputs) -> tuple[Counter[str], list[torch.Tensor] | None]:
+    def _features_of_row(self, role: str) -> int:
+        """Bytes of the features of one row's images."""
+        return sum(feature.nbytes for feature in self._features[role].rows[0])
+
+    def _encoded(self, model: nn.Module, inputs: ModelInputs) -> tuple[Counter[str], ImageFeatures | None]:
         found: list[ModelInputs] = []
         peak = self._dry([model], lambda: found.append(encode_images(model, inputs, self.at_once)))
         return peak, found[0].features
@@ -132,7 +136,7 @@ class _Phases:
         last = Counter({"KV cache": kv_cache(config, rows, self._length, number)})
         last["logits"] = 3 * 4 * rows * config.get_text_config().vocab_size  # scores, noise, their sum
         if "policy" in self._features:
-            last["image features"] = shape.prompts * self.job.images * self._features["policy"].nbytes
+            last["image features"] = shape.prompts * self._features_of_row("policy")
         first = kv_cache(config, shape.prompts, self.job.length, number)
         peak["KV cache"] = min(first, peak["activations"])  # made within the pass, so counted there
         peak["activations"] -= peak["KV cache"]
@@ -255,13 +259,16 @@ class _Phases:
     def _inputs(self, role: str, shape: Shape) -> ModelInputs:
         """A micro-batch's prompts as a role reads them, with image features where they are made once a step."""
         text = text_inputs(shape.prompts, shape.length, left=True)
-        inputs = ModelInputs(text["input_ids"], text["attention_mask"], [self.job.images] * shape.prompts)
+        inputs = ModelInputs(text["input_ids"], text["attention_mask"])
         if role in self._features:
             one = self._features[role]
             with self.without_memory.fake:
-                inputs.features = [one.new_empty(one.shape, device=HOST) for _ in range(sum(inputs.images_per_row))]
+                rows = [[own.new_empty(own.shape, device=HOST) for own in one.rows[0]] for _ in range(shape.prompts)]
+            inputs.features = ImageFeatures(rows, one.form)
         else:
-            inputs.extras = self._images(role, shape.prompts)
+            images = self._images(role, shape.prompts)
+            counts = {name: [len(tensor) // shape.prompts] * shape.prompts for name, tensor in images.items()}
+            inputs.images = split_by_rows(images, counts)
         return inputs.repeated(shape.completions)
 
     def _completions(self, shape: Shape) -> Completions:
