@@ -191,7 +191,9 @@ def pixtral(folder: str | Path) -> Path:
             patch_size=PATCH,
             initializer_range=0.1,
         ),
-        text_config=MistralConfig(**{**text_config(len(tokenizer)), **ids_of(tokenizer)}, head_dim=8),
+        text_config=MistralConfig(
+            **{**text_config(len(tokenizer)), **ids_of(tokenizer)}, head_dim=8, sliding_window=None
+        ),
         image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
         image_seq_length=1,
         vision_feature_layer=-1,
@@ -411,6 +413,7 @@ def gemma3(folder: str | Path) -> Path:
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     turns = ["<start_of_turn>", "<end_of_turn>"]
     tokenizer = gemma_tokenizer([*turns, *named.values()], extra_special_tokens=named)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in turns])
     processor = Gemma3Processor(
         Gemma3ImageProcessorPil(size={"height": TILE, "width": TILE}),
         tokenizer,

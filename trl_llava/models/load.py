@@ -76,7 +76,7 @@ def load_processor(
     except ImportError as error:
         raise MissingPackageError(
             f"the processor of '{name}' needs a package that is not installed (the video parts of many families need "
-            f"torchvision: `pip install trl-llava[onevision]`). The cause: {str(error).strip().splitlines()[0]}"
+            f"torchvision: `pip install trl-llava[vlm]`). The cause: {str(error).strip().splitlines()[0]}"
         ) from error
     except (OSError, ValueError) as error:
         raise NotFoundError(not_found(f"{field} (its processor)", name, revision, error)) from error
