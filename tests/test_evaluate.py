@@ -135,7 +135,7 @@ def test_measures_of_own_data() -> None:
     second = said("A cat.", "", "Yes.", "Yes.", "A. ", "2.", "maybe")
     result = OwnTask("own", rows, rows).judge(["one", "two"], [first, second])
     values = {
-        measure.name: [float(statistic[measure.name](np.arange(7))) for statistic in result.statistics]
+        measure.name: [float(statistic[measure.name].statistic(np.arange(7))) for statistic in result.statistics]
         for measure in result.measures
     }
     expected = {

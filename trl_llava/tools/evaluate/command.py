@@ -8,6 +8,7 @@ The first model is what the others are compared with. Written are evaluation.jso
 
 import argparse
 import gc
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from trl_llava.data.contract import check_captions
-from trl_llava.errors import RecipeError
+from trl_llava.errors import MissingPackageError, RecipeError
 from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
 from trl_llava.rewards.factual_reward import FactualReward
@@ -50,6 +51,9 @@ from trl_llava.tools.evaluate.own_data import OwnTask, is_own_data
 from trl_llava.tools.evaluate.page import write_page
 from trl_llava.tools.evaluate.results import Task
 
+BENCHMARKS = ("pope", "chair", "amber_g", "mmvp", "hallusion_bench")
+"""What lmms-eval runs; its module is not imported to find out."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
@@ -63,6 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", help="JSON file with names of objects: a list, or {name: [other words]}")
     parser.add_argument("--examples", type=positive, default=50, help="questions of a task on the page (default: 50)")
     parser.add_argument("--data", help="folder with a copy of each benchmark's data, by the task's name")
+    parser.add_argument(
+        "--plain_questions", action="store_true", help="ask benchmarks without what lmms-eval adds to a question"
+    )
     group = parser.add_argument_group("judge (mmhal)")
     group.add_argument("--judge_base_url", help="OpenAI-compatible address, as http://localhost:8000/v1")
     group.add_argument("--judge_model", help=f"the judge's name there; its key is read from {' or '.join(KEYS)}")
@@ -107,16 +114,31 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise RecipeError(f"--tasks: expected different names, separated by commas; found {args.tasks!r}.")
-    unknown = [name for name in names if name != MMHalTask.name and not is_own_data(name)]
+    known = (MMHalTask.name, *BENCHMARKS)
+    unknown = [name for name in names if name not in known and not is_own_data(name)]
     if unknown:
         raise RecipeError(
-            f"--tasks: there is no task {unknown[0]!r}; expected {MMHalTask.name}, or the file of a data set of your "
-            "own."
+            f"--tasks: there is no task {unknown[0]!r}; expected {', '.join(known)}, or the file of a data set of "
+            "your own."
         )
-    return [_mmhal(args) if name == MMHalTask.name else _own(args, name) for name in names]
+    makers = {MMHalTask.name: _mmhal, **dict.fromkeys(BENCHMARKS, _benchmark)}
+    return [makers.get(name, _own)(args, name) for name in names]
 
 
-def _own(args: argparse.Namespace, name: str) -> OwnTask:
+def _benchmark(args: argparse.Namespace, name: str) -> Task:
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise MissingPackageError(
+            f"{name} needs lmms-eval, which is not installed: `pip install trl-llava[eval]`, in an environment of its "
+            "own (docs/evaluation.md)."
+        )
+    from trl_llava.tools.evaluate.benchmarks import LmmsTask
+
+    return LmmsTask(
+        name, None if args.data is None else Path(args.data) / name, args.limit, plain=args.plain_questions
+    )
+
+
+def _own(args: argparse.Namespace, name: str) -> Task:
     everything = read_rows(argparse.Namespace(**{**vars(args), "limit": None}), name)
     rows = everything if args.limit is None else everything.select(range(min(args.limit, len(everything))))
     reward = None
@@ -126,7 +148,7 @@ def _own(args: argparse.Namespace, name: str) -> OwnTask:
     return OwnTask(Path(name).name, rows, everything, args.vocabulary, reward)
 
 
-def _mmhal(args: argparse.Namespace) -> MMHalTask:
+def _mmhal(args: argparse.Namespace, name: str) -> Task:
     if args.judge_base_url is None or args.judge_model is None:
         raise RecipeError("mmhal needs a judge: name it with --judge_base_url and --judge_model.")
     try:

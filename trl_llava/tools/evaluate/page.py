@@ -42,11 +42,12 @@ def write_page(
 def _example(result: TaskResult, number: int) -> dict[str, Any]:
     question = result.questions[number]
     outcomes = [own[number] for own in result.outcomes]
+    images = question.images() if callable(question.images) else question.images
     return {
         "question": question.text,
         "truth": question.truth,
         "name": question.name,
-        "images": [thumbnail(image, question.name) for image in question.images],
+        "images": [thumbnail(image, question.name) for image in images],
         "differ": len({outcome.wrong for outcome in outcomes}) > 1,
         "wrong": any(outcome.wrong for outcome in outcomes),
         "answers": [

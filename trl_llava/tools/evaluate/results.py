@@ -1,6 +1,6 @@
 """What an evaluation finds out: questions, the answers of each model with what is wrong in them, and measures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,13 +19,21 @@ class Measure(NamedTuple):
     by: str = ""
 
 
+class Sampled(NamedTuple):
+    """A statistic, of how many things it is that are drawn, and how often they are."""
+
+    statistic: Statistic
+    units: int
+    resamples: int = RESAMPLES
+
+
 @dataclass(frozen=True)
 class Question:
     """What was asked, and what is true."""
 
     name: str  # of the row
     text: str
-    images: Sequence[Any]  # references for `data.images.load_image`
+    images: Callable[[], Sequence[Any]] | Sequence[Any]  # references for `data.images.load_image`, or what makes them
     truth: str = ""
 
 
@@ -51,28 +59,31 @@ class TaskResult:
     outcomes: list[list[Outcome]]
     measures: list[Measure]
     note: str = ""
-    statistics: list[dict[str, Statistic]] = field(default_factory=list)  # of each model; by default from the counts
-    units: int = 0  # what is resampled; by default the questions
-    resamples: int = RESAMPLES
+    statistics: list[dict[str, Sampled]] = field(default_factory=list)  # of each model, beside those from the counts
 
     def __post_init__(self) -> None:
-        self.units = self.units or len(self.questions)
-        self.statistics = self.statistics or [self._from_counts(outcomes) for outcomes in self.outcomes]
+        others = self.statistics or [{} for _ in self.models]
+        self.statistics = [
+            {**self._from_counts(outcomes), **more} for outcomes, more in zip(self.outcomes, others, strict=True)
+        ]
         self.measures = [measure for measure in self.measures if measure.name in self.statistics[0]]
 
-    def _from_counts(self, outcomes: list[Outcome]) -> dict[str, Statistic]:
+    def _from_counts(self, outcomes: list[Outcome]) -> dict[str, Sampled]:
         names = {name for outcome in outcomes for name in outcome.counts}
         pairs = {name: [outcome.counts.get(name, (0.0, 0.0)) for outcome in outcomes] for name in names}
-        return {name: ratio(*zip(*own, strict=True)) for name, own in pairs.items()}
+        return {name: Sampled(ratio(*zip(*own, strict=True)), len(own)) for name, own in pairs.items()}
 
     def estimates(self, measure: Measure) -> list[Estimate]:
         """The measure of each model."""
-        return [estimate(own[measure.name], self.units, resamples=self.resamples) for own in self.statistics]
+        found = [own[measure.name] for own in self.statistics]
+        return [estimate(own.statistic, own.units, resamples=own.resamples) for own in found]
 
     def differences(self, measure: Measure) -> list[Estimate]:
         """How far each model but the first is from the first one."""
         first, *others = [own[measure.name] for own in self.statistics]
-        return [difference(first, other, self.units, resamples=self.resamples) for other in others]
+        return [
+            difference(first.statistic, other.statistic, first.units, resamples=first.resamples) for other in others
+        ]
 
 
 class Task(Protocol):
