@@ -200,7 +200,7 @@ def test_missing_torchvision(work: Work, said: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(models.AutoProcessor, "from_pretrained", needs_it)
     status, line = said(lambda: work.sft("none"))
     assert status == 1
-    assert "trl-llava[onevision]" in line
+    assert "trl-llava[vlm]" in line
 
 
 def test_fewer_rows_than_a_batch(work: Work, said: Any) -> None:

@@ -1,5 +1,6 @@
 """Who is trained in a PPO run, and against whom: policy, reference and value model, as the recipe names them."""
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
-from trl_llava.errors import RecipeError
+from trl_llava.errors import InputError, RecipeError
 from trl_llava.hub.lookup import check_there, find_file
 from trl_llava.models.adapter_role import AdapterRole
 from trl_llava.models.adapters import freeze_as_configured, load_adapter, lora_config
@@ -23,6 +24,8 @@ from trl_llava.models.starts import (
     with_base,
     zero_head,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Policy(NamedTuple):
@@ -97,16 +100,7 @@ def load_value_model(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy:
     It starts from `value_model_path`, else from what `value_init` says, with the head that `value_head` says. It must
     read the policy's token ids as the same tokens.
     """
-    name, revision, field = args.value_model_path, args.value_model_revision, "value_model_path"
-    if name is None and args.value_init == "policy":
-        (name, revision), field = policy.start, "policy"
-    elif name is None:
-        name, revision, field = args.reward_model_path, args.reward_model_revision, "reward_model_path"
-    if name is None:
-        raise RecipeError(
-            "`value_init: reward` needs `reward_model_path`: set it, or `value_init: policy`, or `value_model_path`."
-        )
-    check_there(field, name, revision)
+    name, revision, field = _value_start(args, model_args, policy)
     given = model_args.model_name_or_path if field == "policy" else None
     model, shared = _value_model(args, model_args, policy, name, given, revision)
     if args.value_head == "zero":
@@ -117,6 +111,30 @@ def load_value_model(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy:
     same = processor.chat_template == policy.processor.chat_template
     same = same and processor.to_dict() == policy.processor.to_dict()  # image processor, patches, image tokens, ...
     return Value(model, None if same else processor, shared)
+
+
+def _value_start(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy) -> tuple[str, str | None, str]:
+    """What the value model starts from: name, revision, and the field that names it ("policy" for the policy)."""
+    if args.value_model_path is not None:
+        return args.value_model_path, args.value_model_revision, "value_model_path"
+    if args.value_init == "policy":
+        return *policy.start, "policy"
+    name, revision = args.reward_model_path, args.reward_model_revision
+    if name is None:
+        raise RecipeError(
+            "`value_init: reward` needs `reward_model_path`: set it, or `value_init: policy`, or `value_model_path`."
+        )
+    check_there("reward_model_path", name, revision)
+    try:
+        processor = _processor(name, args, model_args, revision, adapter_base(name, revision) or name)
+        check_same_tokenizer(policy.processor, processor, "value model (reward_model_path)")
+    except InputError as difference:
+        if args.value_head == "reward":  # that of the reward model is wanted
+            raise
+        # The reward model reads text and images; only a value model must read the policy's ids.
+        logger.warning("The value model starts from the policy, as with `value_init: policy`: %s.", difference)
+        return *policy.start, "policy"
+    return name, revision, "reward_model_path"
 
 
 def _policy_start(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[str, str | None]:

@@ -99,6 +99,8 @@ def _starts(job: Job, model_args: LlavaModelConfig) -> dict[str, Start]:
     }
     if args.reward_model_path is not None:
         starts["reward"] = _start(job, "reward_model_path", None)
+    if value_field == "reward_model_path" and starts["value"].config.model_type != starts["policy"].config.model_type:
+        starts["value"] = _start(job, policy_field, base)  # as a run does where it reads other tokens
     return starts
 
 
