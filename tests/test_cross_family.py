@@ -39,7 +39,7 @@ def test_ppo_with_a_judge_of_another_family(
 
 def test_its_head_is_no_start_for_the_value_model(trained: dict[str, Work]) -> None:
     work, reward = trained["llava"], str(trained["qwen2_5_vl"].folder / "reward_model")
-    with pytest.raises(ValueError, match="policy and value model .* do not fit together"):
+    with pytest.raises(ValueError, match=r"policy and value model .* do not fit together"):
         work.ppo(
             *("refused", "--sft_model_path", str(work.folder / "policy")),
             *("--reward_model_path", reward, "--value_head", "reward"),

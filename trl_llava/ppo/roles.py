@@ -101,6 +101,7 @@ def load_value_model(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy:
     read the policy's token ids as the same tokens.
     """
     name, revision, field = _value_start(args, model_args, policy)
+    check_there(field, name, revision)
     given = model_args.model_name_or_path if field == "policy" else None
     model, shared = _value_model(args, model_args, policy, name, given, revision)
     if args.value_head == "zero":
