@@ -35,6 +35,13 @@ from transformers.utils import logging as transformers_logging
 transformers_logging.disable_progress_bar()
 
 
+def stop_without(*packages: str) -> None:
+    """Say what is missing, instead of what an import of it says in the middle of transformers."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.fail(f"the processor of this model needs {' and '.join(missing)}: `make install`", pytrace=False)
+
+
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
     """Take back what a test sets in `os.environ`: TRL's colocated vLLM leaves a RANK there, which later tests obey."""
@@ -56,7 +63,8 @@ def tiny_llava_next_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llava_onevision_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random LLaVA-OneVision; its processor is `tiny_models.onevision_processor()`. Read only."""
+    """A folder with a random LLaVA-OneVision and its processor. Read only."""
+    stop_without("torchvision")
     return tiny_models.tiny_llava_onevision(tmp_path_factory.mktemp("tiny_llava_onevision"))
 
 
@@ -69,9 +77,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny model of a family of `tiny_families.FAMILIES`, by its name. Read only."""
-    missing = [name for name in ("torchvision", "num2words") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.fail(f"the processors of these families need {' and '.join(missing)}: `make install`", pytrace=False)
+    stop_without("torchvision", "num2words")
     import tiny_families  # not above: some of these classes cannot even be imported without torchvision
 
     @functools.cache

@@ -143,10 +143,8 @@ def test_what_is_refused(world: World) -> None:
 
 
 @pytest.mark.parametrize("stage", ["grpo", "rloo"])
-def test_onevision_with_one_image_a_row(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    base = toy_models.onevision(tmp_path, monkeypatch)
+def test_onevision_with_one_image_a_row(world: World, tmp_path: Path, stage: str) -> None:
+    base = toy_models.onevision(tmp_path)
     words = [
         *LORA,
         *SHORT,

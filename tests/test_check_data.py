@@ -209,8 +209,9 @@ def test_several_images_where_each_is_read_alone(
     picture = next(files.folder.glob("coco/*.jpg")).name
     rows, question = tmp_path / "rows.jsonl", [{"role": "user", "content": "What?"}]
     rows.write_text("".join(json.dumps({"prompt": question, "images": [picture] * n}) + "\n" for n in (0, 1, 2, 2)))
+    processor = tiny_models.onevision_processor()
     for name in ("load_recipe_processor", "load_policy_processor"):
-        monkeypatch.setattr(check_data, name, lambda *_, **__: tiny_models.onevision_processor())
+        monkeypatch.setattr(check_data, name, lambda *_, **__: processor)
     path = files.recipe(stage, dataset_name=str(rows), captions_file=None)
     assert run(path, *words) == (1 if reader else 0)
     found = f"2 of 4 rows of {rows} cannot be used, first rows.jsonl[2]: it has 2 images, and {reader} would process"

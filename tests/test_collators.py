@@ -234,12 +234,10 @@ def test_unreadable_image_names_the_row(vicuna, rows):
 @pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_next_dir", "tiny_llava_onevision_dir"])
 def test_each_family_runs_on_mixed_batches(family, request, rows, red_image, blue_image):
     """A forward pass that does not raise proves the number of image tokens: one, none and two pictures a row."""
-    from tiny_models import onevision_processor
     from transformers import AutoProcessor
 
     folder = request.getfixturevalue(family)
-    onevision = family == "tiny_llava_onevision_dir"
-    processor = onevision_processor() if onevision else AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     processor.chat_template = VICUNA_V1_CHAT_TEMPLATE
     model = AutoModelForImageTextToText.from_pretrained(folder)
     wide = Image.new("RGB", (120, 30), "green")

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import onevision_processor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
@@ -61,10 +60,9 @@ def byte_level():
     return fast
 
 
-@pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_next_dir", "onevision"])
+@pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_next_dir", "tiny_llava_onevision_dir"])
 def test_ids_are_the_processors_own(family, request, red_image, blue_image):
-    folder = None if family == "onevision" else request.getfixturevalue(family)
-    processor = onevision_processor() if folder is None else AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(request.getfixturevalue(family))
     processor.chat_template = VICUNA_V1_CHAT_TEMPLATE
     wide = Image.new("RGB", (120, 30), "green")
     conversations = [

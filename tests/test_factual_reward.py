@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -399,7 +398,7 @@ def test_it_is_a_reward_function_for_trls_trainers(
 
 
 def test_tiny_onevision_scores(tiny_llava_onevision_dir: Path, red_image, blue_image) -> None:
-    processor = tiny_models.onevision_processor()
+    processor = AutoProcessor.from_pretrained(tiny_llava_onevision_dir)
     reward = FactualReward(classifier(tiny_llava_onevision_dir), processor, JudgingPrompt(), batch_size=2)
     columns = columns_of(red_image, blue_image)
     scores = reward(**columns)

@@ -219,4 +219,4 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.mark.parametrize("name", sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")))
 def test_each_recipe_trains_as_it_is(workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    run_two_steps(workshop, name, monkeypatch)
+    run_two_steps(workshop, name)

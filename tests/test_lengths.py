@@ -4,7 +4,6 @@ import logging
 
 import pytest
 from datasets import Dataset
-from tiny_models import onevision_processor
 from transformers import AutoProcessor
 
 from trl_llava.data.collators import PromptCollator, SFTCollator
@@ -39,10 +38,9 @@ def token_lengths(rows, collator):
     return [length for length, _ in LengthMeter(collator).measure(rows)]
 
 
-@pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_next_dir", "onevision"])
+@pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_llava_next_dir", "tiny_llava_onevision_dir"])
 def test_lengths_are_those_of_the_batch(family, request, dataset):
-    folder = None if family == "onevision" else request.getfixturevalue(family)
-    processor = onevision_processor() if folder is None else AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(request.getfixturevalue(family))
     processor.chat_template = VICUNA_V1_CHAT_TEMPLATE
     prompt = PromptCollator(processor)
     assert token_lengths(list(dataset), prompt) == prompt(list(dataset))["attention_mask"].sum(1).tolist()

@@ -237,18 +237,6 @@ def test_processor_names_every_missing_part(tiny_llava_dir: Path, tmp_path: Path
         models.load_processor(str(tmp_path))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
-def test_onevision_processor_without_torchvision_says_so(tiny_llava_onevision_dir: Path, tmp_path: Path) -> None:
-    tiny_models.onevision_processor().save_pretrained(tmp_path)
-    config = (tmp_path / "processor_config.json").read_text()
-    config = config.replace("ImageOnlyOnevisionProcessor", "LlavaOnevisionProcessor")
-    (tmp_path / "processor_config.json").write_text(config)
-    video = '{"video_processor_type": "LlavaOnevisionVideoProcessor"}'
-    (tmp_path / "video_preprocessor_config.json").write_text(video)  # as in the Hub's repositories
-    with pytest.raises(ImportError, match=r"pip install trl-llava\[onevision\]"):
-        models.load_processor(str(tmp_path))
-
-
 def test_quantisation_without_bitsandbytes_names_the_extra(
     tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

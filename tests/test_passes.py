@@ -53,10 +53,7 @@ SCORE_CLASSES = {
 
 def make_inputs(family: str, folder: Path) -> ModelInputs:
     """Four rows with 1, 0, 2 and 1 images of different sizes."""
-    if family == "tiny_llava_onevision_dir":
-        processor = tiny_models.onevision_processor()
-    else:
-        processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     pictures = [
         [tiny_models.image("red")],
         [],

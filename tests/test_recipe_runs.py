@@ -55,18 +55,18 @@ class Workshop:
     def write(self, name: str, value: Any) -> None:
         (self.folder / f"{name}.json").write_text(json.dumps(value))
 
-    def model(self, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def model(self, name: str) -> Path:
         """The toy of a recipe's base."""
         folder = self.folder / "models" / Path(name).name
-        if "onevision" in name:
-            return toy_models.onevision(folder, monkeypatch)  # patches what loads it, so each time
-        if not folder.exists():
+        if not folder.exists() and "onevision" in name:
+            toy_models.onevision(folder)
+        elif not folder.exists():
             size, pixels = ("13b" if "13b" in name else "7b"), (224 if "224" in name else 336)
             template = toy_models.NO_STOP if name.startswith("llava-hf/") else toy_models.VICUNA_V1_CHAT_TEMPLATE
             toy_models.llava_1_5(folder, size, pixels, chat_template=template)
         return folder
 
-    def run(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(self, path: Path) -> Any:
         """Runs a recipe, after what it needs; a second call returns the same trainer."""
         if path in self.ran:
             return self.ran[path]
@@ -78,13 +78,11 @@ class Workshop:
         if "captions_file" in recipe:
             words += ["--captions_file", f"{self.folder}/image_to_caption.json"]
         if "model_name_or_path" in recipe:
-            words += ["--model_name_or_path", str(self.model(recipe["model_name_or_path"], monkeypatch))]
-        elif "onevision" in path.parent.name:  # those it needs may have run in a test before, with its patch
-            self.model("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", monkeypatch)
+            words += ["--model_name_or_path", str(self.model(recipe["model_name_or_path"]))]
         for field in ("sft_model_path", "reward_model_path", "adapter_name_or_path"):
             if field in recipe:
                 needed = Path(recipe[field].removeprefix("runs/").removesuffix("/checkpoint-200"))
-                self.run(RECIPES / needed.with_suffix(".yaml"), monkeypatch)
+                self.run(RECIPES / needed.with_suffix(".yaml"))
                 words += [f"--{field}", str(self.folder / needed)]
         if recipe.get("load_in_4bit") and stage != "sft" and self.device == "cpu":
             words += ["--load_in_4bit", "false"]  # slow on a CPU; SFT does it
@@ -131,13 +129,13 @@ def recipes() -> list[Any]:
 
 @pytest.mark.usefixtures("from_root")
 @pytest.mark.parametrize("name", recipes())
-def test_recipe_runs_two_steps(workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_two_steps(workshop, name, monkeypatch)
+def test_recipe_runs_two_steps(workshop: Workshop, name: str) -> None:
+    run_two_steps(workshop, name)
 
 
-def run_two_steps(workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_two_steps(workshop: Workshop, name: str) -> None:
     """Run a recipe, and see that it trained what it should."""
-    trainer = workshop.run(RECIPES / name, monkeypatch)
+    trainer = workshop.run(RECIPES / name)
     assert trainer.state.global_step == 2
     folder = Path(trainer.args.output_dir)
     adapter = json.loads((folder / "adapter_config.json").read_text())
@@ -149,10 +147,8 @@ def run_two_steps(workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("from_root")
-def test_a_7b_policy_at_224_with_a_13b_reward_model_at_336(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = workshop.run(RECIPES / "llava-rlhf-7b-v1.5-224/ppo.yaml", monkeypatch)
+def test_a_7b_policy_at_224_with_a_13b_reward_model_at_336(workshop: Workshop) -> None:
+    trainer = workshop.run(RECIPES / "llava-rlhf-7b-v1.5-224/ppo.yaml")
     policy, value = trainer.policy_model.config, trainer.value_model.config
     (reward,) = trainer.scorer.reward_funcs
     for config, layers, patches in ((policy, 4, 16), (value, 5, 24), (reward.model.config, 5, 24)):

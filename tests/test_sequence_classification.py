@@ -30,8 +30,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def batch_of(folder: Path, side: str, texts: list[str], colors: list[str]) -> dict[str, torch.Tensor]:
-    name = folder.name
-    processor = tiny_models.onevision_processor() if "onevision" in name else AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = side
     images = [tiny_models.image(color, (40 + 8 * i, 32)) for i, color in enumerate(colors)]
     return processor(text=texts, images=images or None, padding=True, return_tensors="pt")

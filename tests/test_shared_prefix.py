@@ -12,7 +12,7 @@ from datasets import Dataset, Image, List
 from tiny_trainers import favour_the_stop_token, make_adapter, ppo_trainer, weights
 from torch import nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
-from transformers import AutoModelForImageTextToText, AutoProcessor, MistralConfig, MistralForCausalLM, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, MistralConfig, MistralForCausalLM
 
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.load import rows_from
@@ -110,12 +110,6 @@ def test_a_rest_sees_its_prefix_and_itself() -> None:
     assert blocks.shape == (1, 1, 5, 5)
 
 
-def processor_of(family: str, folder: Path) -> ProcessorMixin:
-    if family == "tiny_llava_onevision_dir":
-        return tiny_models.onevision_processor()
-    return AutoProcessor.from_pretrained(folder)
-
-
 def message(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
@@ -167,7 +161,7 @@ def test_rewards_and_gradients_are_those_of_whole_rows(
     rows[1] = {**rows[1], "rejected": rows[1]["chosen"]}
     weight = torch.linspace(-1, 1, 8)
     for judging in (None, JudgingPrompt()):
-        plain = PreferenceCollator(processor_of(family, folder), judging_prompt=judging)
+        plain = PreferenceCollator(AutoProcessor.from_pretrained(folder), judging_prompt=judging)
         expected = model(**plain(rows)).logits.squeeze(-1)
         wanted = gradients((expected * weight).sum(), model)
         batch = replace(plain, share_prefix=True)(rows)
@@ -224,7 +218,7 @@ def test_completions_of_one_prompt_are_scored_behind_it_once(
     model = SCORE_CLASSES[family].from_pretrained(folder, num_labels=1, dtype=torch.float32)
     torch.manual_seed(0)
     nn.init.normal_(model.score.weight)
-    reward = FactualReward(model, processor_of(family, folder), judging, batch_size=6)
+    reward = FactualReward(model, AutoProcessor.from_pretrained(folder), judging, batch_size=6)
     red, blue = tiny_models.image("red"), tiny_models.image("blue", (30, 60))
     prompts = [message("user", text) for text in ("What is it?", "What is it?", "Say hi.")]
     images = [[red], [blue], []]
@@ -258,7 +252,7 @@ def rollout_of(family: str, folder: Path) -> tuple[ModelInputs, torch.Tensor, to
         "images": [[tiny_models.image("red")], [], [tiny_models.image("blue", (30, 60))]],
     }
     dataset = Dataset.from_dict(table).cast_column("images", List(Image()))
-    batch = PromptCollator(processor_of(family, folder))(list(rows_from(dataset, "prompt")))
+    batch = PromptCollator(AutoProcessor.from_pretrained(folder))(list(rows_from(dataset, "prompt")))
     inputs = ModelInputs.from_batch(batch, torch.device("cpu")).repeated(3).select([0, 3, 1, 6, 4, 5, 2])
     responses = torch.randint(10, 300, (7, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4, 1])[:, None]

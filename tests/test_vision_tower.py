@@ -231,9 +231,12 @@ def test_square_padding_fills_with_the_image_mean(tower_dirs, language_dir, tmp_
         set_square_padding(processor, True)
 
 
-def test_a_processor_that_makes_tiles_pads_to_no_square(tiny_llava_next_dir: Path) -> None:
+def test_a_processor_that_makes_tiles_pads_to_no_square(
+    tiny_llava_next_dir: Path, tiny_llava_onevision_dir: Path
+) -> None:
     """OneVision's has a method of that name, but its `do_pad` gives the images of a batch as many tiles each."""
-    for processor in (tiny_models.onevision_processor(), AutoProcessor.from_pretrained(tiny_llava_next_dir)):
+    for folder in (tiny_llava_onevision_dir, tiny_llava_next_dir):
+        processor = AutoProcessor.from_pretrained(folder)
         with pytest.raises(ValueError, match=r"ImageProcessor\w* cannot pad to a square; expected a CLIP or LLaVA"):
             set_square_padding(processor, True)
         set_square_padding(processor, False)

@@ -44,8 +44,6 @@ class Family:
 
     def trainer(self, folder: Path, *shown: list[tuple[int, int]], **changes: Any) -> LlavaPPOTrainer:
         """A trainer whose rows show pictures of these sizes."""
-        if self.name == "llava_onevision":
-            changes["processing_class"] = tiny_models.onevision_processor()
         rows = {
             "prompt": [[{"role": "user", "content": f"What is in picture {i}?"}] for i in range(len(shown))],
             "images": [[tiny_models.image("red", size) for size in sizes] for sizes in shown],

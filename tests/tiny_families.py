@@ -11,8 +11,6 @@ import tiny_templates
 import torch
 from tiny_models import (
     CORPUS,
-    IMAGE_SIZE,
-    onevision_processor,
     sentencepiece_tokenizer,
     text_config,
     tiny_llava,
@@ -38,7 +36,6 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaOnevisionProcessor,
     MistralConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
@@ -69,7 +66,6 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
-from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -151,24 +147,7 @@ def siglip_config() -> dict:
     return {**sizes, "image_size": TILE, "patch_size": PATCH, "initializer_range": 0.1}
 
 
-# --- LLaVA-OneVision, LLaVA with a Pixtral tower -----------------------------------------------------------------
-
-
-def llava_onevision(folder: str | Path) -> Path:
-    """The folder of `tiny_llava_onevision` with a processor that has its video part."""
-    stand_in = onevision_processor()
-    video_processor = LlavaOnevisionVideoProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    processor = LlavaOnevisionProcessor(
-        stand_in.image_processor,
-        stand_in.tokenizer,
-        video_processor,
-        num_image_tokens=stand_in.num_image_tokens,
-        vision_feature_select_strategy="full",
-        chat_template=stand_in.chat_template,
-    )
-    tiny_llava_onevision(folder)
-    processor.save_pretrained(folder)
-    return Path(folder)
+# --- LLaVA with a Pixtral tower ----------------------------------------------------------------------------------
 
 
 def pixtral(folder: str | Path) -> Path:
@@ -453,7 +432,7 @@ def paligemma2(folder: str | Path) -> Path:
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "llava": tiny_llava,
     "llava_next": tiny_llava_next,
-    "llava_onevision": llava_onevision,
+    "llava_onevision": tiny_llava_onevision,
     "pixtral": pixtral,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,

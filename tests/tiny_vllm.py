@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import requests
-import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -37,8 +36,7 @@ class TinyEngine:
 
     def __init__(self, folder: Path) -> None:
         self.config = AutoConfig.from_pretrained(folder)
-        onevision = self.config.model_type == "llava_onevision"  # its own needs torchvision
-        self.processor = tiny_models.onevision_processor() if onevision else AutoProcessor.from_pretrained(folder)
+        self.processor = AutoProcessor.from_pretrained(folder)
         self.weights = load_file(folder / "model.safetensors")
         for name in self.weights:
             if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):

@@ -4,7 +4,6 @@ of the width, patches of 2 pixels as many as the real towers have, and the real 
 
 from pathlib import Path
 
-import pytest
 import tiny_models
 import torch
 from transformers import (
@@ -14,12 +13,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
 from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE
 
@@ -70,21 +71,20 @@ def llava_1_5(folder: Path, size: str, pixels: int, *, chat_template: str = VICU
     return tiny_models._save(LlavaForConditionalGeneration(config), processor, folder)
 
 
-def onevision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """LLaVA-OneVision-0.5B: SigLIP-so400m at 384 pixels (729 patches), Qwen2-0.5B, ChatML.
-
-    `AutoProcessor` needs torchvision for the video part, so `trl_llava.models.load` gets one that leaves the part out.
-    """
+def onevision(folder: Path) -> Path:
+    """LLaVA-OneVision-0.5B: SigLIP-so400m at 384 pixels (729 patches), Qwen2-0.5B, ChatML."""
     side = 384 // 14 * PATCH
     tokenizer = tiny_models.tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>", "<|im_start|>"]})
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.chat_template = None
     grid = [[rows * side, columns * side] for rows in range(1, 7) for columns in range(1, 7)]
-    processor = tiny_models.ImageOnlyOnevisionProcessor(
+    processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=grid),
         tokenizer,
+        LlavaOnevisionVideoProcessor(size={"height": side, "width": side}),
         num_image_tokens=729,
+        vision_feature_select_strategy="full",
         chat_template=OTHER_START,
     )
     # Real: tower 27 layers, 1152 wide, 16 heads, 4304 inside; Qwen2-0.5B 24, 896, 14 (2 for keys and values), 4864.
@@ -108,17 +108,4 @@ def onevision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    tiny_models._save(LlavaOnevisionForConditionalGeneration(config), processor, folder)
-
-    class AutoProcessorWithoutVideo:
-        @staticmethod
-        def from_pretrained(name: str, **kwargs: object) -> tiny_models.ImageOnlyOnevisionProcessor:
-            return tiny_models.ImageOnlyOnevisionProcessor(
-                LlavaOnevisionImageProcessorPil.from_pretrained(name),
-                tiny_models.PreTrainedTokenizerFast.from_pretrained(name),
-                num_image_tokens=729,
-                chat_template=(Path(name) / "chat_template.jinja").read_text(),
-            )
-
-    monkeypatch.setattr("trl_llava.models.load.AutoProcessor", AutoProcessorWithoutVideo)
-    return folder
+    return tiny_models._save(LlavaOnevisionForConditionalGeneration(config), processor, folder)

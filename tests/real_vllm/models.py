@@ -3,9 +3,6 @@
 from pathlib import Path
 
 import tiny_models
-from transformers import AutoProcessor, LlavaOnevisionProcessor
-from transformers.models.llava_onevision.image_processing_llava_onevision import LlavaOnevisionImageProcessor
-from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 
@@ -24,20 +21,4 @@ def make(family: str, folder: Path) -> Path:
         getattr(tiny_models, f"tiny_{family}")(folder)
     finally:
         tiny_models.text_config, tiny_models.vision_config = text, vision
-    if family == "llava_onevision":  # with the video part, which vLLM wants
-        _with_video(folder)
     return folder
-
-
-def _with_video(folder: Path) -> None:
-    size = {"height": tiny_models.IMAGE_SIZE, "width": tiny_models.IMAGE_SIZE}
-    images = tiny_models.onevision_processor()
-    LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=tiny_models.GRID_PINPOINTS),
-        images.tokenizer,
-        LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=images.num_image_tokens,
-        vision_feature_select_strategy="full",
-        chat_template=images.chat_template,
-    ).save_pretrained(folder)
-    assert type(AutoProcessor.from_pretrained(folder)) is LlavaOnevisionProcessor
