@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftConfig
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -38,6 +39,7 @@ from trl_llava.models.sharded_weights import whole
 from trl_llava.models.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
 
 HEAD = "score"
+VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def load_processor(
@@ -196,12 +198,13 @@ def load_sequence_classifier(
             name, config=config, output_loading_info=True, **{**_loading_arguments(model_args), "revision": revision}
         )
     head_keys = {f"{HEAD}.{key}" for key in model.score.state_dict()}
-    head_missing = bool(head_keys & set(info["missing_keys"]))
+    head_missing = bool(head_keys & set(info["missing_keys"])) and not _take_value_head(model, name, revision)
     _check_all_loaded(name, {**info, "missing_keys": set(info["missing_keys"]) - head_keys})
     if head_missing and not new_head:
         raise InputError(
-            f"'{name}' has no score head ({', '.join(sorted(head_keys))} not in its checkpoint), so its scores would "
-            "be random. Use a trained reward model, or train one with `trl-llava reward`"
+            f"'{name}' has no score head ({', '.join(sorted(head_keys))} not in its checkpoint, and no "
+            f"{VALUE_HEAD_FILE}), so its scores would be random. Use a trained reward model, or train one with "
+            "`trl-llava reward`"
         )
     keep_differentiable(model)
     if head_missing:
@@ -209,6 +212,24 @@ def load_sequence_classifier(
     if any(name.split(".")[-1] in TOWER_NAMES for name, _ in model.named_modules()):
         freeze_vision(model, tower=model_args.freeze_vision_tower, projector=model_args.freeze_projector)
     return model
+
+
+def _take_value_head(model: PreTrainedModel, name: str, revision: str | None) -> bool:
+    """Fill the score head from the file in which TRL saves value heads (Skywork-VL-Reward has one), if it is there."""
+    file = find_file(name, VALUE_HEAD_FILE, revision)
+    if file is None:
+        return False
+    saved = {key.rpartition(".")[2]: value for key, value in load_file(file).items() if "v_head.summary" in key}
+    own = model.score.state_dict()
+    if {key: value.shape for key, value in saved.items()} != {key: value.shape for key, value in own.items()}:
+        found = {key: tuple(value.shape) for key, value in saved.items()}
+        expected = {f"v_head.summary.{key}": tuple(value.shape) for key, value in own.items()}
+        raise InputError(
+            f"{VALUE_HEAD_FILE} of '{name}' holds {found}, expected {expected}: it is another model's head"
+        )
+    with torch.no_grad(), whole(model.score.parameters()):
+        model.score.load_state_dict(saved)
+    return True
 
 
 def load_config(field: str, name: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

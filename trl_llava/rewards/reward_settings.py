@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trl_llava.errors import InputError
 from trl_llava.hub.lookup import find_file
+from trl_llava.models.load import VALUE_HEAD_FILE
 from trl_llava.prompts import JudgingPrompt
 
 SETTINGS_FILE = "factual_reward.json"
@@ -53,9 +54,11 @@ def read_settings(name: str, given: JudgingPrompt | None = None, *, revision: st
     """Read factual_reward.json of a checkpoint (Hub ID or folder).
 
     `given` is the prompt that a checkpoint without the file was trained with. There must be one of the two, and if
-    there are both they must agree.
+    there are both they must agree. A model with a value head in TRL's file, as Skywork-VL-Reward is, reads none.
     """
     path = find_file(name, SETTINGS_FILE, revision)
+    if path is None and given is None and find_file(name, VALUE_HEAD_FILE, revision) is not None:
+        return RewardSettings(None, None)
     if path is None:
         if given is None:
             raise InputError(
@@ -88,7 +91,7 @@ def shows_captions(name: str | None, revision: str | None) -> bool | None:
     """
     if name is None:
         return False
-    if find_file(name, SETTINGS_FILE, revision) is None:
+    if not any(find_file(name, file, revision) for file in (SETTINGS_FILE, VALUE_HEAD_FILE)):
         return None
     prompt = read_settings(name, revision=revision).judging_prompt
     return prompt is not None and prompt.with_captions
