@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_families
 import tiny_models
 import toy_models
 import yaml
@@ -58,7 +59,10 @@ class Workshop:
     def model(self, name: str) -> Path:
         """The toy of a recipe's base."""
         folder = self.folder / "models" / Path(name).name
-        if not folder.exists() and "onevision" in name:
+        family = {"Qwen2.5-VL-3B-Instruct": "qwen2_5_vl", "SmolVLM-500M-Instruct": "smolvlm"}.get(folder.name)
+        if not folder.exists() and family is not None:
+            tiny_families.FAMILIES[family](folder)
+        elif not folder.exists() and "onevision" in name:
             toy_models.onevision(folder)
         elif not folder.exists():
             size, pixels = ("13b" if "13b" in name else "7b"), (224 if "224" in name else 336)
@@ -121,7 +125,7 @@ def from_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def recipes() -> list[Any]:
     found = sorted(path for path in RECIPES.rglob("*.yaml"))
     quick = {"llava-rlhf-7b-v1.5-224/ppo.yaml", "llava-1.5-7b-hf/sft.yaml", "llava-onevision-0.5b/sft.yaml"}
-    quick |= {"llava-rlhf-13b-v1.5-336/reward.yaml"}
+    quick |= {"llava-rlhf-13b-v1.5-336/reward.yaml", "qwen2.5-vl-3b/reward.yaml", "smolvlm-500m/sft.yaml"}
     names = [str(path.relative_to(RECIPES)) for path in found]
     assert quick <= set(names)
     return [pytest.param(name, id=name, marks=[] if name in quick else SLOW) for name in names]
@@ -165,6 +169,8 @@ def test_a_7b_policy_at_224_with_a_13b_reward_model_at_336(workshop: Workshop) -
         ("llava-rlhf-13b-v1.5-336/reward_no_captions", "reward", "with_captions"),
         ("llava-1.5-7b-hf/reward_no_captions", "reward", "with_captions"),
         ("llava-onevision-0.5b/reward_no_captions", "reward", "with_captions"),
+        ("qwen2.5-vl-3b/reward_no_captions", "reward", "with_captions"),
+        ("smolvlm-500m/reward_no_captions", "reward", "with_captions"),
     ],
 )
 def test_an_ablation_differs_in_one_line(ablation: str, of: str, changed: str) -> None:

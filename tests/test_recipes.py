@@ -20,6 +20,7 @@ def stage_of(path: Path) -> str:
 
 def test_all_recipes_are_found() -> None:
     models = {"llava-rlhf-7b-v1.5-224", "llava-rlhf-13b-v1.5-336", "llava-1.5-7b-hf", "llava-onevision-0.5b"}
+    models |= {"qwen2.5-vl-3b", "smolvlm-500m"}
     assert {path.name for path in (ROOT / "recipes").iterdir()} == models
     found = {(path.parent.name, path.stem) for path in RECIPES}
     for model in models:
