@@ -4,7 +4,6 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,47 +157,10 @@ def test_a_launch_option_that_cannot_be_read_is_one_line(recipe: Path, capsys: p
     assert capsys.readouterr().err == error
 
 
-def test_score_prints_one_number(
-    tmp_path: Path, red_image: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: dict[str, Any] = {}
-
-    class Reward:
-        needs_captions = True
-
-        def __call__(self, **columns: Any) -> list[float]:
-            seen.update(columns)
-            return [1.25]
-
-    monkeypatch.setattr(
-        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, **options: Reward()
-    )
-    red_image.save(tmp_path / "red.png")
-    words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "What?"]
-    assert cli.main([*words, "--answer", "A square.", "--caption", "red", "--caption", "square"]) == 0
-    assert capsys.readouterr().out == "1.2500\n"
-    assert seen["captions"] == [["red", "square"]]
-    assert seen["images"][0][0].size == (40, 32)
-    assert seen["completions"] == [[{"role": "assistant", "content": "A square."}]]
-
-
 def test_score_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["score", "--reward_model", str(tmp_path), "--image", str(tmp_path / "no.png"), "--question", "?"]
     assert cli.main([*words, "--answer", "!"]) == 1
     assert capsys.readouterr().err == f"error: --image: the image file {tmp_path / 'no.png'} does not exist.\n"
-
-
-def test_score_asks_for_the_captions_that_its_reward_model_reads(
-    tmp_path: Path, red_image: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    reads_captions = SimpleNamespace(needs_captions=True)
-    monkeypatch.setattr(
-        "trl_llava.rewards.factual_reward.FactualReward.from_pretrained", lambda name, **options: reads_captions
-    )
-    red_image.save(tmp_path / "red.png")
-    words = ["score", "--reward_model", "x", "--image", str(tmp_path / "red.png"), "--question", "?", "--answer", "!"]
-    assert cli.main(words) == 2
-    assert 'the reward model x reads captions: give at least one --caption "...".' in capsys.readouterr().err
 
 
 def test_a_stage_without_anything_asks_for_its_recipe(capsys: pytest.CaptureFixture[str]) -> None:

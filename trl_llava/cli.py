@@ -34,9 +34,10 @@ TOOLS = {
     "plan": ("trl_llava.tools.plan.command", "the memory that a recipe will need, and what fits"),
     "push": ("trl_llava.publish.push_later", "push a run that lies in a folder to the Hub"),
     "eval": ("trl_llava.tools.evaluate.command", "how much models invent and how right they are, with intervals"),
+    "eval-reward": ("trl_llava.tools.evaluate.eval_reward", "how often a reward model prefers what people prefer"),
     "generate": ("trl_llava.tools.evaluate.generate", "completions of a model for rows of data, as JSON lines"),
     "chat": ("trl_llava.tools.evaluate.chat", "talk with a model about an image, in the terminal"),
-    "score": ("trl_llava.tools.score", "score one completion with a factual reward model"),
+    "score": ("trl_llava.tools.score", "score one completion, or every row of a data set, with a reward model"),
     "convert": ("trl_llava.tools.convert.command", "the paper's or LLaVA's own checkpoint -> one that loads anywhere"),
     "merge": ("trl_llava.tools.convert.merge_command", "an adapter and its base -> one model with dense weights"),
 }

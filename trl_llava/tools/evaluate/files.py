@@ -110,14 +110,15 @@ def file_name(task: str) -> str:
 def labels(models: Sequence[str]) -> list[str]:
     """What tables call models: the shortest ends of their paths that differ; of a Hub ID, and of a checkpoint, two.
 
-    >>> labels(["runs/sft", "runs/ppo/checkpoint-40", "org/base"])
+    >>> labels(["/runs/sft", "/runs/ppo/checkpoint-40", "org/base"])
     ['sft', 'ppo/checkpoint-40', 'org/base']
     """
     parts = [Path(model).parts for model in models]
     for length in range(1, max(map(len, parts)) + 1):
         found = []
         for model, own in zip(models, parts, strict=True):
-            least = 2 if own[-1].startswith("checkpoint-") or not Path(model).is_dir() else 1
+            folder = Path(model).is_dir() or model.startswith((".", "/"))
+            least = 1 if folder and not own[-1].startswith("checkpoint-") else 2
             found.append("/".join(own[-max(length, least) :]).lstrip("/"))
         if len(set(found)) == len(found):
             return found

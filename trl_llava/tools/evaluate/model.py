@@ -202,11 +202,11 @@ def _base_of_adapter(adapter: str, revision: str | None, base: str) -> tuple[str
     return base, at or PeftConfig.from_pretrained(adapter, revision=revision).revision
 
 
-def check_has_model(name: str) -> None:
+def check_has_model(name: str, field: str = "--model") -> None:
     """Refuse a folder that holds no finished model, and name the newest checkpoint in it if there is one."""
     folder = Path(name)
     if not folder.is_dir() or any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         return
     newest = checkpoints(folder)[-1:]
     hint = f"its newest checkpoint is {newest[0]}" if newest else "is it the folder of a run that has ended?"
-    raise InputError(f"--model: {name} holds no model (no adapter_config.json and no config.json); {hint}")
+    raise InputError(f"{field}: {name} holds no model (no adapter_config.json and no config.json); {hint}")

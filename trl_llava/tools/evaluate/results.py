@@ -27,6 +27,10 @@ class Sampled(NamedTuple):
     resamples: int = RESAMPLES
 
 
+UNKNOWN = Sampled(lambda places: float("nan"), 1, 1)
+"""A measure that a model does not have."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What was asked, and what is true."""
@@ -66,7 +70,8 @@ class TaskResult:
         self.statistics = [
             {**self._from_counts(outcomes), **more} for outcomes, more in zip(self.outcomes, others, strict=True)
         ]
-        self.measures = [measure for measure in self.measures if measure.name in self.statistics[0]]
+        there = {name for own in self.statistics for name in own}
+        self.measures = [measure for measure in self.measures if measure.name in there]
 
     def _from_counts(self, outcomes: list[Outcome]) -> dict[str, Sampled]:
         names = {name for outcome in outcomes for name in outcome.counts}
@@ -75,12 +80,12 @@ class TaskResult:
 
     def estimates(self, measure: Measure) -> list[Estimate]:
         """The measure of each model."""
-        found = [own[measure.name] for own in self.statistics]
+        found = [own.get(measure.name, UNKNOWN) for own in self.statistics]
         return [estimate(own.statistic, own.units, resamples=own.resamples) for own in found]
 
     def differences(self, measure: Measure) -> list[Estimate]:
         """How far each model but the first is from the first one."""
-        first, *others = [own[measure.name] for own in self.statistics]
+        first, *others = [own.get(measure.name, UNKNOWN) for own in self.statistics]
         return [
             difference(first.statistic, other.statistic, first.units, resamples=first.resamples) for other in others
         ]
