@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_trainers
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoProcessor
 
 from trl_llava import cli
 from trl_llava.data.load import load_rows
+from trl_llava.publish.model_card import CardFacts, write_model_card
 from trl_llava.tools.evaluate import statistics
 from trl_llava.tools.evaluate.files import labels, table
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated
@@ -318,3 +321,32 @@ def test_eval_says_in_one_line_what_is_wrong(
 def test_a_row_that_cannot_be_judged_is_named(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=rf"^r: {said}"):
         OwnTask("own", [row(**values)], [row(**values)])
+
+
+def test_numbers_go_into_the_card_of_a_run(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run)
+    CardFacts("ppo", "org/base", {}, [], 0).save(run)
+    write_model_card(run, CardFacts.load(run), [], None)
+    words = ["eval", "--model", str(run), "--tasks", str(write_rows(tmp_path, *ROWS)), "--max_new_tokens", "12"]
+    words += ["--output_dir", str(tmp_path / "out"), "--update_card"]
+    assert cli.main(words) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]["own.jsonl"]["measures"]
+    card = ModelCard.load(run / "README.md")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    tokens = found["tokens"]["values"]["run"]["value"]
+    assert results["tokens"].metric_value == pytest.approx(tokens, abs=1e-4)
+    assert results["tokens"].dataset_name == "own.jsonl" and card.data.model_name == "run"
+    line = f"| own.jsonl | mean length in tokens | {tokens:.3f} |"
+    assert line in card.text and card.text.index("## Evaluation") < card.text.index("## Limits")
+    once = (run / "README.md").read_text()
+    assert cli.main(words) == 0
+    assert (run / "README.md").read_text() == once
+    # What pushes the run later writes the same.
+    write_model_card(run, CardFacts.load(run), [], "me/run")
+    pushed = ModelCard.load(run / "README.md")
+    assert line in pushed.text and len(pushed.data.eval_results) == len(results)
+    capsys.readouterr()
+    assert cli.main([*words, "--model", str(adapter)]) == 0  # no run, and so left alone
+    assert cli.main([word if word != str(run) else str(adapter) for word in words]) == 1
+    assert "is the folder of a run" in capsys.readouterr().err

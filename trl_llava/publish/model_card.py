@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from trl_llava.hub.names import split_revision
+from trl_llava.publish.card_numbers import read_numbers, results_of, section_of
 from trl_llava.publish.card_plots import plot_curves
 from trl_llava.publish.shareable import FACTS_FILE, SAMPLES, without_paths
 from trl_llava.run.atomic_files import write_atomically
@@ -121,6 +122,7 @@ def write_model_card(
     adapter, on_hub = _adapter_config(folder), not Path(facts.base_model).is_dir()
     has_curves = pushed and plot_curves(stage, log_history, folder / CURVES_FILE)
     shown = facts.base_model if on_hub or not pushed else Path(facts.base_model).name
+    numbers = read_numbers(folder)
     title = model_name or (folder.name if hub_id is None else hub_id.split("/")[-1])
     parts = [
         f"# {title}\n\nA {_TITLES[stage]}, trained from `{shown}` with trl-llava.",
@@ -128,6 +130,7 @@ def write_model_card(
         _made_of(without_paths(facts.made_of) if pushed else facts.made_of),
         _how_it_went(log_history, stage, facts.held_out) if has_curves else "",
         _samples(folder / SAMPLES / "samples.json") if pushed else "",
+        section_of(numbers),
         f"## Limits\n\n{_LIMITS['reward' if stage == 'reward' else 'policy']}",
         _repeating(folder, stage),
     ]
@@ -138,6 +141,8 @@ def write_model_card(
         datasets=facts.datasets or None,
         library_name="transformers" if adapter is None else "peft",
         pipeline_tag=None if stage == "reward" else "image-text-to-text",
+        model_name=title if numbers else None,
+        eval_results=results_of(numbers) or None,
         tags=sorted({"trl", "trl-llava", stage, *([tags] if isinstance(tags, str) else tags or [])}),
     )
     write_atomically(folder / "README.md", str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")))

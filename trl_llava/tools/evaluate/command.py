@@ -24,16 +24,7 @@ from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.rewards.reward_settings import read_settings
-from trl_llava.tools.evaluate.files import (
-    ANSWERS,
-    PAGE,
-    check_output,
-    labels,
-    numbers,
-    table,
-    write_answers,
-    write_numbers,
-)
+from trl_llava.tools.evaluate.files import ANSWERS, labels
 from trl_llava.tools.evaluate.judge import KEYS, Judge
 from trl_llava.tools.evaluate.mmhal import MMHalTask
 from trl_llava.tools.evaluate.model import Row, check_has_model
@@ -47,8 +38,8 @@ from trl_llava.tools.evaluate.options import (
     positive,
     read_rows,
 )
+from trl_llava.tools.evaluate.output import add_output, check_output, write_results
 from trl_llava.tools.evaluate.own_data import OwnTask, is_own_data
-from trl_llava.tools.evaluate.page import write_page
 from trl_llava.tools.evaluate.results import Task
 
 BENCHMARKS = ("pope", "chair", "amber_g", "mmvp", "hallusion_bench")
@@ -62,10 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", action="append", required=True, help="Hub ID or folder; may be given many times")
     parser.add_argument("--tasks", required=True, help="names of tasks and files of rows, separated by commas")
-    parser.add_argument("--output_dir", default="runs/evaluation", help="(default: runs/evaluation)")
     parser.add_argument("--reward_model", help="factual reward model that scores the answers to own questions")
     parser.add_argument("--vocabulary", help="JSON file with names of objects: a list, or {name: [other words]}")
-    parser.add_argument("--examples", type=positive, default=50, help="questions of a task on the page (default: 50)")
     parser.add_argument("--data", help="folder with a copy of each benchmark's data, by the task's name")
     parser.add_argument(
         "--plain_questions", action="store_true", help="ask benchmarks without what lmms-eval adds to a question"
@@ -75,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--judge_model", help=f"the judge's name there; its key is read from {' or '.join(KEYS)}")
     group.add_argument("--judge_concurrency", type=positive, default=8, help="requests at once (default: 8)")
     group.add_argument("--judge_options", default='{"temperature": 0}', help="further fields of a request, as JSON")
+    add_output(parser, "runs/evaluation")
     add_data(parser)
     add_decoding(parser)
     add_loading(parser)
@@ -84,8 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Evaluates all models on all tasks, prints the table and writes the files."""
     args = parse(make_parser(), argv)
-    folder = Path(args.output_dir)
-    check_output(folder)
+    check_output(args, args.model)
     _check_models(args.model)
     tasks = make_tasks(args)
     answers: list[list[Any]] = [[] for _ in tasks]
@@ -95,17 +84,9 @@ def main(argv: Sequence[str]) -> int:
             own.append(task.ask(model, decoding_of(args)))
         del model
         free_memory()
-    shown = labels(args.model)
-    results = [task.judge(shown, own) for task, own in zip(tasks, answers, strict=True)]
-    found = numbers(results)
-    folder.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        write_answers(folder, result)
-    settings = {name: value for name, value in vars(args).items() if name not in ("model", "output_dir", "examples")}
-    write_numbers(folder, found, dict(zip(shown, args.model, strict=True)), settings)
-    write_page(folder / PAGE, results, found, _about(args, shown), examples=args.examples)
-    print(table(found))
-    print(f"open {folder / PAGE}")
+    models = dict(zip(labels(args.model), args.model, strict=True))
+    results = [task.judge(list(models), own) for task, own in zip(tasks, answers, strict=True)]
+    write_results(args, results, models, _about(args))
     return 0
 
 
@@ -194,9 +175,8 @@ def _check_reward(name: str, rows: Iterable[Row]) -> None:
         check_captions(row["captions"], row["row_name"])
 
 
-def _about(args: argparse.Namespace, shown: list[str]) -> dict[str, Any]:
+def _about(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "models": ", ".join(shown),
         "decoding": "greedy" if args.temperature == 0 else f"temperature {args.temperature}, seed {args.seed}",
         "at most": f"{args.max_new_tokens} tokens",
         "reward model": args.reward_model,

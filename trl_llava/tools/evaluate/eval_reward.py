@@ -19,10 +19,10 @@ from trl_llava.data.sources import JSON_COLUMN, json_record, read_source
 from trl_llava.errors import RecipeError
 from trl_llava.prompts import message_text
 from trl_llava.tools.evaluate.command import free_memory
-from trl_llava.tools.evaluate.files import PAGE, check_output, labels, numbers, table, write_answers, write_numbers
+from trl_llava.tools.evaluate.files import labels
 from trl_llava.tools.evaluate.options import add_data, add_loading, parse, positive
+from trl_llava.tools.evaluate.output import add_output, check_output, write_results
 from trl_llava.tools.evaluate.own_data import is_own_data
-from trl_llava.tools.evaluate.page import write_page
 from trl_llava.tools.evaluate.preferences import measures_of, statistics_of
 from trl_llava.tools.evaluate.results import Outcome, Question, TaskResult
 from trl_llava.tools.evaluate.scorers import Scorer, load_scorer, loading_config
@@ -55,11 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     known = ", ".join(HUB_IDS)
     parser.add_argument("--benchmark", required=True, help=f"{known}, or files of pairs, separated by commas")
-    parser.add_argument("--output_dir", default="runs/evaluation_reward", help="(default: runs/evaluation_reward)")
     parser.add_argument("--data", help="folder with a copy of each benchmark, by its name")
     parser.add_argument("--on_bad_row", choices=["error", "skip"], default="error", help="(default: error)")
-    parser.add_argument("--examples", type=positive, default=50, help="pairs of a benchmark on the page (default: 50)")
     parser.add_argument("--batch_size", type=positive, default=16, help="completions in one pass (default: 16)")
+    add_output(parser, "runs/evaluation_reward")
     add_data(parser)
     add_loading(parser)
     return parser
@@ -68,29 +67,21 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Scores both completions of every pair with every model, prints the table and writes the files."""
     args = parse(make_parser(), argv)
-    folder = Path(args.output_dir)
-    check_output(folder)
+    check_output(args, args.reward_model)
     if len(set(args.reward_model)) < len(args.reward_model):
         raise RecipeError("--reward_model: a model is named twice.")
     names = [name.strip() for name in args.benchmark.split(",") if name.strip()]
     benchmarks = [read_pairs(args, name) for name in names]
     gaps: list[dict[str, list[tuple[float, float]]]] = [{} for _ in benchmarks]
-    for name, label in zip(args.reward_model, labels(args.reward_model), strict=True):
+    models = dict(zip(labels(args.reward_model), args.reward_model, strict=True))
+    for label, name in models.items():
         scorer = load_scorer(name, loading_config(args), args.batch_size, args.base)
         for own, pairs in zip(gaps, benchmarks, strict=True):
             own |= score_pairs(scorer, label, pairs)
         del scorer
         free_memory()
     results = [compare(pairs, own) for pairs, own in zip(benchmarks, gaps, strict=True)]
-    found = numbers(results)
-    folder.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        write_answers(folder, result)
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "examples")}
-    write_numbers(folder, found, dict(zip(labels(args.reward_model), args.reward_model, strict=True)), settings)
-    write_page(folder / PAGE, results, found, {"models": ", ".join(labels(args.reward_model))}, examples=args.examples)
-    print(table(found))
-    print(f"open {folder / PAGE}")
+    write_results(args, results, models, {})
     return 0
 
 

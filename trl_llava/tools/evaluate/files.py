@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_llava.errors import OccupiedError
 from trl_llava.run.atomic_files import write_atomically
 from trl_llava.run.output_dir import versions
 from trl_llava.tools.evaluate.results import TaskResult
@@ -16,14 +15,6 @@ from trl_llava.tools.evaluate.statistics import Estimate
 NUMBERS = "evaluation.json"
 PAGE = "evaluation.html"
 ANSWERS = "answers"
-
-
-def check_output(folder: Path) -> None:
-    """Refuse a folder that holds anything but an earlier evaluation, which gives way to this one."""
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).exists() for n in (NUMBERS, ANSWERS)):
-        raise OccupiedError(f"--output_dir: {folder} holds something else than an evaluation; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise OccupiedError(f"--output_dir: {folder} is a file; choose a folder")
 
 
 def numbers(results: Sequence[TaskResult]) -> dict[str, Any]:
