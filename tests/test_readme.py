@@ -35,7 +35,8 @@ def test_contributing_shows_every_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/deviations.md", "docs/vllm.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/deviations.md", "docs/evaluation.md", "docs/vllm.md"],
 )
 def test_every_file_named_in_the_text_exists(page: str) -> None:
     text = (ROOT / page).read_text()
@@ -58,11 +59,20 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     if words[1] == "plan":  # parsed as the command does, but its model is not here
         ran.append(plan.read_job(*plan._make_parser().parse_known_args(words[2:])))
         return
-    if words[1] in ("push", "score", "convert", "merge"):
+    if words[1] in ("push", "score", "convert", "merge", "generate", "chat", "eval", "eval-reward"):
         importlib.import_module(cli.TOOLS[words[1]][0]).make_parser().parse_args(words[2:])
         return
     assert cli.main(words[1:]) == 0
     assert len(ran) == 1
+
+
+def test_commands_of_the_page_about_evaluation_parse() -> None:
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.S))
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    found = [words[1:] for words in lines if words and words[0].endswith("trl-llava")]
+    assert {words[0] for words in found} == {"chat", "generate", "eval", "eval-reward", "score"}
+    for words in found:
+        importlib.import_module(cli.TOOLS[words[0]][0]).make_parser().parse_args(words[1:])
 
 
 def test_python_example_uses_what_there_is() -> None:

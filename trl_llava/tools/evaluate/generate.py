@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     """Writes one line for each row."""
     args = parse(make_parser(), argv)
     rows = read_rows(args, args.data)
-    folder = Path(args.image_folder or Path(args.data).parent)
+    source = Path(args.data)
+    folder = Path(args.image_folder or (source if source.is_dir() else source.parent))
     model = load_model(args, args.model)
     with _written(args.output) as file:
         completions = model.complete(rows, decoding_of(args))
