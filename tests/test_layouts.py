@@ -18,6 +18,7 @@ from trl_llava.prompts import VICUNA_V1_CHAT_TEMPLATE, render
 
 PICTURE = {"type": "image", "text": None}
 PAIR = {"chosen": "A red square.", "rejected": "A dog."}
+ASKED, SAID = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}
 
 
 def message(role, *parts):
@@ -88,6 +89,35 @@ def test_mm_rlhf(folder, prompt):
     check_other_stages(lambda stage: load_rows(path, stage))
 
 
+def test_mm_rlhf_as_it_was_ranked(folder):
+    """yifanzhang114/MM-RLHF, data.jsonl: rank 1 is the best; the three ratings say otherwise here."""
+    texts = ["A square.", PAIR["rejected"], PAIR["chosen"]]
+    ratings = {"faithfulness": [3, 5, 1], "helpfulness": [1, 2, 3], "ethical": [0, 0, 0]}
+    record = {
+        "id": 7,
+        "question": "What is it?",
+        "answer": "A red square.",
+        "image": "a.png",
+        "video": None,
+        **ratings,
+    }
+    record |= {"models_output": texts, "final_ranking": [2, 3, 1], "score_reasons": ["", "", ""], "ranking_reason": ""}
+    path = written(folder, record)
+    check_pair(load_rows(path, "preference"))
+    check_other_stages(lambda stage: load_rows(path, stage))
+    assert load_rows(path, "preference", captions_column="answer")[0]["captions"] == ["A red square."]
+    by_faith = load_rows(path, "preference", rating="faithfulness")[0]
+    assert (by_faith["chosen"], by_faith["rejected"]) == (
+        [message("assistant", PAIR["rejected"])],
+        [message("assistant", PAIR["chosen"])],
+    )
+    with pytest.raises(RowError, match="equal ratings"):
+        load_rows(path, "preference", rating="ethical")
+    del record["final_ranking"]
+    with pytest.raises(RowError, match=r"have the ratings .*'faithfulness'.* Name one of them with `rating`"):
+        load_rows(written(folder, record), "preference")
+
+
 @pytest.mark.parametrize("stored", ["lines", "arrow"])
 def test_vl_feedback(folder, stored):
     """MMInstruction/VLFeedback: best against worst by one rating, completions without a number left aside."""
@@ -155,13 +185,16 @@ def test_llama_factory(folder):
     assert [len(load_rows(path, stage)[0]["prompt"]) for stage in ("preference", "sft", "prompt")] == [3, 3, 3]
 
 
-def test_ms_swift(folder):
+@pytest.mark.parametrize("rejected", ["response", "messages"])
+def test_ms_swift(folder, rejected):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "<image>What is it?"},
         {"role": "assistant", "content": PAIR["chosen"]},
     ]
-    path = written(folder, {"messages": messages, "images": ["a.png"], "rejected_response": PAIR["rejected"]})
+    turns = [*messages[:-1], {"role": "assistant", "content": PAIR["rejected"]}]
+    given = {"rejected_response": PAIR["rejected"]} if rejected == "response" else {"rejected_messages": turns}
+    path = written(folder, {"messages": messages, "images": ["a.png"], **given})
     row = load_rows(path, "preference")[0]
     assert row["prompt"] == [message("system", "Be brief."), message("user", PICTURE, "What is it?")]
     assert (row["chosen"], row["rejected"]) == tuple([message("assistant", text)] for text in PAIR.values())
@@ -213,6 +246,21 @@ def test_a_column_of_another_layout_is_carried_along(red_image):
         ({"Image": "a.png", "Text": "?", "Output1": "A", "Output2": "B", "Better": "A"}, "Better is 'A', expected"),
         ({"query": "?", "response": ["A", "B"], "human_ranking": [0]}, "expected a rank for each text"),
         ({"messages": [], "rejected_response": "A"}, "messages is .*, expected a list that ends"),
+        (
+            {"messages": [ASKED, SAID], "rejected_messages": [{**ASKED, "content": "Why?"}, SAID]},
+            "messages and rejected_messages differ before their last turn",
+        ),
+        (
+            {"messages": [ASKED, SAID], "rejected_messages": [ASKED, SAID], "rejected_response": "No"},
+            "it has rejected_response and rejected_messages",
+        ),
+        ({"messages": [ASKED, SAID], "rejected_messages": "No"}, "rejected_messages is 'No', expected a list"),
+        (
+            {"question": "?", "models_output": ["A"], "final_ranking": [1, 2]},
+            r"final_ranking is \[1, 2\] and models_out",
+        ),
+        ({"question": "?", "models_output": "A", "final_ranking": [1]}, "models_output is 'A', expected texts with"),
+        ({"question": "?", "models_output": ["A", "B"]}, "its completions have no ratings"),
         ({"messages": [{"role": "user", "content": "?"}], "rejected_response": "A"}, "its prompt ends with nothing"),
         ({"image": "a.png", "prompt": "<image> <image>?", **PAIR}, "its messages show 2 images, but it has 1"),
         ({"prompt": "<image>?", **PAIR}, "its messages show 1 image, but it has 0"),

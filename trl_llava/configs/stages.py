@@ -91,10 +91,15 @@ class LlavaScriptArguments(ScriptArguments):
         "Column with the captions of a row, a text or a list of texts: captions, OCR, object lists or any facts that "
         "the reward model is to read.",
     )
-    rating: str = option(
-        "Visual Faithfulness",
-        "Where a row has several rated completions (VLFeedback), the rating whose best and worst make a pair; pairs "
-        "on a level are left out and counted.",
+    rating: str | None = option(
+        None,
+        "Where a row has several rated completions, the rating whose best and worst make a pair; pairs on a level are "
+        "left out and counted. None: 'Visual Faithfulness' for VLFeedback, 'final_ranking' for MM-RLHF.",
+    )
+    fetch_images: bool = option(
+        False,
+        "Fetch images that rows name by URL, once, when the rows are checked; `dataset_num_proc` processes do it side "
+        "by side. Otherwise such rows are refused.",
     )
     max_image_pixels: int = option(
         89_478_485, "An image of more pixels is a row that cannot be used: it may be a decompression bomb."

@@ -34,12 +34,14 @@ UNSUPPORTED_COLUMNS = {
 }
 """Columns of content that no stage reads: a row that has some would teach another thing without it."""
 
-RATING = "Visual Faithfulness"
-"""Which rating orders the completions of a record that has several, unless the caller names another."""
-
 
 def to_row(
-    record: dict[str, Any], stage: Stage, row_name: str, *, captions_column: str = "captions", rating: str = RATING
+    record: dict[str, Any],
+    stage: Stage,
+    row_name: str,
+    *,
+    captions_column: str = "captions",
+    rating: str | None = None,
 ) -> dict[str, Any]:
     """Turn one record into a row of the contract; its images stay as the record has them.
 
@@ -101,7 +103,7 @@ def _images(record: dict[str, Any], row_name: str) -> list[Any]:
     return images
 
 
-def _rated_pair(record: dict[str, Any], stage: Stage, row_name: str, rating: str) -> dict[str, str]:
+def _rated_pair(record: dict[str, Any], stage: Stage, row_name: str, rating: str | None) -> dict[str, str]:
     best, worst, level = best_and_worst(record[RATED], rating, row_name)
     if level and stage == "preference":
         raise RowError(row_name, "its completions have equal ratings", "Leave the row out", TIE)

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from trl_llava.data.contract import RowError
+from trl_llava.data.fetch import check_is_a_name
 
 MAX_PIXELS = 89_478_485
 """An image of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
@@ -177,6 +178,7 @@ def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
     if not isinstance(path, str) or not path:
         problem = f"the image is {ref!r}, expected an image, a path, or a dict with `bytes` or `path`"
         raise RowError(row_name, problem, "Correct the row", "image missing")
+    check_is_a_name(path, row_name)
     try:
         found = Path(path).is_file()
     except (OSError, ValueError):  # a name that no file could have

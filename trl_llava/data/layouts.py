@@ -1,7 +1,7 @@
 """Data sets as they lie on the Hub, record by record to TRL's columns: one reader for each layout.
 
 A reader gives `images`, `prompt`, and either `chosen` and `rejected` or `RATED`: completions, each with its ratings by
-name. What has TRL's columns already, be it texts or messages (trl-lib/rlaif-v, MM-RLHF), needs no reader.
+name. What has TRL's columns already, be it texts or messages (trl-lib/rlaif-v, MM-RLHF's pairs), needs no reader.
 """
 
 import json
@@ -15,6 +15,9 @@ Record = dict[str, Any]
 
 RATED = "_rated"
 """Column in which a reader leaves completions for `best_and_worst`: reading a prompt needs no rating."""
+
+USUAL_RATINGS = ("Visual Faithfulness", "final_ranking")
+"""Which rating orders completions unless the caller names one: VLFeedback's, MM-RLHF's."""
 
 
 class Layout(NamedTuple):
@@ -42,16 +45,22 @@ def _layout_of(columns: set[str]) -> Layout | None:
     return next((it for it in LAYOUTS if it.columns <= columns and not it.unless & columns), None)
 
 
-def best_and_worst(rated: list[tuple[str, Mapping[str, Any]]], rating: str, row_name: str) -> tuple[str, str, bool]:
+def best_and_worst(
+    rated: list[tuple[str, Mapping[str, Any]]], rating: str | None, row_name: str
+) -> tuple[str, str, bool]:
     """The completions that a rating puts first and last, and whether it puts them on a level.
 
-    `rating` chooses among several ratings; the only one needs no choice. A completion without a number is not ranked.
+    `rating` chooses among several ratings, None the usual one; the only one needs no choice. A completion without a
+    number is not ranked.
     """
     names = sorted({name for _, ratings in rated for name in ratings})
-    if len(names) > 1 and rating not in names:
-        problem = f"its completions have no rating {rating!r}, only {names}"
+    name = rating if rating is not None else next((usual for usual in USUAL_RATINGS if usual in names), None)
+    if not names:
+        raise RowError(row_name, "its completions have no ratings", "Leave the row out", "rating missing")
+    if len(names) > 1 and name not in names:
+        problem = f"its completions have {'the ratings' if name is None else f'no rating {name!r}, only'} {names}"
         raise RowError(row_name, problem, "Name one of them with `rating`", "rating missing")
-    name = rating if len(names) > 1 else names[0] if names else rating
+    name = names[0] if name is None or len(names) == 1 else name
     scored = [(score, text) for text, ratings in rated if (score := _number(ratings.get(name))) is not None]
     if len(scored) < 2:
         problem = f"{len(scored)} of its {len(rated)} completions have a number as {name!r}, expected two or more"
@@ -125,25 +134,64 @@ def _vl_reward_bench(record: Record, row_name: str) -> Record:
     if not lists or not all(isinstance(text, str) for text in texts):
         problem = f"response is {abridged(texts)} and human_ranking {abridged(ranks)}, expected a rank for each text"
         raise RowError(row_name, problem, "Correct the row", "ranks unlike the responses")
-    scores = [(text, None if _number(rank) is None else -float(rank)) for text, rank in zip(texts, ranks, strict=True)]
+    scores = [(text, _score_of_rank(rank)) for text, rank in zip(texts, ranks, strict=True)]
     return {"prompt": record["query"], RATED: [(text, {"human_ranking": score}) for text, score in scores]}
 
 
+def _mm_rlhf(record: Record, row_name: str) -> Record:
+    """MM-RLHF's data.jsonl: `image`, `question`, texts in `models_output`, and lists of their ranks and ratings.
+
+    In `final_ranking` 1 is the best; of `faithfulness`, `helpfulness` and `ethical` more is better.
+    """
+    texts = record["models_output"]
+    lists = {name: record[name] for name in _MM_RLHF_RATINGS if record.get(name) is not None}
+    whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    uneven = [
+        name for name, given in lists.items() if not (isinstance(given, list) and whole and len(given) == len(texts))
+    ]
+    if not whole or uneven:
+        wrong = f"{uneven[0]} is {abridged(lists[uneven[0]])} and " if whole else ""
+        problem = f"{wrong}models_output is {abridged(texts)}, expected texts with a rank and a rating for each"
+        raise RowError(row_name, problem, "Correct the row", "ranks unlike the outputs")
+    scores = {
+        name: list(map(_score_of_rank, ranks)) if name == "final_ranking" else ranks for name, ranks in lists.items()
+    }
+    rated = [(text, {name: given[i] for name, given in scores.items()}) for i, text in enumerate(texts)]
+    return {"prompt": record["question"], RATED: rated}
+
+
+def _score_of_rank(rank: Any) -> float | None:
+    """More for a better rank, which is a smaller one."""
+    number = _number(rank)
+    return None if number is None else -number
+
+
 def _ms_swift(record: Record, row_name: str) -> Record:
-    """ms-swift: `images`, `messages` that end with the chosen completion, and the text `rejected_response`."""
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        problem = f"messages is {abridged(messages)}, expected a list that ends with the chosen completion"
-        raise RowError(row_name, problem, "Correct the row", "messages is no list of messages")
+    """ms-swift: `images`, `messages` that end with the chosen completion, and what was rejected.
+
+    That is a text, `rejected_response`, or a conversation which differs in its last turn, `rejected_messages`.
+    """
+    messages, rejected = record["messages"], record.get("rejected_messages")
+    for name, turns in (("messages", messages), ("rejected_messages", rejected)):
+        if turns is not None and not (isinstance(turns, list) and turns):
+            problem = f"{name} is {abridged(turns)}, expected a list that ends with the completion"
+            raise RowError(row_name, problem, "Correct the row", f"{name} is no list of messages")
+    if rejected is not None and record.get("rejected_response") is not None:
+        problem = "it has rejected_response and rejected_messages"
+        raise RowError(row_name, problem, "Keep one of them", "two rejected completions")
+    if rejected is not None and rejected[:-1] != messages[:-1]:
+        problem = "messages and rejected_messages differ before their last turn"
+        raise RowError(row_name, problem, "Give both the same turns before it", "no common prompt")
     return {
         "messages": None,
         "prompt": messages[:-1],
         "chosen": messages[-1:],
-        "rejected": record["rejected_response"],
+        "rejected": record.get("rejected_response") if rejected is None else rejected[-1:],
     }
 
 
 _OTHER_PROMPTS = frozenset({"prompt", "messages", "conversations"})
+_MM_RLHF_RATINGS = ("final_ranking", "faithfulness", "helpfulness", "ethical")
 
 LAYOUTS = (
     Layout(frozenset({"question", "chosen", "rejected"}), _rlaif_v, unless=_OTHER_PROMPTS),
@@ -151,7 +199,11 @@ LAYOUTS = (
     Layout(frozenset({"prompt", "completions"}), _vl_feedback, others=frozenset({"img_path"})),
     Layout(frozenset({"Text", "Output1", "Output2", "Better"}), _multimodal_reward_bench, others=frozenset({"Image"})),
     Layout(frozenset({"query", "response", "human_ranking"}), _vl_reward_bench, unless=_OTHER_PROMPTS),
-    Layout(frozenset({"messages", "rejected_response"}), _ms_swift),
+    Layout(
+        frozenset({"question", "models_output"}), _mm_rlhf, unless=_OTHER_PROMPTS, others=frozenset(_MM_RLHF_RATINGS)
+    ),
+    Layout(frozenset({"messages", "rejected_response"}), _ms_swift, others=frozenset({"rejected_messages"})),
+    Layout(frozenset({"messages", "rejected_messages"}), _ms_swift),
     Layout(frozenset({"question"}), _rlaif_v, unless=_OTHER_PROMPTS),
 )
 """The first one that fits a record is taken."""

@@ -13,7 +13,6 @@ from typing import Literal
 from datasets import Dataset, Features, Value
 
 from trl_llava.data.contract import TIE, RowError, Stage, is_normalised
-from trl_llava.data.formats import RATING
 from trl_llava.data.row_maker import PROBLEM_COLUMNS, RowMaker
 from trl_llava.data.sources import DatasetSource, RawRows, read_source
 from trl_llava.errors import InputError
@@ -34,7 +33,8 @@ def load_rows(
     require_captions: bool = False,
     num_proc: int | None = None,
     captions_column: str = "captions",
-    rating: str = RATING,
+    rating: str | None = None,
+    fetch_images: bool = False,
 ) -> Dataset:
     """Load a data set as normalised rows.
 
@@ -54,7 +54,9 @@ def load_rows(
         num_proc: Processes to work with.
         captions_column: Column with the captions, a text or a list of texts; facts of any kind will do.
         rating: Which rating orders a row's completions where there are several; pairs are made of the best and the
-            worst one. Pairs on a level are left out and counted.
+            worst one. Pairs on a level are left out and counted. None is the usual one: "Visual Faithfulness" of
+            VLFeedback, "final_ranking" of MM-RLHF.
+        fetch_images: Fetch images that are URLs; otherwise they are refused.
 
     Returns:
         The rows, with `row_name` pointing into the source.
@@ -77,6 +79,7 @@ def load_rows(
         decode=on_bad_row == "skip",
         captions_column=captions_column,
         rating=rating,
+        fetch_images=fetch_images,
     )
     return _make_rows(raw, maker, on_bad_row, num_proc)
 
@@ -92,7 +95,8 @@ def rows_from(
     require_captions: bool = False,
     num_proc: int | None = None,
     captions_column: str = "captions",
-    rating: str = RATING,
+    rating: str | None = None,
+    fetch_images: bool = False,
 ) -> Dataset:
     """Normalise a data set in memory; one that follows the row contract already is returned as it is.
 
@@ -107,6 +111,7 @@ def rows_from(
         num_proc: As in `load_rows`.
         captions_column: As in `load_rows`.
         rating: As in `load_rows`.
+        fetch_images: As in `load_rows`.
 
     Returns:
         The rows.
@@ -137,6 +142,7 @@ def rows_from(
         decode=on_bad_row == "skip",
         captions_column=captions_column,
         rating=rating,
+        fetch_images=fetch_images,
     )
     return _make_rows(raw, maker, on_bad_row, num_proc)
 

@@ -13,7 +13,8 @@ from huggingface_hub import constants
 
 from trl_llava.data.captions import captions_of, read_captions
 from trl_llava.data.contract import COMPLETIONS, RowError, Stage, abridged, check_captions, stage_features
-from trl_llava.data.formats import KNOWN_COLUMNS, RATING, UNSUPPORTED_COLUMNS, to_row
+from trl_llava.data.fetch import check_is_a_name, fetch, is_url
+from trl_llava.data.formats import KNOWN_COLUMNS, UNSUPPORTED_COLUMNS, to_row
 from trl_llava.data.images import is_inside, load_image, open_image, path_inside
 from trl_llava.data.layouts import RATED, layout_columns
 from trl_llava.data.sources import JSON_COLUMN, RawRows, has_numbers, json_columns, json_record
@@ -46,7 +47,8 @@ class RowMaker:
     decode: bool = False
     unread: tuple[str, ...] = ()  # columns that may hold content, and that the stage does not read
     captions_column: str = "captions"
-    rating: str = RATING
+    rating: str | None = None
+    fetch_images: bool = False
 
     @classmethod
     def of(
@@ -59,7 +61,8 @@ class RowMaker:
         *,
         decode: bool,
         captions_column: str = "captions",
-        rating: str = RATING,
+        rating: str | None = None,
+        fetch_images: bool = False,
     ) -> "RowMaker":
         """The maker for a data set as found, whose columns are checked."""
         if not len(raw.dataset):
@@ -83,6 +86,7 @@ class RowMaker:
             unread=unread,
             captions_column=captions_column,
             rating=rating,
+            fetch_images=fetch_images,
         )
 
     def batch(self, table: pa.Table, indices: list[int]) -> dict[str, list[Any]]:
@@ -136,7 +140,9 @@ class RowMaker:
         if not isinstance(path, str) or not path:
             problem = f"an image is {abridged(image)}, expected a file name or image data"
             raise RowError(row_name, problem, "Correct the row", "image missing")
-        _check_is_a_name(path, row_name)
+        if self.fetch_images and is_url(path):
+            return {"bytes": fetch(path, row_name), "path": path}
+        check_is_a_name(path, row_name)
         if self.trusted_paths or (placed and not self.is_json and _in_cache(path)):
             found = path
         elif self.image_folder is not None:
@@ -170,17 +176,6 @@ def _check_columns(columns: Iterable[str], known: frozenset[str], name: str, cap
         if close and column not in known and column != captions_column:
             fix += f", or set captions_column to {column!r}" if close[0] == "captions" else ""
             raise RowError(name, f"it has an unknown column {column!r}; did you mean {close[0]!r}?", fix)
-
-
-def _check_is_a_name(image: str, row_name: str) -> None:
-    """Refuse what other tools take for an image: a link, or the image itself as text."""
-    if image.startswith(("http://", "https://")):
-        fix = "Download the images and name their files; nothing is fetched"
-        raise RowError(row_name, f"its image is a URL ({abridged(image)})", fix, "image is a URL")
-    # The first bytes of JPEG, PNG, GIF and WEBP files; no file name is that long.
-    if image.startswith("data:") or (len(image) > 255 and image.startswith(("/9j/", "iVBORw0K", "R0lGOD", "UklGR"))):
-        problem = f"its image is base64 text ({abridged(image)})"
-        raise RowError(row_name, problem, "Decode it to bytes or a file", "image is base64")
 
 
 def _path_of(image: Any) -> Any:

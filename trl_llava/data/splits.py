@@ -42,6 +42,7 @@ def load_splits(
             captions_file=script_args.captions_file,
             captions_column=script_args.captions_column,
             rating=script_args.rating,
+            fetch_images=script_args.fetch_images,
             on_bad_row=script_args.on_bad_row,
             require_captions=require_captions,
             num_proc=dataset_num_proc,

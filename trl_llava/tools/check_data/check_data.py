@@ -180,6 +180,7 @@ def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
             decode=True,
             captions_column=arguments.captions_column,
             rating=arguments.rating,
+            fetch_images=arguments.fetch_images,
         )
     except (ValueError, OSError) as error:
         check.failures.append(str(error))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from trl_llava.data.image_places import MOVED
 
-MISSING = ("image missing", "no folder", "image outside its folder")
+MISSING = ("image missing", "no folder", "image outside its folder", "image is a URL", "image not fetched")
 UNREADABLE = ("damaged image", "empty image", "image too large", "unknown pixel range")
 BARS = 12
 
