@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_families
 import tiny_models
 import tiny_trainers
 from huggingface_hub import ModelCard
+from peft import get_peft_model
 from PIL import Image
 from transformers import AutoProcessor
 
 from trl_llava import cli
+from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.load import load_rows
+from trl_llava.models.adapters import lora_config
+from trl_llava.models.load import load_sequence_classifier
 from trl_llava.publish.model_card import CardFacts, write_model_card
 from trl_llava.tools.evaluate import statistics
 from trl_llava.tools.evaluate.files import labels, table
@@ -200,6 +205,34 @@ def test_an_adapter_is_loaded_with_its_base_and_not_without(
     assert complete(merged, rows) == of_adapter
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "smolvlm", "internvl"])
+def test_every_family_completes_a_batch_as_each_row_alone(family: str, tmp_path: Path) -> None:
+    model = EvaluationModel.load(str(tiny_families.FAMILIES[family](tmp_path / family)), dtype="float32")
+    rows = load_rows(write_rows(tmp_path, *ROWS), "prompt")
+    together = complete(model, rows, batch_size=4)
+    assert together == complete(model, rows, batch_size=1)
+    assert len(set(together)) > 1
+
+
+def test_an_end_of_turn_that_only_the_generation_config_names_ends_a_completion(
+    tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    rows = load_rows(write_rows(tmp_path, *ROWS[:1]), "prompt")
+    model = EvaluationModel.load(str(tiny_llava_dir), dtype="float32")
+    whole = next(model.complete(rows, GREEDY))
+    assert not whole.finished and whole.tokens == 12
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llava_dir, folder)
+    tokenizer = model.processor.tokenizer
+    first = [token for token in tokenizer.get_vocab().values() if tokenizer.decode(token).strip() == whole.text[0]]
+    config = json.loads((folder / "generation_config.json").read_text())
+    # Sampling that the file asks for is left out.
+    config |= {"eos_token_id": [2, *first], "do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    ended = next(EvaluationModel.load(str(folder), dtype="float32").complete(rows, GREEDY))
+    assert ended == Generated(whole.text[0], 1, True)
+
+
 def test_generate_writes_rows_that_are_read_again(adapter: Path, tmp_path: Path, capsys: Any) -> None:
     data = write_rows(tmp_path, *ROWS)
     output = tmp_path / "completions.jsonl"
@@ -298,6 +331,8 @@ def test_the_table_marks_a_difference_that_is_one() -> None:
         (["--output_dir", "DATA"], "holds something else than an evaluation"),
         (["--vocabulary", "nowhere.json"], "cannot read nowhere.json"),
         (["--reward_model", "MODEL"], "has no factual_reward.json"),
+        (["--model", "SCORES"], "is a reward model's (it has a score head)"),
+        (["--model", "SILENT"], "has no chat template"),
     ],
 )
 def test_eval_says_in_one_line_what_is_wrong(
@@ -305,8 +340,15 @@ def test_eval_says_in_one_line_what_is_wrong(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "data").mkdir()
+    scores, silent = tmp_path / "scores", tmp_path / "silent"
+    if "SCORES" in changes:
+        args = LlavaModelConfig(use_peft=True, lora_r=2)
+        model = load_sequence_classifier(str(tiny_llava_dir), args)
+        get_peft_model(model, lora_config(args, model, task="SEQ_CLS")).save_pretrained(scores)
+    shutil.copytree(tiny_llava_dir, silent, ignore=shutil.ignore_patterns("chat_template.jinja"))
     data = write_rows(tmp_path / "data", *ROWS)
     places = {"MODEL": str(tiny_llava_dir), "EMPTY": str(tmp_path / "empty"), "DATA": str(tmp_path / "data")}
+    places |= {"SCORES": str(scores), "SILENT": str(silent)}
     words = ["eval", "--model", str(tiny_llava_dir), "--tasks", str(data), "--output_dir", str(tmp_path / "out")]
     assert cli.main([*words, *(places.get(word, word) for word in changes)]) in (1, 2)
     error = capsys.readouterr().err

@@ -142,6 +142,8 @@ def test_verdicts_are_kept_and_not_asked_for_again(served: JudgeServer, tmp_path
     with pytest.raises(JudgeError, match="status 400"):
         judge_at(served, tmp_path, concurrency=1).ask(prompts, read_rating, prompts)
     kept = len((tmp_path / "verdicts.jsonl").read_text().splitlines())
+    first = json.loads((tmp_path / "verdicts.jsonl").read_text().splitlines()[0])
+    assert {"judge": "judge-1", "prompt": "prompt 0", "verdict": "Rating: 4"}.items() <= first.items()
     assert 3 <= kept < 6
     with (tmp_path / "verdicts.jsonl").open("a") as file:
         file.write('{"key": "cut sh')

@@ -79,7 +79,13 @@ class Judge:
         for _ in range(self.tries):
             text = self._reply(prompt, self.tries)
             if read(text) is not None:
-                record = {"key": self._key(prompt), "judge": self.model, "name": name, "verdict": text}
+                record = {
+                    "key": self._key(prompt),
+                    "judge": self.model,
+                    "name": name,
+                    "prompt": prompt,
+                    "verdict": text,
+                }
                 with self._lock, self.verdicts.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 return text
