@@ -51,6 +51,10 @@ test-gpu: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check liger-kernel
 	@CI=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 6 -m gpu tests/test_gpu.py $(PYTEST_ARGS)
 
+# Which stage runs on which family of models, in two steps at toy size; about four minutes.
+families: .venv/.installed
+	@PYTHONPATH=tests:tests/child_site HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/family_runs.py $(FAMILIES)
+
 check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
