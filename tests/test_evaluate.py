@@ -22,7 +22,9 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.load import load_rows
 from trl_llava.models.adapters import lora_config
 from trl_llava.models.load import load_sequence_classifier
+from trl_llava.prompts import JudgingPrompt
 from trl_llava.publish.model_card import CardFacts, write_model_card
+from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.tools.evaluate import statistics
 from trl_llava.tools.evaluate.files import labels, table
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated
@@ -363,6 +365,35 @@ def test_eval_says_in_one_line_what_is_wrong(
 def test_a_row_that_cannot_be_judged_is_named(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=rf"^r: {said}"):
         OwnTask("own", [row(**values)], [row(**values)])
+
+
+def test_of_more_than_two_models_differences_stand_below() -> None:
+    one = {"value": 0.1, "low": 0.1, "high": 0.1}
+    measures = {"m": {"by": "judge", "values": dict.fromkeys("abc", one), "differences": dict.fromkeys("bc", one)}}
+    text = table({"t": {"note": "2 questions", "measures": measures}})
+    assert [line.split()[0] for line in text.splitlines() if line] == ["t:", "a", "m", "b", "m"]
+    assert text.count("m (judge)") == 2 and text.count("*") == 2
+
+
+def test_answers_are_scored_by_the_reward_model(tiny_llava_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    reward = tmp_path / "reward"
+    model = load_sequence_classifier(str(tiny_llava_dir), LlavaModelConfig(dtype="float32"), seed=1)
+    FactualReward(model, AutoProcessor.from_pretrained(tiny_llava_dir), JudgingPrompt()).save_pretrained(reward)
+    words = ["eval", "--model", str(tiny_llava_dir), "--output_dir", str(tmp_path / "out"), "--max_new_tokens", "12"]
+    words += ["--reward_model", str(reward), "--tasks"]
+    assert cli.main([*words, str(write_rows(tmp_path, *ROWS))]) == 1
+    assert "own.jsonl[0]: it has no captions, but the reward needs them" in capsys.readouterr().err
+    assert cli.main([*words, str(write_rows(tmp_path, ROWS[3]))]) == 0
+    assert "reward (reward)" in capsys.readouterr().out
+    (line,) = (tmp_path / "out" / "answers" / "own.jsonl").read_text().splitlines()
+    (answer,) = json.loads(line)["answers"].values()
+    (score,) = FactualReward.from_pretrained(str(reward))(
+        [[{"role": "user", "content": "Describe it."}]],
+        [[{"role": "assistant", "content": answer["text"]}]],
+        images=[[tiny_models.image("blue")]],
+        captions=[["a blue circle"]],
+    )
+    assert answer["score"] == pytest.approx(score, abs=1e-5)
 
 
 def test_numbers_go_into_the_card_of_a_run(adapter: Path, tmp_path: Path, capsys: Any) -> None:

@@ -4,7 +4,6 @@ lmms-eval's own model classes take no adapter, and score an empty answer where a
 """
 
 import importlib
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -303,6 +302,3 @@ def _cut(text: str, until: Any) -> str:
     """The text before the first of the strings that end an answer."""
     ends = [until] if isinstance(until, str) else until or []
     return min((text.partition(end)[0].strip() for end in ends if end), key=len, default=text)
-
-
-warnings.filterwarnings("ignore", module="lmms_eval")

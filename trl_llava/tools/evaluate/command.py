@@ -125,7 +125,7 @@ def _own(args: argparse.Namespace, name: str) -> Task:
     reward = None
     if args.reward_model is not None:
         _check_reward(args.reward_model, rows)
-        reward = (args.reward_model, partial(_reward, args.reward_model, args.batch_size))
+        reward = (labels([args.reward_model])[0], partial(_reward, args.reward_model, args.batch_size))
     return OwnTask(Path(name).name, rows, everything, args.vocabulary, reward)
 
 

@@ -9,6 +9,7 @@ choosing the longer completion is the line to beat, and a reward model of anothe
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,14 +133,19 @@ def compare(pairs: Pairs, scores: dict[str, list[tuple[float, float]]]) -> TaskR
         Question(
             row["row_name"],
             message_text(row["prompt"][-1]),
-            row["images"],
+            partial(_images, pairs.rows, number),
             f"chosen: {chosen}\nrejected: {rejected}",
         )
-        for row, (chosen, rejected) in zip(pairs.rows, texts, strict=True)
+        for number, (row, (chosen, rejected)) in enumerate(zip(pairs.rows, texts, strict=True))
     ]
     note = f"{len(questions)} pairs" + ("" if all(pairs.rows["captions"]) else ", some or all without captions")
     models = [*scores, LONGER]
     return TaskResult(pairs.name, models, questions, outcomes, measures_of(pairs.categories), note, statistics)
+
+
+def _images(rows: Dataset, number: int) -> list[Any]:
+    images: list[Any] = rows[number]["images"]
+    return images
 
 
 def _outcome(chosen: float, rejected: float) -> Outcome:

@@ -45,17 +45,23 @@ def table(found: dict[str, Any]) -> str:
     lines = []
     for task, values in found.items():
         lines += [f"{task}: {values['note']}"]
-        models = list(next(iter(values["measures"].values()))["values"]) if values["measures"] else []
-        rows = [["", *models, *(f"{model} - {models[0]}" for model in models[1:])]]
-        for name, measure in values["measures"].items():
-            cells = [shown(one) for one in measure["values"].values()]
-            by = f" ({measure['by']})" if measure["by"] else ""
-            rows.append([name + by, *cells, *(shown(one, signed=True) for one in measure["differences"].values())])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for row in rows:
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines.append("")
+        measures = values["measures"]
+        names = {name: name + (f" ({own['by']})" if own["by"] else "") for name, own in measures.items()}
+        models = list(next(iter(measures.values()))["values"]) if measures else []
+        levels = [["", *models]]
+        changes = [["", *(f"{model} - {models[0]}" for model in models[1:])]]
+        for name, own in measures.items():
+            levels.append([names[name], *(shown(one) for one in own["values"].values())])
+            changes.append([names[name], *(shown(one, signed=True) for one in own["differences"].values())])
+        if len(models) == 2:  # side by side; of more models, below
+            levels, changes = [[*row, *more[1:]] for row, more in zip(levels, changes, strict=True)], []
+        lines += [*_aligned(levels), "", *(_aligned(changes) if len(models) > 2 else []), *[""] * (len(models) > 2)]
     return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def shown(found: dict[str, float | None], *, signed: bool = False) -> str:

@@ -8,6 +8,7 @@ factual reward model.
 import re
 import string
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ MEASURES = [
     Measure("empty", "empty completions", "lower"),
     Measure("unfinished", "completions cut at --max_new_tokens", "lower"),
 ]
+AT_ONCE = 64
 _WORD = re.compile(r"\W*(\w+)")
 _LETTER = re.compile(r"^\s*\(?([A-Z])(?:[.):,]|\s*$)|\b(?:option|answer) is:? \(?([A-Z])\b")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -60,14 +62,15 @@ class OwnTask:
     ) -> None:
         self.name = name
         self.reward = reward
-        self.rows = list(rows)
+        self.rows = rows
         lists = [_objects(row) or [] for row in vocabulary_rows]
         has_lists = any(lists)
         self.vocabulary = Vocabulary.of(lists, vocabulary_file) if has_lists else None
         if vocabulary_file is not None and not has_lists:
             raise InputError(f"--vocabulary: no row of {name} has a list `objects` to compare with")
         self.questions = [
-            Question(row["row_name"], message_text(row["prompt"][-1]), row["images"], _truth(row)) for row in rows
+            Question(row["row_name"], message_text(row["prompt"][-1]), partial(self._images, number), _truth(row))
+            for number, row in enumerate(rows)
         ]
 
     def ask(self, model: EvaluationModel, decoding: Decoding) -> list[Generated]:
@@ -91,14 +94,24 @@ class OwnTask:
         measures = [measure._replace(by=by) if measure.name == "reward" else measure for measure in MEASURES]
         return TaskResult(self.name, models, self.questions, outcomes, measures, "; ".join(notes))
 
+    def _images(self, number: int) -> list[Any]:
+        images: list[Any] = self.rows[number]["images"]
+        return images
+
     def _scores(self, reward: FactualReward, answers: list[Generated]) -> list[float]:
-        return reward(
-            [row["prompt"] for row in self.rows],
-            [[{"role": "assistant", "content": answer.text}] for answer in answers],
-            images=[row["images"] for row in self.rows],
-            captions=[row["captions"] for row in self.rows],
-            row_name=[row["row_name"] for row in self.rows],
-        )
+        """The reward model's scores, a few rows in memory at a time."""
+        found: list[float] = []
+        for start in range(0, len(answers), AT_ONCE):
+            places = range(start, min(start + AT_ONCE, len(answers)))
+            rows = [self.rows[place] for place in places]
+            found += reward(
+                [row["prompt"] for row in rows],
+                [[{"role": "assistant", "content": answers[place].text}] for place in places],
+                images=[row["images"] for row in rows],
+                captions=[row["captions"] for row in rows],
+                row_name=[row["row_name"] for row in rows],
+            )
+        return found
 
     def _outcome(self, row: Row, answer: Generated, score: float | None) -> Outcome:
         counts: dict[str, tuple[float, float]] = {
