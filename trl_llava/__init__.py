@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from trl_llava.configs.ppo import LlavaPPOConfig
     from trl_llava.configs.reward import LlavaRewardConfig
     from trl_llava.configs.sft import LlavaSFTConfig
+    from trl_llava.data.load import load_rows
     from trl_llava.ppo_trainer import LlavaPPOTrainer
     from trl_llava.reward_trainer import LlavaRewardTrainer
     from trl_llava.rewards.factual_reward import FactualReward
@@ -22,6 +23,7 @@ __all__ = [
     "LlavaRewardTrainer",
     "LlavaSFTConfig",
     "LlavaSFTTrainer",
+    "load_rows",
 ]
 _HOMES = {
     "FactualReward": "trl_llava.rewards.factual_reward",
@@ -31,6 +33,7 @@ _HOMES = {
     "LlavaRewardTrainer": "trl_llava.reward_trainer",
     "LlavaSFTConfig": "trl_llava.configs.sft",
     "LlavaSFTTrainer": "trl_llava.sft_trainer",
+    "load_rows": "trl_llava.data.load",
 }
 
 # Where bitsandbytes is installed, importing it complains about an optional CPU kernel; 4 bit works without.

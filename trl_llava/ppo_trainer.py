@@ -38,6 +38,7 @@ from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.gpu_kernels import apply_liger
 from trl_llava.models.image_features import encode_images, same_vision
 from trl_llava.models.model_inputs import ModelInputs
+from trl_llava.models.own_processor import own_processor
 from trl_llava.models.vision_tower import trains_vision
 from trl_llava.ppo import ppo_math
 from trl_llava.ppo.checkpoint import PPOCheckpoints
@@ -82,14 +83,15 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
 
     Args:
         args: the config.
-        processing_class: the policy's processor (or tokenizer, for text-only rows).
+        processing_class: the policy's processor, by default its own; a tokenizer does where no row has an image.
         model: the policy: a model with a language-modelling head, or a PEFT model around one.
         ref_model: the reference; `None` with a PEFT policy, whose reference is the adapter `args.ref_adapter_name`, or
             the bare base when that is `None` too. `None` with a whole model: a copy of it.
         reward_funcs: reward functions; called with `prompts`, `completions`, `completion_ids` and the rows' columns.
-        train_dataset: rows with `prompt` and `images`, in the project's or in TRL's format.
+        train_dataset: rows in a format of docs/data.md.
         value_model: a `...ForSequenceClassification` with one label.
         value_processing_class: the value model's processor, if it differs from the policy's.
+        captions_column: column with the captions of a row, as for `load_rows`.
         data_collator: replaces `PromptCollator(processing_class)`.
         eval_dataset: prompts whose completions are shown and saved.
         optimizers: optimizer and scheduler, instead of those that `args` describes.
@@ -99,6 +101,24 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     Raises:
         ValueError: if the data set holds less than one batch of rows, the process has another mixed precision, or it
             runs under FSDP.
+
+    Example:
+        >>> from datasets import load_dataset
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification
+        >>> from trl_llava import FactualReward, LlavaPPOConfig
+        >>> base, layers = "llava-hf/llava-1.5-7b-hf", r".*language_model.*_proj"
+        >>> value_model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        >>> trainer = LlavaPPOTrainer(
+        ...     args=LlavaPPOConfig("ppo", total_episodes=10_000, response_length=256),
+        ...     model=AutoModelForImageTextToText.from_pretrained(base),
+        ...     value_model=get_peft_model(value_model, LoraConfig(target_modules=layers, modules_to_save=["score"])),
+        ...     reward_funcs=FactualReward.from_pretrained("org/llava-factual-rm"),
+        ...     train_dataset=load_dataset("openbmb/RLAIF-V-Dataset", split="train"),
+        ...     peft_config=LoraConfig(target_modules=layers),
+        ... )
+        >>> trainer.train()
+        >>> trainer.save_model()
     """
 
     stage = "ppo"
@@ -110,9 +130,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     def __init__(
         self,
         args: LlavaPPOConfig,
-        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        *,
         model: PreTrainedModel | PeftModel,
-        ref_model: PreTrainedModel | None,
+        ref_model: PreTrainedModel | None = None,
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         train_dataset: Dataset,
         value_model: PreTrainedModel | PeftModel,
@@ -122,11 +143,14 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
+        captions_column: str = "captions",
     ) -> None:
         refuse_launches(args)
         require_vllm(args)
         if ref_model is model:
             raise ValueError("`ref_model` is `model` itself: pass a copy of it, or None with a PEFT policy.")
+        if processing_class is None:
+            processing_class = own_processor(model, args)
         set_seed(args.seed)  # before a fresh adapter draws its weights
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.stop_token_id = self.tokenizer.eos_token_id if args.stop_token == "eos" else args.stop_token_id
@@ -135,9 +159,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         apply_liger([model, ref_model, value_model, *rewards], args)
         captions = needs_captions(self.scorer.reward_funcs)
         collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
-        train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, require_captions=captions)
+        read = {"require_captions": captions, "captions_column": captions_column}
+        train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, **read)
         if eval_dataset is not None:
-            eval_dataset = prompt_rows(eval_dataset, "eval_dataset", collator, args, require_captions=captions)
+            eval_dataset = prompt_rows(eval_dataset, "eval_dataset", collator, args, **read)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         if ref_model is None and not isinstance(model, PeftModel):

@@ -1,14 +1,17 @@
 """Stage 2: a reward model on image, prompt, completion and the captions of the image."""
 
+import copy
 import logging
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 
 from trl_llava.configs.reward import LlavaRewardConfig
+from trl_llava.configs.stages import as_own
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
 from trl_llava.data.preference_collators import PreferenceCollator
@@ -16,6 +19,7 @@ from trl_llava.health import FiniteSteps
 from trl_llava.models.base_model import base_of
 from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.gpu_kernels import check_liger_knows
+from trl_llava.models.own_processor import own_processor
 from trl_llava.models.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.models.sharded_weights import shard_by_layers
 from trl_llava.models.shared_prefix import why_not
@@ -37,13 +41,32 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
     the paper's regulariser (`args.reward_centering: paper`). A loss or gradient that is not finite stops the run.
 
     Args:
-        model: a `...ForSequenceClassification` with one label, or Hub ID or folder of one.
-        args: the config.
-        train_dataset: rows in the project's or in TRL's format.
-        processing_class: the processor; a tokenizer does where no row has an image.
-        eval_dataset: the same, or a dict of them.
+        model: a `...ForSequenceClassification` with one label, or Hub ID or folder of a model.
+        args: the config, or TRL's plain one.
+        train_dataset: rows in a format of docs/data.md.
+        processing_class: the processor, by default the model's own; a tokenizer does where no row has an image.
+        eval_dataset: rows of the same kind, or a dict of such data sets.
         judging_prompt: the turn behind the completion that asks for a score; `None` scores where the completion ends.
+            "auto" is what `args` says; with TRL's plain config the paper's, with captions if a row has any.
+        captions_column: column with the captions of a row, as for `load_rows`.
+        rating: which rating makes a pair of several completions, as for `load_rows`.
         **kwargs: all else that `RewardTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
+
+    Raises:
+        RowError: if a row cannot be used, or has no captions although the judging turn shows captions.
+
+    Example:
+        >>> from datasets import load_dataset
+        >>> from peft import LoraConfig
+        >>> from trl import RewardConfig
+        >>> trainer = LlavaRewardTrainer(
+        ...     model="llava-hf/llava-1.5-7b-hf",
+        ...     args=RewardConfig("reward", num_train_epochs=1, max_length=2048),
+        ...     train_dataset=load_dataset("openbmb/RLAIF-V-Dataset", split="train"),
+        ...     peft_config=LoraConfig(target_modules=r".*language_model.*_proj", modules_to_save=["score"]),
+        ... )
+        >>> result = trainer.train()
+        >>> trainer.save_model()  # for `FactualReward.from_pretrained`
     """
 
     stage = "reward"
@@ -51,13 +74,33 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
     def __init__(
         self,
         model: str | PreTrainedModel,
-        args: LlavaRewardConfig,
+        args: RewardConfig,
         train_dataset: Dataset,
-        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         eval_dataset: EvalDataset = None,
-        judging_prompt: JudgingPrompt | None = None,
+        judging_prompt: JudgingPrompt | Literal["auto"] | None = "auto",
+        captions_column: str = "captions",
+        rating: str | None = None,
         **kwargs: Any,
     ) -> None:
+        plain = not isinstance(args, LlavaRewardConfig)
+        args = copy.copy(as_own(args, LlavaRewardConfig))
+        if processing_class is None:
+            processing_class = own_processor(model, args)
+            args.chat_template_path = None  # the processor has it
+
+        def rows(dataset: Dataset, name: str) -> Dataset:
+            return rows_from(dataset, "preference", name=name, captions_column=captions_column, rating=rating)
+
+        train_dataset = rows(train_dataset, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: rows(dataset, name) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = rows(eval_dataset, "eval")
+        if judging_prompt == "auto":
+            judging_prompt = args.make_judging_prompt()
+            if plain:
+                judging_prompt = replace(judging_prompt, with_captions=any(train_dataset["captions"]))
         self.judging_prompt = judging_prompt
         # TRL prepares the data sets from within its `__init__`, so the collator has to be there before.
         self.preference_collator = kwargs.pop("data_collator", None) or PreferenceCollator(
@@ -100,9 +143,9 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
         self, dataset: Dataset, processing_class: Any, args: LlavaRewardConfig, dataset_name: str
     ) -> Dataset:
         # TRL would tokenise the pairs here, without their images.
-        return drop_overlong(
-            rows_from(dataset, "preference", name=dataset_name), self.preference_collator, args.overlong
-        )
+        shows_captions = self.judging_prompt is not None and self.judging_prompt.with_captions
+        rows = rows_from(dataset, "preference", name=dataset_name, require_captions=shows_captions)
+        return drop_overlong(rows, self.preference_collator, args.overlong)
 
     def _set_signature_columns_if_needed(self) -> None:
         # `None` until transformers asks for the first time.

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from trl_llava.configs.sft import LlavaSFTConfig
 from trl_llava.data.collators import SFTCollator
@@ -14,6 +14,7 @@ from trl_llava.data.load import rows_from
 from trl_llava.health import FiniteSteps
 from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.gpu_kernels import check_liger_knows
+from trl_llava.models.own_processor import own_processor
 from trl_llava.models.sharded_weights import shard_by_layers
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.run.safe_checkpoints import SafeCheckpoints
@@ -30,11 +31,25 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
 
     Args:
         model: model, or Hub ID or folder of one.
-        args: the config.
-        train_dataset: rows in the project's or in TRL's format.
-        processing_class: the processor.
-        eval_dataset: the same, or a dict of them.
+        args: the config, or TRL's plain one (`LlavaSFTConfig.of`).
+        train_dataset: rows in a format of docs/data.md.
+        processing_class: the processor; by default the model's own.
+        eval_dataset: rows of the same kind, or a dict of such data sets.
+        rating: which rating chooses the completion of a row that has several, as for `load_rows`.
         **kwargs: all else that `SFTTrainer` takes (`peft_config`, `callbacks`, `quantization_config`, ...).
+
+    Example:
+        >>> from datasets import load_dataset
+        >>> from peft import LoraConfig
+        >>> from trl import SFTConfig
+        >>> trainer = LlavaSFTTrainer(
+        ...     model="llava-hf/llava-1.5-7b-hf",
+        ...     args=SFTConfig("sft", num_train_epochs=1, max_length=2048),
+        ...     train_dataset=load_dataset("openbmb/RLAIF-V-Dataset", split="train"),
+        ...     peft_config=LoraConfig(target_modules=r".*language_model.*_proj"),
+        ... )
+        >>> result = trainer.train()
+        >>> trainer.save_model()
     """
 
     stage = "sft"
@@ -42,12 +57,17 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        args: LlavaSFTConfig,
+        args: SFTConfig,
         train_dataset: Dataset,
-        processing_class: ProcessorMixin,
+        processing_class: ProcessorMixin | None = None,
         eval_dataset: EvalDataset = None,
+        rating: str | None = None,
         **kwargs: Any,
     ) -> None:
+        args = copy.copy(LlavaSFTConfig.of(args))
+        if processing_class is None:
+            processing_class = own_processor(model, args)
+            args.chat_template_path = None  # the processor has it
         # TRL seeds only after it has drawn the weights of a fresh adapter.
         set_seed(args.seed)
         collator = kwargs.pop("data_collator", None) or SFTCollator(
@@ -61,7 +81,7 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
         upstream_args.assistant_only_loss = False
 
         def prepare(dataset: Dataset, name: str) -> Dataset:
-            return drop_overlong(rows_from(dataset, "sft", name=name), collator, args.overlong)
+            return drop_overlong(rows_from(dataset, "sft", name=name, rating=rating), collator, args.overlong)
 
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset, f"eval_dataset[{name}]") for name, dataset in eval_dataset.items()}

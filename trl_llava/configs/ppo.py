@@ -35,6 +35,11 @@ class LlavaPPOConfig(VLLMOptions, _BaseConfig):
 
     Raises:
         ValueError: If a field is set that cannot work, or two fields contradict each other.
+
+    Example:
+        >>> args = LlavaPPOConfig("ppo", total_episodes=10_000, response_length=256, stop_token="eos")
+        >>> args.kl_coef
+        0.05
     """
 
     # TRL's fields

@@ -25,6 +25,11 @@ class LlavaRewardConfig(RewardConfig):
 
     Raises:
         ValueError: If a field is set that cannot work with images, or two fields contradict each other.
+
+    Example:
+        >>> args = LlavaRewardConfig("reward", judging_prompt={"answer_prefix": "The score is"})
+        >>> args.make_judging_prompt().with_captions
+        True
     """
 
     # JSON text on the command line becomes a mapping, as for TRL's own fields of this kind.

@@ -11,6 +11,7 @@ from trl_llava.configs.stages import (
     ROWS_ARE_OURS,
     TEMPLATE_HELP,
     Overlong,
+    as_own,
     option,
     refuse,
     require_positive,
@@ -23,6 +24,10 @@ class LlavaSFTConfig(SFTConfig):
 
     Raises:
         ValueError: If a field is set that cannot work with images.
+
+    Example:
+        >>> LlavaSFTConfig("sft", max_length=2048, overlong="drop").labels_on
+        'answers'
     """
 
     assistant_only_loss: bool = option(
@@ -49,6 +54,14 @@ class LlavaSFTConfig(SFTConfig):
         )
         require_positive(self, "max_length", "pad_to_multiple_of", *BATCH_FIELDS)
         super().__post_init__()  # last: it looks at the hardware
+
+    @classmethod
+    def of(cls, args: SFTConfig) -> "LlavaSFTConfig":
+        """TRL's plain config as this one, with labels on all assistant messages unless `completion_only_loss` is set.
+
+        Its `assistant_only_loss` is False by default, which cannot be told from a choice.
+        """
+        return as_own(args, cls, assistant_only_loss=args.assistant_only_loss or args.completion_only_loss is None)
 
     @property
     def labels_on(self) -> Literal["answers", "completion", "all"]:

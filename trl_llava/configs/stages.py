@@ -5,9 +5,10 @@ cannot work with images is refused with the reason, never ignored.
 """
 
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
+from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
 from trl_llava.hub.names import split_fields
@@ -27,6 +28,16 @@ TEMPLATE_HELP = (
     "Chat template instead of the saved one, saved with the processor: 'vicuna_v1' (LLaVA-1.5's, with an </s> after "
     "each assistant message), a .jinja file, or Hub ID or folder of a model."
 )
+
+
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+def as_own(args: TrainingArguments, config: type[Config], **changes: Any) -> Config:
+    """TRL's plain config as ours that extends it, whose own fields keep their defaults, with `changes`."""
+    if isinstance(args, config):
+        return args
+    return config(**{each.name: getattr(args, each.name) for each in fields(args) if each.init} | changes)
 
 
 def option(default: Any, text: str) -> Any:

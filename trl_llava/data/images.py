@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 from trl_llava.data.contract import RowError
@@ -22,8 +24,12 @@ MAX_ASPECT = 200
 FOLLOW_LINKS = False
 """Whether a symbolic link may lead out of the image folder."""
 
-ImageRef = Image.Image | str | dict[str, Any]
-"""A decoded image, a path, or `{"bytes": bytes | None, "path": str | None}`."""
+ImageRef = Image.Image | str | os.PathLike[str] | bytes | dict[str, Any] | torch.Tensor | np.ndarray
+"""A decoded image, a path, the bytes of a file, `{"bytes": bytes | None, "path": str | None}`, or pixels.
+
+Pixels are a tensor or an array of the shape (3, H, W) or (H, W, 3), 1 channel for grey, of whole numbers from 0 to
+255 or fractions from 0 to 1.
+"""
 
 # What Pillow's readers raise on damaged files, by reading their sources: there is no common class.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -72,6 +78,8 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
     """Open an image and check its header without decoding it; `size` is as stored, before the EXIF orientation."""
     if isinstance(ref, Image.Image):
         image = ref
+    elif isinstance(ref, (torch.Tensor, np.ndarray)):
+        image = _of_pixels(ref, row_name)
     else:
         source = _source(ref, row_name)
         try:
@@ -96,6 +104,24 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
         )
         raise _too_large(row_name, problem)
     return image
+
+
+def _of_pixels(pixels: torch.Tensor | np.ndarray, row_name: str) -> Image.Image:
+    """The image of a tensor or an array."""
+    values = torch.as_tensor(pixels).detach().cpu()
+    channels = [axis for axis in (0, -1) if values.ndim == 3 and values.shape[axis] in (1, 3)]
+    if not channels or not values.numel():
+        problem = f"the image is an array of the shape {tuple(values.shape)}, expected (3, H, W) or (H, W, 3)"
+        raise RowError(row_name, problem, "Give the pixels of one image, not normalised", "array is no image")
+    values = values.movedim(channels[0], -1)
+    highest = 1 if values.is_floating_point() else 255
+    low, high = values.min().item(), values.max().item()
+    if not (low >= 0 and high <= highest):  # nan is outside too
+        problem = f"the image is an array with values from {low:g} to {high:g}, expected 0 to {highest}"
+        raise RowError(row_name, problem, "Give the pixels as they are, not normalised", "unknown pixel range")
+    if values.is_floating_point():
+        values = (values.float() * 255).round()
+    return Image.fromarray(values.to(torch.uint8).expand(*values.shape[:2], 3).contiguous().numpy())
 
 
 def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
@@ -166,11 +192,13 @@ def _roots(folder: str) -> tuple[str, ...]:
     return tuple(root.rstrip(os.sep) + os.sep for root in roots)
 
 
-def _source(ref: str | dict[str, Any], row_name: str) -> str | io.BytesIO:
+def _source(ref: str | os.PathLike[str] | bytes | dict[str, Any], row_name: str) -> str | io.BytesIO:
     if isinstance(ref, dict):
         content, path = ref.get("bytes"), ref.get("path")
+    elif isinstance(ref, bytes):
+        content, path = ref, None
     else:
-        content, path = None, ref
+        content, path = None, os.fspath(ref) if isinstance(ref, os.PathLike) else ref
     if content is not None:
         if not content:
             raise RowError(row_name, "the image has no bytes", "Replace it or leave the row out", "empty image")

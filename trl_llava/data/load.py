@@ -66,6 +66,11 @@ def load_rows(
             be used, or if a column looks misspelt.
         FileNotFoundError: If a path does not exist.
         ValueError: If the files are no data set.
+
+    Example:
+        >>> rows = load_rows("openbmb/RLAIF-V-Dataset", "preference", split="train", on_bad_row="skip")
+        >>> sorted(rows.column_names)
+        ['captions', 'chosen', 'images', 'prompt', 'rejected', 'row_name']
     """
     _check_policy(on_bad_row)
     raw = read_source(source, name=name, split=split, revision=revision)

@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from PIL import Image
 
-from trl_llava.data.images import ImageRef
+from trl_llava.data.images import ImageRef, load_image
 from trl_llava.prompts import Message
 
 Conversation = str | list[Message]
@@ -43,7 +45,9 @@ def split_images(
     for message in conversation:
         content = message.get("content")
         if isinstance(content, list):
-            inside += [part["image"] for part in content if part.get("type") == "image" and part.get("image")]
+            inside += [
+                part["image"] for part in content if part.get("type") == "image" and part.get("image") is not None
+            ]
             content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
         messages.append({**message, "content": content})
     if images is None:
@@ -53,6 +57,8 @@ def split_images(
 
 def _image_key(image: ImageRef) -> str:
     """Equal for images with the same pixels."""
+    if isinstance(image, (torch.Tensor, np.ndarray)):  # whose `repr` leaves most of them out
+        image = load_image(image, "the image")
     if not isinstance(image, Image.Image):
         return repr(image)
     pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()

@@ -41,15 +41,13 @@ def collator_of_both(
     return PolicyAndValueCollator(collator, PromptCollator(value_processing_class, max_prompt_length=None))
 
 
-def prompt_rows(
-    dataset: Dataset, name: str, collator: PromptCollator, args: LlavaPPOConfig, *, require_captions: bool
-) -> Dataset:
+def prompt_rows(dataset: Dataset, name: str, collator: PromptCollator, args: LlavaPPOConfig, **read: Any) -> Dataset:
     """The rows that a run can train on, checked before its first step; `name` is what errors call the data set.
 
-    A row is refused that cannot be used, has no captions where a reward needs them, or has images that vLLM, where it
-    generates, would process otherwise than the policy does.
+    `read` are the options of `rows_from`. A row is refused that cannot be used, has no captions where a reward needs
+    them, or has images that vLLM, where it generates, would process otherwise than the policy does.
     """
-    rows = rows_from(dataset, "prompt", name=name, require_captions=require_captions)
+    rows = rows_from(dataset, "prompt", name=name, **read)
     if args.use_vllm and counts_images(collator.processor):
         # LLaVA-OneVision's processor cuts an image into tiles where it is the only one of its row; vLLM cuts up each.
         for row in rows.select_columns(["row_name", "images"]):

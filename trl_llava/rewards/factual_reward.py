@@ -60,11 +60,14 @@ class FactualReward:
         ValueError: If the model has no score head with one label, or does not fit the processor.
 
     Example:
-        >>> reward = FactualReward.from_pretrained("org/llava-factual-rm")  # doctest: +SKIP
+        >>> reward = FactualReward.from_pretrained("org/llava-factual-rm")
         >>> prompt = {"role": "user", "content": "What is in the image?"}
         >>> completion = {"role": "assistant", "content": "A red square."}
-        >>> reward([[prompt]], [[completion]], images=[["red.png"]], captions=[["A red square."]])  # doctest: +SKIP
-        [1.25]
+        >>> scores = reward([[prompt]], [[completion]], images=[["red.png"]], captions=[["A red square."]])
+        >>> len(scores)
+        1
+
+        In TRL's trainer: `GRPOTrainer(model, reward_funcs=reward, ...)`, with `images` and `captions` in the rows.
     """
 
     def __init__(
@@ -113,7 +116,8 @@ class FactualReward:
         Args:
             prompts: B conversations that end with a user turn.
             completions: B completions.
-            images: The images of each row (decoded, paths or `{"bytes", "path"}`), none for a text-only row.
+            images: The images of each row, none for a text-only row: decoded, paths, bytes, `{"bytes", "path"}`, or
+                tensors and arrays of pixels, (3, H, W) or (H, W, 3), from 0 to 255 or fractions from 0 to 1.
                 By default those inside the prompts' image parts, and a column `image` where there is one.
             captions: Captions of each row's images; needed if the judging prompt shows captions.
             **columns: `row_name` is used in errors, `image` as said; all others are ignored.
@@ -124,7 +128,8 @@ class FactualReward:
         names = names_or_numbers(columns.get("row_name"), len(prompts))
         images = columns.get("image") if images is None else images
         nothing = [None] * len(prompts)
-        rows = list(zip(prompts, completions, images or nothing, captions or nothing, names, strict=True))
+        given = (nothing if column is None else column for column in (images, captions))
+        rows = list(zip(prompts, completions, *given, names, strict=True))
         scores: list[float] = []
         with in_eval_mode(self.model):
             for start in range(0, len(rows), AHEAD * self.batch_size):
