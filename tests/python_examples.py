@@ -45,6 +45,7 @@ class ToyWorld:
             "total_episodes=10_000": "total_episodes=4, per_device_train_batch_size=2",
             "response_length=256": "response_length=4",
             "max_completion_length=256": "max_completion_length=4",
+            "num_generations=4": "num_generations=2",
             "num_train_epochs=1": "max_steps=2, per_device_train_batch_size=2",
         }
 

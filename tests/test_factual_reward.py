@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -106,7 +107,7 @@ def test_score_is_the_logit_of_the_preference_collators_batch(reward: FactualRew
     assert found == pytest.approx(expected, abs=2e-6)
 
 
-def test_images_come_decoded_as_paths_as_bytes_or_inside_the_prompt(
+def test_images_come_decoded_as_paths_as_bytes_as_pixels_or_inside_the_prompt(
     reward: FactualReward, red_image: Image.Image, tmp_path: Path
 ) -> None:
     red_image.save(tmp_path / "red.png")
@@ -115,10 +116,18 @@ def test_images_come_decoded_as_paths_as_bytes_or_inside_the_prompt(
     call = {"prompts": [ask("What?")], "completions": [say("A square.")], "captions": [["A red square."]]}
     expected = reward(**call, images=[[red_image]])
     assert reward(**call, images=[[str(tmp_path / "red.png")]]) == expected
+    assert reward(**call, images=[[tmp_path / "red.png"]]) == expected
     assert reward(**call, images=[[{"bytes": buffer.getvalue(), "path": None}]]) == expected
+    assert reward(**call, images=[[buffer.getvalue()]]) == expected
+    pixels = np.asarray(red_image)  # (H, W, 3)
+    tensor = torch.tensor(pixels).permute(2, 0, 1)
+    for array in (pixels, tensor, tensor / 255, (tensor / 255).to(torch.bfloat16), pixels / 255):
+        assert reward(**call, images=[[array]]) == reward(**call, images=array[None]) == expected
     assert reward(**call, images=[red_image]) == expected
     assert reward(**call, image=[red_image]) == expected
     inside = [{"role": "user", "content": [{"type": "image", "image": red_image}, {"type": "text", "text": "What?"}]}]
+    assert reward(**{**call, "prompts": [inside]}) == expected
+    inside[0]["content"][0]["image"] = tensor
     assert reward(**{**call, "prompts": [inside]}) == expected
     assert reward(**{**call, "prompts": [inside]}, images=[[red_image]]) == expected
     assert reward(**{**call, "prompts": ["What?"], "completions": ["A square."]}, images=[[red_image]]) == expected
@@ -350,9 +359,11 @@ def test_moved_base_is_named_and_can_be_given(tiny_llava_dir: Path, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------- TRL's own trainers
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    ("algorithm", "kind"), [("grpo", "decoded"), ("grpo", "paths"), ("grpo", "tensors"), ("rloo", "decoded")]
+)
 def test_it_is_a_reward_function_for_trls_trainers(
-    algorithm: str, reward: FactualReward, tiny_llava_dir: Path, red_image, blue_image, tmp_path: Path
+    algorithm: str, kind: str, reward: FactualReward, tiny_llava_dir: Path, red_image, blue_image, tmp_path: Path
 ) -> None:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -363,6 +374,14 @@ def test_it_is_a_reward_function_for_trls_trainers(
             "captions": [["A red square.", "It is big."], ["Blue all over."]],
         }
     )
+    if kind == "paths":
+        for name, image in (("red.png", red_image), ("blue.png", blue_image)):
+            image.save(tmp_path / name)
+        paths = [[str(tmp_path / name)] for name in ("red.png", "blue.png")]
+        rows = rows.remove_columns("images").add_column("images", paths)
+    if kind == "tensors":
+        rows = rows.with_format("torch", columns=["images"], output_all_columns=True)
+        assert isinstance(rows[0]["images"][0], torch.Tensor)
     config, trainer_class = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[algorithm]
     seen: list[list[float]] = []
 
@@ -439,6 +458,35 @@ def test_rows_that_are_alike_in_length_run_together_and_within_a_budget(
     assert [shape[0] for shape in by_row] == ([1, 1, 2] if share_prefix else [2, 2, 2])
     assert by_row == sorted(by_row, key=lambda shape: -shape[1]) and by_row[-1][1] < longest
     assert all(shape.numel() <= reward.max_tokens for shape in shapes) and len(shapes) > 2
+
+
+def test_tensors_are_not_taken_for_each_other(reward: FactualReward, red_image, blue_image) -> None:
+    """The text of a large tensor shows its corners only, and these are alike."""
+    red = torch.tensor(np.asarray(red_image.resize((60, 60)))).permute(2, 0, 1)
+    marked = red.clone()
+    marked[:, 20:40, 20:40] = 255
+    assert repr(red) == repr(marked)
+    call = {"prompts": [ask("What?")] * 2, "completions": [say("A.")] * 2, "captions": [["A red square."]] * 2}
+    first, second = reward(**call, images=[[red], [marked]])
+    assert abs(first - second) > 1e-5
+    assert second == pytest.approx(reward(**call, images=[[marked], [red]])[0], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "problem"),
+    [
+        (torch.randn(3, 8, 8), "an array with values from .* expected 0 to 1"),
+        (torch.full((3, 8, 8), torch.nan), "an array with values from nan to nan, expected 0 to 1"),
+        (np.full((8, 8, 3), 256), "values from 256 to 256, expected 0 to 255"),
+        (np.zeros((8, 8)), r"an array of the shape \(8, 8\), expected \(3, H, W\) or \(H, W, 3\)"),
+        (np.zeros((3, 0, 8)), "an array of the shape"),
+        ("https://host/a.png", "its image is a URL"),
+    ],
+)
+def test_pixels_that_are_no_image_name_the_row(pixels: Any, problem: str, reward: FactualReward) -> None:
+    call = {"prompts": [ask("What?")], "completions": [say("A.")], "captions": [["Red."]], "row_name": ["a[7]"]}
+    with pytest.raises(RowError, match=rf"a\[7\]: .*{problem}"):
+        reward(**call, images=[[pixels]])
 
 
 def test_the_same_picture_is_known_again_without_comparing_each_with_each(red_image, blue_image) -> None:

@@ -263,6 +263,28 @@ def test_columns_reach_the_reward_function_with_their_rows(tiny_llava_dir, adapt
             assert images[0].getpixel((20, 20)) == ((255, 0, 0), (0, 0, 255))[index % 2]
 
 
+def test_the_processor_comes_from_the_policy_and_captions_from_a_named_column(tiny_llava_dir, adapter_dir, tmp_path):
+    seen = []
+
+    def look(captions, **columns):
+        seen.extend(captions)
+        return [0.0, 1.0, 2.0, 3.0]
+
+    named = prompt_rows().rename_column("captions", "facts")
+    trainer = ppo_trainer(
+        tiny_llava_dir,
+        adapter_dir,
+        tmp_path,
+        processing_class=None,
+        reward_funcs=look,
+        train_dataset=named,
+        captions_column="facts",
+    )
+    trainer.train()
+    assert len(seen) == 8 and all(facts[0].startswith("caption ") for facts in seen)
+    assert trainer.processing_class.image_token == "<image>"
+
+
 def test_the_value_model_may_see_larger_pictures(tiny_llava_dir, adapter_dir, tmp_path):
     processor = AutoProcessor.from_pretrained(tiny_llava_dir)
     processor.image_processor.size = {"shortest_edge": 56}

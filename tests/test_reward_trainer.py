@@ -10,13 +10,16 @@ import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import AutoProcessor, AutoTokenizer
+from trl import RewardConfig
 
 from trl_llava.configs.reward import LlavaRewardConfig
+from trl_llava.data.contract import RowError
 from trl_llava.errors import InputError
 from trl_llava.health import UnhealthyRunError
 from trl_llava.models.sequence_classification import LlavaForSequenceClassification
 from trl_llava.prompts import JudgingPrompt
 from trl_llava.reward_trainer import LlavaRewardTrainer
+from trl_llava.rewards.factual_reward import FactualReward
 
 PEFT = LoraConfig(
     r=4, target_modules=r".*language_model\..*\.(q_proj|v_proj|down_proj)", modules_to_save=["score"]
@@ -147,6 +150,54 @@ def test_without_a_judging_prompt_the_answer_is_judged_where_it_ends(tiny_llava_
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         assert ids[mask.bool()][-1] == processor.tokenizer.eos_token_id
     trainer.train()
+
+
+def plain_trainer(base: Path, folder: Path, train_dataset: Dataset, **given: Any) -> LlavaRewardTrainer:
+    args = RewardConfig(str(folder), max_steps=2, use_cpu=True, bf16=False, save_strategy="no", report_to=[])
+    return LlavaRewardTrainer(make_model(base), args, train_dataset, **given)
+
+
+def test_trls_config_alone_trains_as_the_command_does(tiny_llava_dir, tmp_path):
+    """The processor comes from the model, and captions are shown where the rows have them."""
+    trainer = plain_trainer(tiny_llava_dir, tmp_path / "plain", rows())
+    assert trainer.judging_prompt == JudgingPrompt(with_captions=True)
+    whole = make_trainer(
+        tiny_llava_dir,
+        tmp_path / "whole",
+        judging_prompt=LlavaRewardConfig("x", use_cpu=True, bf16=False).make_judging_prompt(),
+    )
+    row = trainer.train_dataset[0]
+    shown = trainer.preference_collator([row])["input_ids"]
+    assert torch.equal(shown, whole.preference_collator([row])["input_ids"])
+    assert "a red square" in trainer.processing_class.tokenizer.decode(shown[0])
+    trainer.train()
+    trainer.save_model()
+    assert FactualReward.from_pretrained(str(tmp_path / "plain")).needs_captions
+
+
+def test_captions_in_python_are_all_or_none(tiny_llava_dir, tmp_path):
+    bare = rows().map(lambda row: {"captions": []})
+    assert plain_trainer(tiny_llava_dir, tmp_path, bare).judging_prompt == JudgingPrompt(with_captions=False)
+    some = rows().map(lambda row, i: {"captions": ["a fact"] if i else []}, with_indices=True)
+    with pytest.raises(RowError, match=r"train\[0\]: it has no captions, but the reward needs them"):
+        plain_trainer(tiny_llava_dir, tmp_path, some)
+    named = some.rename_column("captions", "facts").select(range(1, 6))
+    trainer = plain_trainer(tiny_llava_dir, tmp_path, named, eval_dataset=named, captions_column="facts")
+    assert trainer.judging_prompt == JudgingPrompt(with_captions=True)
+    assert trainer.train_dataset["captions"][:] == trainer.eval_dataset["captions"][:] == [["a fact"]] * 5
+
+
+def test_our_config_says_how_a_completion_is_judged(tiny_llava_dir, tmp_path):
+    args = LlavaRewardConfig(str(tmp_path), use_cpu=True, bf16=False, with_captions=False, caption_seed=3)
+    trainer = LlavaRewardTrainer(make_model(tiny_llava_dir), args, rows())
+    assert trainer.judging_prompt == JudgingPrompt(with_captions=False, seed=3)
+
+
+def test_a_model_from_nowhere_needs_its_processor_named(tiny_llava_dir, tmp_path):
+    model = make_model(tiny_llava_dir)
+    model.config._name_or_path = ""
+    with pytest.raises(InputError, match="`processing_class` is not given, and the LlavaForSequenceClassification"):
+        LlavaRewardTrainer(model, RewardConfig(str(tmp_path), use_cpu=True, bf16=False), rows())
 
 
 def test_a_tokenizer_does_for_rows_without_images(tiny_llava_dir, tmp_path):

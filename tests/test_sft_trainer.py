@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from trl import SFTConfig
 
 from trl_llava.configs.sft import LlavaSFTConfig
 from trl_llava.data.collators import SFTCollator
@@ -69,6 +70,26 @@ def answer_loss(model: PreTrainedModel, base: Path) -> float:
                 total -= logprobs[row, t - 1, labels[row, t]].item()
                 count += 1
     return total / count
+
+
+@pytest.mark.parametrize(
+    ("given", "labels_on"),
+    [
+        ({}, "answers"),
+        ({"completion_only_loss": True}, "completion"),
+        ({"completion_only_loss": False}, "all"),
+        ({"assistant_only_loss": True}, "answers"),
+    ],
+)
+def test_trls_config_alone_trains_as_the_command_does(tiny_llava_dir, tmp_path, given, labels_on):
+    args = SFTConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to=[], seed=3, **given)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava_dir, dtype=torch.float32)
+    trainer = LlavaSFTTrainer(model, args, rows(3))
+    assert trainer.data_collator.labels_on == labels_on
+    assert type(trainer.processing_class) is type(AutoProcessor.from_pretrained(tiny_llava_dir))
+    assert trainer.args.seed == 3 and trainer.args.max_steps == 1 and not args.__dict__.get("overlong")
+    if not given:
+        trainer.train()
 
 
 def test_the_loss_is_that_of_the_answers_of_all_turns(tiny_llava_dir, tmp_path):

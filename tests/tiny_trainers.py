@@ -67,6 +67,7 @@ def ppo_trainer(base: Path, adapter: Path, folder: Path, **changes: Any) -> Llav
         "processing_class",
         "value_processing_class",
         "callbacks",
+        "captions_column",
     )
     given = {name: changes.pop(name) for name in own if name in changes}
     parts = {

@@ -97,11 +97,10 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
             eval_dataset = {name: rows(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = rows(eval_dataset, "eval")
-        if judging_prompt == "auto":
-            judging_prompt = args.make_judging_prompt()
-            if plain:
-                judging_prompt = replace(judging_prompt, with_captions=any(train_dataset["captions"]))
-        self.judging_prompt = judging_prompt
+        if isinstance(judging_prompt, str):
+            said: JudgingPrompt = args.make_judging_prompt()
+            judging_prompt = replace(said, with_captions=any(train_dataset["captions"])) if plain else said
+        self.judging_prompt: JudgingPrompt | None = judging_prompt
         # TRL prepares the data sets from within its `__init__`, so the collator has to be there before.
         self.preference_collator = kwargs.pop("data_collator", None) or PreferenceCollator(
             processing_class,
