@@ -359,6 +359,11 @@ def test_moved_base_is_named_and_can_be_given(tiny_llava_dir: Path, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------- TRL's own trainers
 
 
+def with_tensors(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    arrays = [[np.asarray(image) for image in images] for images in batch["images"]]
+    return {**batch, "images": [[torch.tensor(array).permute(2, 0, 1) for array in row] for row in arrays]}
+
+
 @pytest.mark.parametrize(
     ("algorithm", "kind"), [("grpo", "decoded"), ("grpo", "paths"), ("grpo", "tensors"), ("rloo", "decoded")]
 )
@@ -380,7 +385,7 @@ def test_it_is_a_reward_function_for_trls_trainers(
         paths = [[str(tmp_path / name)] for name in ("red.png", "blue.png")]
         rows = rows.remove_columns("images").add_column("images", paths)
     if kind == "tensors":
-        rows = rows.with_format("torch", columns=["images"], output_all_columns=True)
+        rows = rows.with_transform(with_tensors)
         assert isinstance(rows[0]["images"][0], torch.Tensor)
     config, trainer_class = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[algorithm]
     seen: list[list[float]] = []
@@ -404,6 +409,7 @@ def test_it_is_a_reward_function_for_trls_trainers(
             use_cpu=True,
         ),
         train_dataset=rows,
+        processing_class=load_processor(str(tiny_llava_dir)),  # opens paths with PIL, wherever torchvision stands
     )
     trainer.train()
     assert len(seen) == 2
