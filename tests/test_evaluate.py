@@ -97,11 +97,11 @@ def test_resamples_without_a_value_do_not_count() -> None:
 
 def test_objects_in_a_text(tmp_path: Path) -> None:
     (tmp_path / "words.json").write_text(json.dumps({"dog": ["puppy", "puppies"], "person": ["man"]}))
-    vocabulary = Vocabulary.of([["hot dog", "bus"], ["dog"]], str(tmp_path / "words.json"))
-    text = "Two puppies, a Man with a hot dog, buses and a dogma."
-    assert [mention.name for mention in vocabulary.mentions(text)] == ["dog", "person", "hot dog", "bus"]
+    vocabulary = Vocabulary.of([["dog house", "bus"], ["dog"]], str(tmp_path / "words.json"))
+    text = "Two puppies, a Man with a dog house, buses and a dogma."
+    assert [mention.name for mention in vocabulary.mentions(text)] == ["dog", "person", "dog house", "bus"]
     invented = vocabulary.invented(text, ["puppy", "bus"])
-    assert [text[mention.start : mention.end] for mention in invented] == ["Man", "hot dog"]
+    assert [text[mention.start : mention.end] for mention in invented] == ["Man", "dog house"]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +327,7 @@ def test_the_table_marks_a_difference_that_is_one() -> None:
     ("changes", "said"),
     [
         (["--tasks", "pop"], "there is no task 'pop'"),
+        (["--tasks", "pope"], "pope needs lmms-eval, which is not installed: `pip install trl-llava[eval]`"),
         (["--tasks", "nowhere.jsonl"], "The data set nowhere.jsonl does not exist"),
         (["--model", "MODEL"], "a model is named twice"),
         (["--model", "EMPTY"], "holds no model"),

@@ -24,7 +24,7 @@ from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.rewards.reward_settings import read_settings
-from trl_llava.tools.evaluate.files import ANSWERS, labels
+from trl_llava.tools.evaluate.files import ANSWERS, labels, short_names
 from trl_llava.tools.evaluate.judge import KEYS, Judge
 from trl_llava.tools.evaluate.mmhal import MMHalTask
 from trl_llava.tools.evaluate.model import Row, check_has_model
@@ -52,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="trl-llava eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", action="append", required=True, help="Hub ID or folder; may be given many times")
-    parser.add_argument("--tasks", required=True, help="names of tasks and files of rows, separated by commas")
+    parser.add_argument(
+        "--tasks", required=True, help=f"mmhal, {', '.join(BENCHMARKS)}, or files of rows, separated by commas"
+    )
     parser.add_argument("--reward_model", help="factual reward model that scores the answers to own questions")
     parser.add_argument("--vocabulary", help="JSON file with names of objects: a list, or {name: [other words]}")
     parser.add_argument("--data", help="folder with a copy of each benchmark's data, by the task's name")
@@ -103,7 +105,10 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
             "your own."
         )
     makers = {MMHalTask.name: _mmhal, **dict.fromkeys(BENCHMARKS, _benchmark)}
-    return [makers.get(name, _own)(args, name) for name in names]
+    tasks = [makers.get(name, _own)(args, name) for name in names]
+    for task, name in zip(tasks, short_names(names), strict=True):
+        task.name = name
+    return tasks
 
 
 def _benchmark(args: argparse.Namespace, name: str) -> Task:
@@ -126,7 +131,7 @@ def _own(args: argparse.Namespace, name: str) -> Task:
     if args.reward_model is not None:
         _check_reward(args.reward_model, rows)
         reward = (labels([args.reward_model])[0], partial(_reward, args.reward_model, args.batch_size))
-    return OwnTask(Path(name).name, rows, everything, args.vocabulary, reward)
+    return OwnTask(name, rows, everything, args.vocabulary, reward)
 
 
 def _mmhal(args: argparse.Namespace, name: str) -> Task:

@@ -20,7 +20,7 @@ from trl_llava.data.sources import JSON_COLUMN, json_record, read_source
 from trl_llava.errors import RecipeError
 from trl_llava.prompts import message_text
 from trl_llava.tools.evaluate.command import free_memory
-from trl_llava.tools.evaluate.files import labels
+from trl_llava.tools.evaluate.files import labels, short_names
 from trl_llava.tools.evaluate.options import add_data, add_loading, parse, positive
 from trl_llava.tools.evaluate.output import add_output, check_output, write_results
 from trl_llava.tools.evaluate.own_data import is_own_data
@@ -72,7 +72,9 @@ def main(argv: Sequence[str]) -> int:
     if len(set(args.reward_model)) < len(args.reward_model):
         raise RecipeError("--reward_model: a model is named twice.")
     names = [name.strip() for name in args.benchmark.split(",") if name.strip()]
-    benchmarks = [read_pairs(args, name) for name in names]
+    benchmarks = [
+        read_pairs(args, name)._replace(name=short) for name, short in zip(names, short_names(names), strict=True)
+    ]
     gaps: list[dict[str, list[tuple[float, float]]]] = [{} for _ in benchmarks]
     models = dict(zip(labels(args.reward_model), args.reward_model, strict=True))
     for label, name in models.items():
@@ -104,7 +106,7 @@ def read_pairs(args: argparse.Namespace, name: str) -> Pairs:
     rows = rows if args.limit is None else rows.select(range(min(args.limit, len(rows))))
     known = _categories(source, split)
     categories = [known[row_name] for row_name in rows["row_name"]] if known else None
-    return Pairs(name if name in HUB_IDS else Path(name).name, rows, categories)
+    return Pairs(name, rows, categories)
 
 
 def score_pairs(scorer: Scorer, label: str, pairs: Pairs) -> dict[str, list[tuple[float, float]]]:

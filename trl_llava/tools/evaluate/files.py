@@ -104,6 +104,16 @@ def file_name(task: str) -> str:
     return re.sub(r"[^\w.-]+", "_", task).removesuffix(".jsonl").strip(".") or "task"
 
 
+def short_names(tasks: Sequence[str]) -> list[str]:
+    """What tables call tasks: a file by its name, or by its path where another has that name.
+
+    >>> short_names(["pope", "data/own.jsonl", "a/test.jsonl", "b/test.jsonl"])
+    ['pope', 'own.jsonl', 'a/test.jsonl', 'b/test.jsonl']
+    """
+    names = [Path(task).name for task in tasks]
+    return [name if names.count(name) == 1 else task for task, name in zip(tasks, names, strict=True)]
+
+
 def labels(models: Sequence[str]) -> list[str]:
     """What tables call models: the shortest ends of their paths that differ; of a Hub ID, and of a checkpoint, two.
 

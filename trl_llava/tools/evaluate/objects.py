@@ -24,14 +24,14 @@ class Vocabulary:
         names: What each word or phrase is a name of, itself included.
 
     Example:
-        >>> vocabulary = Vocabulary({"dog": "dog", "puppy": "dog", "hot dog": "hot dog"})
-        >>> [mention.name for mention in vocabulary.mentions("Two puppies? No: dogs, and a hot dog.")]
-        ['dog', 'hot dog']
+        >>> vocabulary = Vocabulary({"dog": "dog", "puppy": "dog", "dog house": "dog house"})
+        >>> [mention.name for mention in vocabulary.mentions("Two puppies? No: dogs, and a dog house.")]
+        ['dog', 'dog house']
     """
 
     def __init__(self, names: dict[str, str]) -> None:
         self.names = {phrase.lower(): name.lower() for phrase, name in names.items()}
-        # The longest first: a hot dog is no dog.
+        # The longest first: a dog house is no dog.
         phrases = sorted(self.names, key=lambda phrase: (-len(phrase), phrase))
         self.pattern = re.compile(rf"\b({'|'.join(map(re.escape, phrases))})(?:s|es)?\b", re.IGNORECASE)
 
