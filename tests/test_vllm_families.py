@@ -1,5 +1,7 @@
 """Rollouts in vLLM for LLaVA-NeXT and LLaVA-OneVision, whose pictures become tiles, and for several pictures a row."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import torch
 from datasets import Dataset, Image, List
 from safetensors import safe_open
 from test_vllm_rollouts import greedy, on_server
-from tiny_trainers import make_adapter, ppo_trainer
+from tiny_trainers import make_adapter, ppo_trainer, prompt_rows
 from tiny_vllm import TinyLLM, TinyServer, pretend_vllm
+from transformers import AutoModelForImageTextToText
 
+from trl_llava import train_ppo
 from trl_llava.data.contract import RowError
+from trl_llava.errors import InputError
 from trl_llava.ppo.vllm_prompts import as_seen
 from trl_llava.ppo_trainer import LlavaPPOTrainer
+from trl_llava.tools.check_data import check_data
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 TILED = FAMILIES[1:]
@@ -147,6 +153,36 @@ def test_rows_that_vllm_would_see_otherwise_stop_the_run_before_it_begins(family
     assert counts == [0, 34, 52, 70]
 
 
+@pytest.mark.parametrize("where", ["run", "trainer", "check-data"])
+def test_a_family_whose_rollouts_were_never_compared_is_refused_in_one_line(
+    where: str,
+    family_folder: Callable[[str], Path],
+    tiny_llava_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = family_folder("qwen2_5_vl")
+    prompt_rows().to_parquet(tmp_path / "rows.parquet")
+    words = ["--model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows.parquet"), "--use_vllm", "true"]
+    words += ["--reward_funcs", "tiny_trainers:even_tokens", "--value_init", "policy", "--use_peft", "true"]
+    words += ["--output_dir", str(tmp_path / "run"), "--response_length", "8"]
+    expected = (
+        f"`use_vllm: true`: '{base}' is a Qwen2.5-VL, and rollouts in vLLM have been seen to be right for LLaVA-1.5, "
+        "LLaVA-NeXT, LLaVA-OneVision only. Choose one of these, or leave `use_vllm` out, which generates in "
+        "transformers"
+    )
+    if where == "check-data":
+        assert check_data.main([*words, "--stage", "ppo"]) == 1
+        assert f"a run would fail: {expected}" in capsys.readouterr().out
+        return
+    with pytest.raises(InputError, match=re.escape(expected)):
+        if where == "run":
+            train_ppo.main([*words, "--use_cpu", "--bf16", "false"])
+        else:
+            policy = AutoModelForImageTextToText.from_pretrained(base)
+            ppo_trainer(tiny_llava_dir, tiny_llava_dir, tmp_path, model=policy, use_vllm=True)
+
+
 @pytest.mark.parametrize("family", TILED, indirect=True)
 def test_pictures_that_become_tiles_are_not_padded_to_a_square(family: Family, tmp_path: Path) -> None:
     trainer = family.trainer(tmp_path, [ALONE], [], [HIGH], [WIDE])
@@ -157,8 +193,6 @@ def test_pictures_that_become_tiles_are_not_padded_to_a_square(family: Family, t
 @pytest.mark.parametrize("family", TILED, indirect=True)
 def test_tied_embeddings_are_sent_once(family: Family, tmp_path: Path) -> None:
     """As in LLaVA-OneVision 0.5B: vLLM takes the head from the embedding."""
-    from transformers import AutoModelForImageTextToText
-
     from trl_llava.ppo.dense_weights import DenseWeights
 
     model = AutoModelForImageTextToText.from_pretrained(family.base, dtype=torch.float32)

@@ -268,7 +268,9 @@ def test_a_server_that_is_not_there(server: TinyServer, tiny_llava_dir: Path, ad
     server.close()
     with pytest.raises(RolloutEngineError) as caught:
         ppo_trainer(tiny_llava_dir, adapter, tmp_path, **on_server(server))
-    for part in (server.url, "vllm_server_timeout", f"trl vllm-serve --model {tiny_llava_dir}"):
+    command = f"""`VLLM_SERVER_DEV_MODE=1 vllm serve {tiny_llava_dir} --dtype float32 --weight-transfer-config """
+    command += """'{"backend": "nccl"}' --logprobs-mode processed_logprobs --enable-scale-out`"""
+    for part in (server.url, "vllm_server_timeout", command):
         assert part in str(caught.value)
 
 
@@ -301,7 +303,7 @@ def test_a_server_with_another_model(pretended: None, tiny_llava_dir: Path, adap
         ({"settings": {"weight_transfer_config": None}}, "started without `--weight-transfer-config`"),
         (
             {"settings": {"weight_transfer_config": {}, "model_config": {"dtype": "torch.bfloat16"}}},
-            r"computes in bfloat16, but the policy in float32: .* Start it with `trl vllm-serve .* --dtype float32`",
+            r"computes in bfloat16, but the policy in float32: .* Start it with `.*vllm serve .* --dtype float32 ",
         ),
     ],
 )

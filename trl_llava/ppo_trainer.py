@@ -35,6 +35,7 @@ from trl_llava.errors import InputError
 from trl_llava.health import check_finite, check_first_step_kl
 from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.chunked_head import Sampling
+from trl_llava.models.families import family_of
 from trl_llava.models.gpu_kernels import apply_liger
 from trl_llava.models.image_features import encode_images, same_vision
 from trl_llava.models.model_inputs import ModelInputs
@@ -58,6 +59,7 @@ from trl_llava.ppo.setup import (
     warm_up_above_zero,
 )
 from trl_llava.ppo.update import Updater
+from trl_llava.ppo.vllm_prompts import require_served
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.rewards.functions import RewardFunction, needs_captions
 
@@ -147,6 +149,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     ) -> None:
         refuse_launches(args)
         require_vllm(args)
+        if args.use_vllm:
+            require_served(family_of(model.config), str(model.name_or_path))
         if ref_model is model:
             raise ValueError("`ref_model` is `model` itself: pass a copy of it, or None with a PEFT policy.")
         if processing_class is None:

@@ -4,6 +4,7 @@
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, List
 from datasets import Image as ImageColumn
 from PIL import Image
@@ -21,13 +23,12 @@ from PIL import Image
 on_cpu = pytest.importorskip("on_cpu", reason="needs a vLLM for CPUs: make test-vllm", exc_type=ImportError)
 
 import models
-from packaging.version import Version
 from test_vllm_rollouts import greedy
 from tiny_trainers import even_tokens, make_adapter, ppo_trainer
 from transformers import AutoProcessor
 
 from trl_llava.models.vision_tower import set_square_padding
-from trl_llava.ppo.vllm_server import RolloutEngineError
+from trl_llava.ppo.vllm_server import RolloutEngineError, start_command
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 
 pytestmark = pytest.mark.vllm
@@ -64,7 +65,7 @@ def rows(family: str) -> Dataset:
 
 
 class Server:
-    """`vllm serve` with a tiny model, inside a `with` block."""
+    """The server of the command that messages name, on a CPU and with a tiny model, inside a `with` block."""
 
     def __init__(self, folder: Path, log: Path) -> None:
         self.folder, self.log = folder, log
@@ -75,14 +76,13 @@ class Server:
     def __enter__(self) -> "Server":
         import requests
 
-        flags = ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "1024"]
-        flags += ["--enforce-eager", "--weight-transfer-config", '{"backend": "nccl"}']
-        flags += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-        flags += ["--enable-scale-out"] * (Version("0.30") <= on_cpu.VLLM)
+        mode, *command = shlex.split(start_command(str(self.folder), torch.float32))
+        assert command[:2] == ["vllm", "serve"]
+        here = ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "1024", "--enforce-eager"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).parent / "serve.py"), str(self.folder), *flags],
-                env={**os.environ, **ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"},
+                [sys.executable, str(Path(__file__).parent / "serve.py"), *command[2:], *here],
+                env={**os.environ, **ENVIRONMENT, **dict([mode.split("=")])},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -36,8 +36,9 @@ class OnlineArguments:
 
     def __post_init__(self) -> None:
         reason = (
-            "TRL (1.12 to 1.16) hands vLLM prompts with expanded image tokens, which a colocated engine expands once "
-            "more (https://github.com/huggingface/trl/issues/6294); `trl-llava ppo` has `use_vllm`"
+            "TRL 1.16 with vLLM 0.31 sends the tower's weights under names that vLLM refuses, has a colocated engine "
+            "expand image tokens a second time (https://github.com/huggingface/trl/issues/6294), and leaves a server "
+            "with images encoded before the update; `trl-llava ppo` has `use_vllm`"
         )
         refuse(self, {"use_vllm": (False, reason)})
         split_fields(self, reward_model_path="reward_model_revision")

@@ -34,7 +34,7 @@ class VLLMOptions:
     )
     vllm_mode: Literal["server", "colocate"] = option(
         "colocate",
-        "'server': one on GPUs of its own (`trl vllm-serve --model MODEL`); 'colocate': an engine in each process.",
+        "'server': one on GPUs of its own (docs/vllm.md has its command); 'colocate': an engine in each process.",
     )
     vllm_model_impl: Literal["auto", "vllm", "transformers"] = option(
         "vllm", "Colocated: whose implementation of the model vLLM runs."

@@ -13,7 +13,8 @@ from trl_llava.errors import InputError, RecipeError
 from trl_llava.hub.lookup import check_there, find_file
 from trl_llava.models.adapter_role import AdapterRole
 from trl_llava.models.adapters import freeze_as_configured, load_adapter, lora_config
-from trl_llava.models.load import load_policy, load_processor
+from trl_llava.models.families import family_of
+from trl_llava.models.load import load_config, load_policy, load_processor
 from trl_llava.models.same_tokenizer import check_same_tokenizer
 from trl_llava.models.shared_base import SharedBase, add_fresh_role, add_role, find_shared_base
 from trl_llava.models.starts import (
@@ -24,6 +25,7 @@ from trl_llava.models.starts import (
     with_base,
     zero_head,
 )
+from trl_llava.ppo.vllm_prompts import require_served
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +75,11 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     check_there("sft_model_path" if args.sft_model_path else "model_name_or_path", start, revision)
     trained_on = adapter_base(start, revision)
     if trained_on is None:
+        _check_family(args, model_args, start, revision)
         return _full_policy(args, model_args, start, revision)
     base = agreed_base(model_args.model_name_or_path, start, trained_on)
     base_revision = revision_of_base(base, start, revision, model_args)
+    _check_family(args, model_args, base, base_revision)
     model = load_policy(with_base(model_args, base, base_revision))
     model = load_adapter(model, start, adapter_name="default", is_trainable=True, revision=revision)
     load_adapter(model, start, adapter_name="reference", is_trainable=False, revision=revision)
@@ -84,6 +88,13 @@ def load_policy_roles(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> Pol
     processor = _processor(start, args, model_args, revision, base)
     shared = _as_base(args, model, base, base_revision)
     return Policy(model, None, processor, base, (start, revision), shared)
+
+
+def _check_family(args: LlavaPPOConfig, model_args: LlavaModelConfig, name: str, revision: str | None) -> None:
+    """Stop before anything large is loaded if vLLM is to generate and the model's family is none that it serves."""
+    if args.use_vllm:
+        config = load_config("model_name_or_path", name, revision, model_args.trust_remote_code)
+        require_served(family_of(config), name)
 
 
 def load_policy_processor(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> ProcessorMixin:

@@ -8,7 +8,20 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.errors import InputError
+from trl_llava.models.families import FAMILIES, Family
 from trl_llava.models.vision_tower import can_pad_to_square
+
+
+def require_served(family: Family | None, name: str) -> None:
+    """Refuse the model `name` if its family's rollouts in vLLM have not been seen to equal the policy's own."""
+    if family is not None and family.vllm:
+        return
+    what = "of a family that is not known here" if family is None else f"a {family.name}"
+    served = ", ".join(known.name for known in FAMILIES if known.vllm)
+    raise InputError(
+        f"`use_vllm: true`: '{name}' is {what}, and rollouts in vLLM have been seen to be right for {served} only. "
+        "Choose one of these, or leave `use_vllm` out, which generates in transformers"
+    )
 
 
 def place_images(token_ids: Sequence[int], image_token_id: int, lengths: Sequence[int]) -> list[dict[str, int]]:

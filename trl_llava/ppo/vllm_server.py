@@ -1,5 +1,6 @@
 """A vLLM server as PPO needs it: which command starts one, and what is checked before anything is sent to it."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def start_command(name: str, dtype: torch.dtype) -> str:
-    """What starts a server that PPO can use."""
-    return f"trl vllm-serve --model {name} --dtype {dtype_name(dtype)}"
+    """What starts a server that PPO can use, of the vLLM that is installed here."""
+    here = vllm_version()
+    words = ["vllm", "serve", name, "--dtype", dtype_name(dtype), "--weight-transfer-config", '{"backend": "nccl"}']
+    words += ["--logprobs-mode", "processed_logprobs"]  # of the distribution that tokens are drawn from
+    words += ["--enable-scale-out"] * (here is None or here >= SCALE_OUT)
+    return f"VLLM_SERVER_DEV_MODE=1 {shlex.join(words)}"
 
 
 def connect(url: str, group_port: int, timeout: float, name: str, dtype: torch.dtype) -> tuple[Any, int | None]:
@@ -77,21 +82,21 @@ def _check_settings(client: Any, url: str, name: str, dtype: torch.dtype) -> Non
     response = client.session.get(f"{client.base_url}/server_info", params={"config_format": "json"})
     if response.status_code == 404:
         raise RolloutEngineError(
-            f"the vLLM server at {url} takes no weights: it was started without VLLM_SERVER_DEV_MODE=1, which `trl "
-            f"vllm-serve` sets. Start it with `{start_command(name, dtype)}`"
+            f"the vLLM server at {url} takes no weights: it was started without VLLM_SERVER_DEV_MODE=1. Start "
+            f"it with `{start_command(name, dtype)}`"
         )
     response.raise_for_status()
     settings = response.json()["vllm_config"]
     if settings["weight_transfer_config"] is None:
         raise RolloutEngineError(
-            f"the vLLM server at {url} takes no weights: it was started without `--weight-transfer-config`, which "
-            f"`trl vllm-serve` sets. Start it with `{start_command(name, dtype)}`"
+            f"the vLLM server at {url} takes no weights: it was started without `--weight-transfer-config`. "
+            f"Start it with `{start_command(name, dtype)}`"
         )
     # The path takes POST only: 405 where there is one.
     if client.session.get(f"{client.base_url}/v1/chat/completions/render").status_code == 404:
         raise RolloutEngineError(
-            f"the vLLM server at {url} takes no images: from {SCALE_OUT} on it needs `--enable-scale-out`, which `trl "
-            f"vllm-serve` sets. Start it with `{start_command(name, dtype)}`"
+            f"the vLLM server at {url} takes no images: from {SCALE_OUT} on it needs `--enable-scale-out`. "
+            f"Start it with `{start_command(name, dtype)}`"
         )
     served = str(settings["model_config"]["dtype"]).removeprefix("torch.")
     if served != dtype_name(dtype):

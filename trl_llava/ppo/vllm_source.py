@@ -135,8 +135,8 @@ class VLLMGenerator:
             raise UnhealthyRunError(
                 f"at step {step} vLLM's log-probabilities are {mean:.3g} nats per token off from the policy's, "
                 f"expected at most {tolerance:g} (vllm_logprob_tolerance): it computes with other weights, or "
-                "sees other images. Usual causes: a server without `--logprobs-mode processed_logprobs` (`trl "
-                "vllm-serve` sets it), or started from a folder with another image processor, or another dtype"
+                "sees other images. Usual causes: a server without `--logprobs-mode processed_logprobs`, "
+                "or started from a folder with another image processor, or another dtype"
             )
 
     def importance_weights(self, logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

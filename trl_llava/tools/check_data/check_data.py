@@ -31,9 +31,11 @@ from trl_llava.data.sources import RawRows, read_source
 from trl_llava.data.splits import check_batch, check_held_out, check_margins, named_sources
 from trl_llava.errors import RecipeError
 from trl_llava.hub.names import split_revision
+from trl_llava.models.families import family_of_processor
 from trl_llava.models.model_inputs import counts_images
 from trl_llava.models.starts import load_recipe_processor
 from trl_llava.ppo.roles import load_policy_processor
+from trl_llava.ppo.vllm_prompts import require_served
 from trl_llava.prompts import render
 from trl_llava.rewards.reward_settings import shows_captions
 from trl_llava.tools.check_data.check_report import SourceReport, print_report
@@ -118,6 +120,9 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
     sources, eval_source = named_sources(script_args, mixture, args)
     set_limits(script_args.max_image_pixels, script_args.follow_image_links)
     processor = _load_processor(options.processor, stage, args, model_args)
+    if stage == "ppo" and args.use_vllm:
+        name = options.processor or args.sft_model_path or model_args.model_name_or_path
+        require_served(family_of_processor(processor), name)
     return Check(
         stage=stage,
         script_args=script_args,
