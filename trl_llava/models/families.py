@@ -22,6 +22,7 @@ class Family:
         tower: names of the module that sees.
         projector: names of the modules between tower and language model; for Qwen they lie inside the tower.
         tower_type: `model_type` of the tower, where families differ in nothing else.
+        token_kinds: the tensor that says what kind each token is, where the model takes one.
         encodes_once: whether image features can be computed once and given to many passes.
         first_position: position of the first token.
         attends_to_whole_prompt: whether prompt tokens attend to those behind them, and only completions are causal.
@@ -36,6 +37,7 @@ class Family:
     tower: tuple[str, ...] = ("vision_tower",)
     projector: tuple[str, ...] = ("multi_modal_projector",)
     tower_type: str | None = None
+    token_kinds: str | None = None
     encodes_once: bool = True
     first_position: int = 0
     attends_to_whole_prompt: bool = False
@@ -67,17 +69,18 @@ FAMILIES = (
         projector=("multi_modal_projector", "image_newline"),
         vllm=True,
     ),
-    Family("Qwen2-VL", "qwen2_vl", "Qwen2VLProcessor", ("visual",), MERGER),
-    Family("Qwen2.5-VL", "qwen2_5_vl", "Qwen2_5_VLProcessor", ("visual",), MERGER),
-    Family("Qwen3-VL", "qwen3_vl", "Qwen3VLProcessor", ("visual",), MERGER),
+    Family("Qwen2-VL", "qwen2_vl", "Qwen2VLProcessor", ("visual",), MERGER, token_kinds="mm_token_type_ids"),
+    Family("Qwen2.5-VL", "qwen2_5_vl", "Qwen2_5_VLProcessor", ("visual",), MERGER, token_kinds="mm_token_type_ids"),
+    Family("Qwen3-VL", "qwen3_vl", "Qwen3VLProcessor", ("visual",), MERGER, token_kinds="mm_token_type_ids"),
     Family("InternVL", "internvl", "InternVLProcessor"),
     Family("SmolVLM", "smolvlm", "SmolVLMProcessor", ("vision_model",), ("connector",)),
     Family("Idefics3", "idefics3", "Idefics3Processor", ("vision_model",), ("connector",)),
-    Family("Gemma 3", "gemma3", "Gemma3Processor"),
+    Family("Gemma 3", "gemma3", "Gemma3Processor", token_kinds="token_type_ids"),
     Family(
         "PaliGemma 2",
         "paligemma",
         "PaliGemmaProcessor",
+        token_kinds="token_type_ids",
         first_position=1,
         attends_to_whole_prompt=True,
         caps_logits=True,

@@ -32,6 +32,8 @@ class NoMemory(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is _ATEN._local_scalar_dense.default:  # `.item()`
             return 1.0 if args[0].is_floating_point() else 1
+        if func is _ATEN.index.Tensor:  # where a mask is true is known, which a fake tensor's index would not use
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
         return tree_map_only(FakeTensor, _known, func(*args, **kwargs))
 
     def take(self, model: nn.Module) -> None:
@@ -52,6 +54,12 @@ class NoMemory(TorchDispatchMode):
                                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                         taken[id(tensor)] = (fake, tensor)
                     tensors[name] = taken[id(tensor)][0]
+
+
+def _places(index: Any) -> tuple[Any, ...]:
+    """An index of a tensor, one that is a mask as the places where it is true."""
+    is_mask = isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
+    return index.nonzero(as_tuple=True) if is_mask else (index,)
 
 
 def _known(tensor: torch.Tensor) -> torch.Tensor:

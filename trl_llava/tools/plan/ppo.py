@@ -32,7 +32,7 @@ from trl_llava.ppo.setup import prepare_roles
 from trl_llava.ppo.update import Updater
 from trl_llava.tools.plan.dry_run import dry_run
 from trl_llava.tools.plan.formulas import ALONE, kv_cache, trained
-from trl_llava.tools.plan.inputs import image_inputs, text_inputs
+from trl_llava.tools.plan.inputs import image_inputs, text_inputs, token_kinds
 from trl_llava.tools.plan.job import Job, Moment, Need, Settings
 from trl_llava.tools.plan.no_memory import NoMemory
 from trl_llava.tools.plan.roles import Roles, load_roles
@@ -254,12 +254,14 @@ class _Phases:
         return peak
 
     def _images(self, role: str, prompts: int) -> dict[str, torch.Tensor]:
-        return image_inputs(self.roles.config(role), prompts * self.job.images, self.without_memory.fake)
+        most = self.job.length // max(1, self.job.images)
+        return image_inputs(self.roles.config(role), prompts * self.job.images, self.without_memory.fake, most)
 
     def _inputs(self, role: str, shape: Shape) -> ModelInputs:
         """A micro-batch's prompts as a role reads them, with image features where they are made once a step."""
         text = text_inputs(shape.prompts, shape.length, left=True)
-        inputs = ModelInputs(text["input_ids"], text["attention_mask"])
+        kinds = token_kinds(self.roles.config(role), shape.prompts, shape.length)
+        inputs = ModelInputs(text["input_ids"], text["attention_mask"], tokens=kinds)
         if role in self._features:
             one = self._features[role]
             with self.without_memory.fake:

@@ -33,7 +33,7 @@ from trl_llava.tools.plan.formulas import (
     trained,
     weights,
 )
-from trl_llava.tools.plan.inputs import image_inputs, text_inputs
+from trl_llava.tools.plan.inputs import image_inputs, text_inputs, token_kinds
 from trl_llava.tools.plan.job import Job, Moment, Need, Settings
 from trl_llava.tools.plan.no_memory import NoMemory
 from trl_llava.tools.plan.starts import base_config, find_start
@@ -142,12 +142,14 @@ def _batch(
 ) -> dict[str, Any]:
     """B rows of the longest length with all tokens labelled, or B pairs, as the stage's collator makes them."""
     rows, length = settings.rows, job.length
-    images = image_inputs(config, rows * job.images, without_memory.fake)
+    images = image_inputs(config, rows * job.images, without_memory.fake, length // max(1, job.images))
     if job.stage == "sft":
         text = text_inputs(rows, length)
+        images |= token_kinds(config, rows, length)
         return {**text, "labels": text["input_ids"].masked_fill(text["attention_mask"] == 0, IGNORED), **images}
     if not trainer.data_collator.share_prefix:
-        return {**text_inputs(2 * rows, length), **images, **({"image_copies": 2} if images else {})}
+        copies = {"image_copies": 2} if images else {}
+        return {**text_inputs(2 * rows, length), **images, **token_kinds(config, 2 * rows, length), **copies}
     image_tokens = job.images * (getattr(config, "image_seq_length", None) or 0)
     shared = max(1, min(image_tokens if job.shared_length is None else job.shared_length, length - 1))
     chosen, rejected = ([[1] * shared + [token] * (length - shared)] * rows for token in (2, 3))
