@@ -4,16 +4,21 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import ProcessorMixin, Trainer, set_seed
 
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.collators import PromptCollator
+from trl_llava.data.encoding import image_input_names, kinds_name, kinds_of
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.errors import RecipeError
+from trl_llava.models.families import family_of_processor
 from trl_llava.models.model_inputs import COUNTS
 from trl_llava.models.starts import load_policy_start, load_recipe_processor
+from trl_llava.ppo.generation import suppressed_tokens
 from trl_llava.rewards.functions import RewardFunction, needs_captions
 from trl_llava.rewards.reward_loading import load_reward_functions
 from trl_llava.rewards.reward_terms import length_term
@@ -21,15 +26,42 @@ from trl_llava.run.generation_buffer import ResumableGenerations
 from trl_llava.stage_run import begin
 
 
-class DropsImageCounts:
-    """Lets TRL's trainers read LLaVA-OneVision, whose processor counts the images of each row (`batch_num_images`).
+class OwnModelInputs:
+    """Gives the model what its family reads of each token, where TRL's trainers hand on something else.
 
-    They do not hand the count on to the model, which then takes each image for the only one of its row. Nothing is
-    lost as long as it is: of two, it would tile images that the processor did not tile.
+    They count a BOS of the chat template twice, and take a completion's tokens for those of the prompt, which
+    PaliGemma lets see what follows. LLaVA-OneVision's count of the images of each row (`batch_num_images`) they do not
+    hand on at all: its model then takes each image for the only one of its row, which rows must have (`one_image`).
     """
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, batch_num_images: Any = None, **kwargs: Any) -> Any:
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]  # TRL's trainer
+    processing_class: ProcessorMixin
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        batch_num_images: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        name = kinds_name(self.processing_class)
+        if name is not None:
+            kwargs[name] = self._kinds(input_ids, attention_mask, logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]  # TRL's trainer
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+
+    def _kinds(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> torch.Tensor:
+        """(B, L) what kind each token is, of prompts and completions."""
+        family = family_of_processor(self.processing_class)
+        if family is not None and family.attends_to_whole_prompt:
+            kinds = torch.zeros_like(input_ids)
+            kinds[:, -completion_length:] = 1
+            return kinds
+        found = torch.tensor(kinds_of(self.processing_class, input_ids.tolist()), device=input_ids.device)
+        return found * attention_mask
 
 
 def run_online(stage: str, trainer_class: type[Trainer], args: Sequence[str] | None) -> Any:
@@ -47,13 +79,12 @@ def run_online(stage: str, trainer_class: type[Trainer], args: Sequence[str] | N
         else as_trl_reads(drop_overlong(rows, collator, training_args.overlong), one_image=one_image)
         for rows in splits
     )
-    # An image token in a completion has no image: the next forward pass would stop at it.
-    suppressed = {"suppress_tokens": [processor.image_token_id]}
-    training_args.generation_kwargs = {**(training_args.generation_kwargs or {}), **suppressed}
     set_seed(training_args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
     model, peft_config = load_policy_start(model_args)
-    mixins = (ResumableGenerations, DropsImageCounts) if one_image else (ResumableGenerations,)
-    trainer = type(trainer_class.__name__, (*mixins, trainer_class), {})(
+    # An image token in a completion has no image: the next forward pass would stop at it.
+    suppressed = {"suppress_tokens": suppressed_tokens(model)}
+    training_args.generation_kwargs = {**(training_args.generation_kwargs or {}), **suppressed}
+    trainer = type(trainer_class.__name__, (ResumableGenerations, OwnModelInputs, trainer_class), {})(
         model=model,
         reward_funcs=rewards,
         args=training_args,
@@ -68,11 +99,11 @@ def run_online(stage: str, trainer_class: type[Trainer], args: Sequence[str] | N
 def _allows_one_image_only(processor: ProcessorMixin, trainer_class: Any) -> bool:
     """Whether rows may have one image only; refuses a family whose inputs TRL's trainer does not hand to the model."""
     handed_on = inspect.signature(trainer_class._get_per_token_logps_and_entropies).parameters
-    unknown = sorted(set(processor.image_processor.model_input_names) - set(handed_on))
+    unknown = sorted(image_input_names(processor) - set(handed_on))
     if unknown and unknown != [COUNTS]:
         raise RecipeError(
             f"TRL's {trainer_class.__name__} does not know {', '.join(unknown)}, which {type(processor).__name__} "
-            "makes: choose a LLaVA-1.5 or LLaVA-NeXT model, or train this one with `trl-llava ppo` or `dpo`."
+            "makes: train this model with `trl-llava ppo` or `dpo`, or choose one of another family."
         )
     return bool(unknown)
 

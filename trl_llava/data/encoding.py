@@ -132,7 +132,7 @@ def expand_images(
         raise InputError(
             f"{kind} does not tell which text replaces an image token: its `replace_image_token` is missing or unused."
         )
-    tensors = {name: torch.as_tensor(outputs[name]) for name in outputs if name in _image_inputs(processor)}
+    tensors = {name: torch.as_tensor(outputs[name]) for name in outputs if name in image_input_names(processor)}
     remaining = iter(offsets)
     replacements = [[part["replacement"] for part in next(remaining)] if row else [] for row in images]
     counts = {
@@ -165,7 +165,7 @@ def entries_of_rows(
     return found
 
 
-def _image_inputs(processor: ProcessorMixin) -> set[str]:
+def image_input_names(processor: ProcessorMixin) -> set[str]:
     """Names of the tensors that a processor makes of images and that its model reads."""
     return {*processor.image_processor.model_input_names} - {*getattr(processor, "unused_input_names", ())}
 
@@ -180,23 +180,23 @@ def kinds_name(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str | Non
         return None
     text, blank = [processor.image_token], [[Image.new("RGB", (32, 32))]]
     made = processor(text=text, images=blank, images_kwargs={"return_tensors": "pt"})
-    # PaliGemma's labels are of a completion that is given apart, which is not how rows are encoded here.
-    known = {"input_ids", "attention_mask", "labels", *_image_inputs(processor)}
+    known = {"input_ids", "attention_mask", *image_input_names(processor)}
     unknown = sorted(set(made) - known)
     if not unknown:
         return None
     kinds = unknown[0]
     family = family_of_processor(processor)
     own = family is not None and family.attends_to_whole_prompt
-    if len(unknown) > 1 or not (own or _of_images(processor, made["input_ids"]) == _lists(made[kinds])):
+    if len(unknown) > 1 or not (own or kinds_of(processor, made["input_ids"]) == _lists(made[kinds])):
         raise InputError(
             f"{type(processor).__name__} makes {', '.join(unknown)} beside its image inputs "
-            f"{sorted(_image_inputs(processor))}: inputs per token that this package cannot build for its own batches"
+            f"{sorted(image_input_names(processor))}: inputs per token that this package cannot build for its own "
+            "batches"
         )
     return kinds
 
 
-def _of_images(processor: ProcessorMixin, ids: Any) -> list[list[int]]:
+def kinds_of(processor: ProcessorMixin, ids: Any) -> list[list[int]]:
     """For each token 1 if it is of an image, else 0, by the processor's own rule."""
     return _lists(processor.create_mm_token_type_ids(_lists(ids)))
 
@@ -261,7 +261,7 @@ def encode_text(
         image_mask.append(_overlapping(offsets, image_spans[i]))
         if prefixes:
             behind.append([int(last > prompt_ends[i]) for _, last in offsets])
-    token_kinds = {} if kinds is None else {kinds: behind if prefixes else _of_images(processor, ids)}
+    token_kinds = {} if kinds is None else {kinds: behind if prefixes else kinds_of(processor, ids)}
     return EncodedText(ids, assistant_mask, image_mask, token_kinds)
 
 

@@ -34,6 +34,7 @@ from trl_llava.hub.lookup import check_there, find_file, not_found
 from trl_llava.models.chat_templates import end_at_turns, set_chat_template
 from trl_llava.models.families import FAMILIES, family_of_processor
 from trl_llava.models.fit_processor import fit_to_model
+from trl_llava.models.processor_quirks import without_quirks
 from trl_llava.models.quantization import keep_differentiable, quantization_config
 from trl_llava.models.sharded_weights import whole
 from trl_llava.models.vision_tower import TOWER_NAMES, freeze_vision, set_square_padding
@@ -107,6 +108,7 @@ def load_processor(
             "(a chat template also by `chat_template_path: vicuna_v1` in the recipe; "
             "processor.tokenizer.pad_token = '<unk>'), save it to a folder, and use that folder"
         )
+    without_quirks(processor)
     end_at_turns(processor)
     fit_to_model(processor, name, revision, trust_remote_code)
     if pad_to_square is not None:

@@ -286,17 +286,13 @@ def _check_fit(
             f"`{HEAD}` with 1). Load it with load_sequence_classifier, or FactualReward.from_pretrained"
         )
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    # Gemma 3's processor calls the token in front of an image its image token, and tells those that a model replaces.
+    image_tokens = getattr(processing_class, "image_token_ids", [getattr(processing_class, "image_token_id", None)])
     ids = {
-        "image_token_id": (
-            getattr(base.config, "image_token_id", None),
-            getattr(processing_class, "image_token_id", None),
-        ),
+        "image_token_id": (getattr(base.config, "image_token_id", None), *image_tokens),
         "vocabulary size": (base.get_input_embeddings().num_embeddings, len(tokenizer)),
     }
-    wrong = (
-        ids["image_token_id"][0] != ids["image_token_id"][1] or ids["vocabulary size"][0] < ids["vocabulary size"][1]
-    )
-    if wrong:
+    if ids["image_token_id"][0] not in image_tokens or ids["vocabulary size"][0] < ids["vocabulary size"][1]:
         raise InputError(
             f"the reward model '{base.name_or_path}' and its processor do not fit together: (model, processor) have "
             + ", ".join(f"{what} {pair}" for what, pair in ids.items())
