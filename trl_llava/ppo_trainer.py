@@ -93,12 +93,12 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         train_dataset: rows in a format of docs/data.md.
         value_model: a `...ForSequenceClassification` with one label.
         value_processing_class: the value model's processor, if it differs from the policy's.
-        captions_column: column with the captions of a row, as for `load_rows`.
         data_collator: replaces `PromptCollator(processing_class)`.
         eval_dataset: prompts whose completions are shown and saved.
         optimizers: optimizer and scheduler, instead of those that `args` describes.
         callbacks: further callbacks.
         peft_config: wraps the policy in a fresh adapter.
+        captions_column: column with the captions of a row, as for `load_rows`.
 
     Raises:
         ValueError: if the data set holds less than one batch of rows, the process has another mixed precision, or it
