@@ -218,6 +218,11 @@ def test_preferences_of_the_paper_whoever_speaks(folder, speaker):
     outputs = {f"output_{i}": {"from": speaker, "value": text} for i, text in enumerate(PAIR.values(), 1)}
     path = written(folder, {"image": "a.png", "conversations": asked, **outputs, "preference": 1})
     check_pair(load_rows(path, "preference"), prompt=("What is it?", PICTURE))
+    row = load_rows(path, "sft")[0]  # as of every pair, the better completion
+    assert (row["prompt"], row["completion"]) == (
+        [message("user", "What is it?", PICTURE)],
+        [message("assistant", PAIR["chosen"])],
+    )
 
 
 def test_texts_for_sft_and_as_prompts(folder):

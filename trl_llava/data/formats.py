@@ -180,14 +180,16 @@ def _llava_messages(record: dict[str, Any], stage: Stage, row_name: str, images:
         reason = f"{IMAGE_MARK} count unlike the number of images"
         raise RowError(row_name, problem, f"Write {IMAGE_MARK} once for each image", reason)
     paired = record.get("chosen") is not None and record.get("rejected") is not None
-    if (paired or stage == "preference") and conversation and conversation[-1]["role"] == "assistant":
+    # SFT learns the better completion of a pair.
+    completed = paired or stage == "preference" or (stage == "sft" and record.get("output_1") is not None)
+    if completed and conversation and conversation[-1]["role"] == "assistant":
         conversation = conversation[:-1]
     if stage == "prompt" and paired:
         return {"prompt": conversation}
     if stage == "prompt":
         first = next((i for i, message in enumerate(conversation) if message["role"] == "user"), -1)
         return {"prompt": place_images(conversation[: first + 1], images, row_name)}
-    if stage == "sft" and not paired:
+    if not completed:
         return {"prompt": conversation[:-1], "completion": conversation[-1:]}
     chosen, rejected = (
         (_llava_completion(record[name], row_name, name) for name in ("chosen", "rejected"))
