@@ -19,9 +19,10 @@ from transformers import (
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.collators import PromptCollator, SFTCollator
+from trl_llava.data.encoding import kinds_name
 from trl_llava.data.preference_collators import PreferenceCollator
 from trl_llava.models.chunked_head import Sampling
-from trl_llava.models.families import family_of, family_of_processor
+from trl_llava.models.families import family_of, family_of_processor, table
 from trl_llava.models.image_features import encode_images
 from trl_llava.models.load import load_policy, load_processor, load_sequence_classifier
 from trl_llava.models.model_inputs import ModelInputs
@@ -129,6 +130,7 @@ def test_it_is_known(folder: Path, processor: ProcessorMixin) -> None:
     policy = policy_of(folder)
     family = family_of(policy.config)
     assert family is not None and family is family_of_processor(processor)
+    assert family.token_kinds == kinds_name(processor)
     check_plain_head(policy)
 
 
@@ -297,24 +299,7 @@ def test_freezing_leaves_the_language_model(folder: Path) -> None:
     assert some and some < set(frozen)
 
 
-# Which paths a family takes; all others are the plain ones, as the log says.
-FAST = {
-    "llava": {"features", "prefix", "static"},
-    "llava_next": {"features", "prefix", "static"},
-    "llava_onevision": {"features", "prefix", "static"},
-    "pixtral": {"features", "prefix", "static"},
-    "qwen2_vl": {"features", "static"},
-    "qwen2_5_vl": {"features", "static"},
-    "qwen3_vl": {"features", "static"},
-    "internvl": {"features", "prefix", "static"},
-    "smolvlm": {"features", "prefix", "static"},
-    "idefics3": {"features", "prefix", "static"},
-    "gemma3": {"features"},
-    "paligemma2": {"features"},
-}
-
-
-def test_paths_that_a_family_takes(name: str, folder: Path, processor: ProcessorMixin) -> None:
+def test_paths_that_a_family_takes(folder: Path, processor: ProcessorMixin) -> None:
     policy = policy_of(folder)
     policy.requires_grad_(False)
     inputs = make_prompts(processor)
@@ -323,4 +308,10 @@ def test_paths_that_a_family_takes(name: str, folder: Path, processor: Processor
         "prefix": why_not(policy) is None,
         "static": why_not_static(policy, inputs) is None,
     }
-    assert {path for path, taken in found.items() if taken} == FAST[name]
+    family = family_of(policy.config)
+    expected = (family.encodes_once, family.shares_prefix, family.decodes_statically)
+    assert tuple(found.values()) == expected
+
+
+def test_the_docs_table_is_printed_from_what_is_known() -> None:
+    assert table() in (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")

@@ -109,6 +109,16 @@ def test_sft_needs_what_is_planned(tiny_llava_dir, tmp_path, changes):
     assert plan == pytest.approx(peak_of(trainer), rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "internvl", "smolvlm", "idefics3", "pixtral", "gemma3", "paligemma2"]
+)
+def test_sft_of_any_family_needs_no_more_than_is_planned(family_folder, tmp_path, family):
+    # The plan is for the largest images that fit; those of the rows are small.
+    base = family_folder(family)
+    trainer, plan = sft(base, tmp_path, fields_for(base))
+    assert peak_of(trainer) < 1.03 * plan
+
+
 def test_full_fine_tuning_with_accumulation_needs_what_is_planned(tiny_llava_dir, tmp_path):
     model_args = fields_for(tiny_llava_dir, use_peft=False)
     changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -31,6 +31,7 @@ STAGES = {
 TOOLS = {
     "demo": ("trl_llava.demo.run", "all three stages in minutes, on a drawn world"),
     "check-data": ("trl_llava.tools.check_data.check_data", "walk all rows of a recipe, without a model"),
+    "families": ("trl_llava.tools.families", "the models that the stages know, as a table"),
     "plan": ("trl_llava.tools.plan.command", "the memory that a recipe will need, and what fits"),
     "push": ("trl_llava.publish.push_later", "push a run that lies in a folder to the Hub"),
     "eval": ("trl_llava.tools.evaluate.command", "how much models invent and how right they are, with intervals"),

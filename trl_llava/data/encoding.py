@@ -180,7 +180,8 @@ def kinds_name(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str | Non
         return None
     text, blank = [processor.image_token], [[Image.new("RGB", (32, 32))]]
     made = processor(text=text, images=blank, images_kwargs={"return_tensors": "pt"})
-    known = {"input_ids", "attention_mask", *image_input_names(processor)}
+    # PaliGemma's labels are of a completion that is given apart, which is not how rows are encoded here.
+    known = {"input_ids", "attention_mask", "labels", *image_input_names(processor)}
     unknown = sorted(set(made) - known)
     if not unknown:
         return None

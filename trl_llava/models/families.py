@@ -45,6 +45,16 @@ class Family:
     chat_template: str | None = None
     vllm: bool = False
 
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether rows that begin alike can run as one: plain positions, and causal attention everywhere."""
+        return self.token_kinds is None
+
+    @property
+    def decodes_statically(self) -> bool:
+        """Whether PPO's decoder can run it with a static cache: causal attention, of all layers to all tokens."""
+        return self.token_kinds != "token_type_ids"
+
 
 GRID = "image_grid_thw"
 """Of families that cut an image into patches: its size in patches. Positions are made of it as well as features."""
@@ -105,3 +115,17 @@ def family_of_processor(processor: object) -> Family | None:
     """The family of a processor; None for a tokenizer, and for one that is not known."""
     kinds = {kind.__name__ for kind in type(processor).__mro__}
     return next((family for family in FAMILIES if family.processor in kinds), None)
+
+
+STAGES = ("SFT", "reward", "PPO", "GRPO", "RLOO", "DPO")
+
+
+def table() -> str:
+    """What each family can, as a Markdown table; tests hold it to runs of every stage and to what models say."""
+    columns = ("family", "`model_type`", *STAGES, "images once", "shared prompt", "fast decoding", "vLLM")
+    lines = [columns, ["---"] * len(columns)]
+    for family in FAMILIES:
+        paths = (family.encodes_once, family.shares_prefix, family.decodes_statically, family.vllm)
+        marks = ["yes"] * len(STAGES) + ["yes" if path else "no" for path in paths]
+        lines.append([family.name, f"`{family.model_type}`", *marks])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from trl_llava.errors import RecipeError
 from trl_llava.models.families import GRID, family_of
 
 MOST_TILES = {"internvl": 13, "idefics3": 17, "smolvlm": 17}
@@ -24,6 +25,11 @@ def image_inputs(config: PreTrainedConfig, images: int, fake: FakeTensorMode, mo
     if not images:
         return {}
     vision, sizes = config.vision_config, {}
+    if config.model_type.startswith("qwen3"):
+        raise RecipeError(
+            "plan does not know Qwen3-VL: several of its layers take image features, which rows without real image "
+            "tokens cannot show. Start with a small batch, and read the peak in the log"
+        )
     if config.model_type.startswith("qwen"):
         return _patches(vision, images, fake, most)
     if vision.model_type == "pixtral":
