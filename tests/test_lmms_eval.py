@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,31 @@ def test_chair_marks_what_is_not_there(tmp_path: Path, nltk_data: None) -> None:
     assert result.outcomes[0][0].note == "invented: dog"
     silent = task.judge(["m"], [said("", "")])
     assert str(silent.estimates(silent.measures[0])[0].value) == "nan"  # nothing was mentioned
+
+
+def test_amber_counts_what_is_not_there(tmp_path: Path, nltk_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "files" / "metadata"
+    metadata.mkdir(parents=True)
+    (metadata / "relation.json").write_text(json.dumps({"dog": ["puppy"], "cat": [], "person": []}))
+    (metadata / "annotations.json").write_text("[]")
+    (metadata / "safe_words.txt").write_text("")
+    counted = ("chair", "safe_cover", "hallu_cover", "non_hallu")
+    zeros = "".join(f"{name}_{what} = 0\n" for name in counted for what in ("score", "num"))
+    (metadata / "metrics.txt").write_text(zeros)
+    monkeypatch.setenv("AMBER_BASE_DIR", str(tmp_path / "files"))
+    rows = [{"question_id": i, "truth": ["dog"], "hallu": ["person"]} for i in range(2)]
+    columns = {"question_id": Value("int64"), "truth": List(STRING), "hallu": List(STRING)}
+    task = LmmsTask("amber_g", save(tmp_path / "amber_g", "train", columns, rows))
+    # In the place of a model of spaCy, which cannot be had here: no two words are alike.
+    alike = SimpleNamespace(similarity=lambda other: 0.0)
+    task.task.config.process_results.__globals__["_NLP"] = lambda word: alike
+    result = task.judge(["m"], [said("There is a dog and a cat.", "There is a dog.")])
+    found = {measure.name: result.estimates(measure)[0].value for measure in result.measures}
+    assert [measure.better for measure in result.measures] == ["lower", "higher", "lower", "lower"]
+    # Of dog, cat and dog the cat is not there, in one of two answers; each names the one thing that is there.
+    expected = {"amber_chair": 100 / 3, "amber_cover": 100.0, "amber_hal": 50.0, "amber_cog": 0.0}
+    assert found == pytest.approx(expected)
+    assert [outcome.wrong for outcome in result.outcomes[0]] == [True, False]
 
 
 def test_groups_of_questions_are_right_together(tmp_path: Path) -> None:

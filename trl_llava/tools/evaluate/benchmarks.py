@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import lmms_eval.tasks
 import numpy as np
+from datasets import Image as ImageFeature
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
@@ -132,6 +133,9 @@ class LmmsTask:
         self.plain = plain
         self.task = self._load()
         self.docs = self.task.test_docs() if self.task.has_test_docs() else self.task.validation_docs()
+        # Texts are read three times, and images decoded each time they are.
+        features = self.docs.features.items()
+        self.texts = self.docs.select_columns([name for name, kind in features if not isinstance(kind, ImageFeature)])
         count = len(self.docs) if limit is None else min(limit, len(self.docs))
         self.questions = [self._question(number) for number in range(count)]
 
@@ -159,6 +163,7 @@ class LmmsTask:
             )
             statistics.append({name: self._statistic(name, scored) for name in self._names()})
         better = {name: "higher" if good else "lower" for name, good in self.task.higher_is_better().items()}
+        better |= {"amber_cog": "lower"}  # lmms-eval has it the other way round; it is a share of hallucinations
         measures = [Measure(name, f"{name} (lmms-eval)", better.get(name)) for name in self._names()]  # type: ignore[arg-type]
         read = [
             *READ_YES_NO,
@@ -196,7 +201,7 @@ class LmmsTask:
         return lmms_eval.tasks.TaskManager("ERROR", include_path=str(folder), include_defaults=False)
 
     def _question(self, number: int) -> Question:
-        doc = self.docs[number]
+        doc = self.texts[number]
         truth = self.task.doc_to_target(doc)
         truth = ", ".join(map(str, truth)) if isinstance(truth, (list, tuple)) else str(truth)
         return Question(
@@ -213,7 +218,7 @@ class LmmsTask:
     def _scores(self, number: int, text: str) -> dict[str, Any]:
         """What lmms-eval makes of one answer: for each measure what its aggregation takes."""
         try:
-            found: dict[str, Any] = self.task.config.process_results(self.docs[number], [text])
+            found: dict[str, Any] = self.task.config.process_results(self.texts[number], [text])
         except (LookupError, OSError) as error:  # NLTK's and spaCy's data, and AMBER's own files
             said = " ".join(str(error).split())
             raise NotFoundError(
@@ -234,7 +239,7 @@ class LmmsTask:
 
     def _kinds(self) -> list[str]:
         """The splits of POPE, which stand in one column of its data."""
-        return sorted(set(self.docs["category"])) if self._asks_yes_no() and "category" in self.docs.features else []
+        return sorted(set(self.texts["category"])) if self._asks_yes_no() and "category" in self.texts.features else []
 
     def _asks_yes_no(self) -> bool:
         return self.name == "pope"
@@ -255,7 +260,7 @@ class LmmsTask:
 
     def _yes_no(self, number: int, asked: Asked, details: dict[str, Any]) -> Outcome:
         """POPE takes an answer that is more than one word for wrong; read by its first word it has its say."""
-        doc = self.docs[number]
+        doc = self.texts[number]
         right, given = doc["answer"].strip().lower(), read_answer(asked.text, "yes_no")
         hits, either = 2.0 * (right == given == "yes"), float(right == "yes") + float(given == "yes")
         counts: dict[str, tuple[float, float]] = {
