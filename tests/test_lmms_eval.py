@@ -15,8 +15,8 @@ pytest.importorskip("lmms_eval")
 
 from trl_llava import cli
 from trl_llava.errors import NotFoundError
-from trl_llava.tools.evaluate import benchmarks
-from trl_llava.tools.evaluate.benchmarks import Asked, LmmsTask
+from trl_llava.tools.evaluate.benchmarks import LmmsTask
+from trl_llava.tools.evaluate.lmms_model import Asked, row_of
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated
 
 STRING = Value("string")
@@ -195,7 +195,7 @@ def test_answers_are_those_of_the_model_with_its_adapter(tmp_path: Path, tiny_ll
     model = EvaluationModel.load(str(adapter))
     task = LmmsTask("pope", pope(tmp_path))
     asked = task.ask(model, Decoding(batch_size=4))
-    rows = [benchmarks._row(question.text, [tiny_models.image("red")], "r") for question in task.questions]
+    rows = [row_of(question.text, [tiny_models.image("red")], "r") for question in task.questions]
     expected = [generated.text for generated in model.complete(rows, Decoding(max_new_tokens=128))]
     assert [one.text for one in asked] == [text.partition("\n\n")[0] for text in expected]
     assert len({one.text for one in asked}) > 1

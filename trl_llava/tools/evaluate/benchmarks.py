@@ -5,8 +5,7 @@ lmms-eval's own model classes take no adapter, and score an empty answer where a
 
 import importlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,18 +13,16 @@ from typing import Any, NamedTuple
 import lmms_eval.tasks
 import numpy as np
 from datasets import Image as ImageFeature
-from lmms_eval.api.instance import Instance
-from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.utils import load_yaml_config
 from loguru import logger as loguru_logger
 from PIL import Image
 from tenacity import RetryError
-from tqdm import tqdm
 
-from trl_llava.errors import InputError, NotFoundError
+from trl_llava.errors import NotFoundError
 from trl_llava.hub.lookup import first_line
-from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row
+from trl_llava.tools.evaluate.lmms_model import Asked, LmmsModel
+from trl_llava.tools.evaluate.model import Decoding, EvaluationModel
 from trl_llava.tools.evaluate.own_data import read_answer
 from trl_llava.tools.evaluate.results import Measure, Outcome, Question, Sampled, TaskResult
 from trl_llava.tools.evaluate.statistics import Statistic, ratio
@@ -68,50 +65,6 @@ READ_YES_NO = [
     Measure("yes_no_f1", "F1 of yes, by the first word of the answer", "higher"),
     Measure("says_yes", "answered with yes"),
 ]
-
-
-class Asked(NamedTuple):
-    """A model's answer to a question of lmms-eval."""
-
-    text: str
-    generated: Generated
-
-
-class LmmsModel(lmms):
-    """Our model as lmms-eval wants one: every request is answered, or the run ends.
-
-    A task's own length and its stop strings count, not those of the command line; completions are greedy.
-    """
-
-    def __init__(self, model: EvaluationModel, decoding: Decoding, name: str) -> None:
-        super().__init__()
-        self.model = model
-        self.decoding = decoding
-        self.name = name
-        self.answers: dict[int, Asked] = {}
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answer all requests, in batches."""
-        settings = requests[0].args[1]
-        decoding = replace(self.decoding, max_new_tokens=settings.get("max_new_tokens", 128), temperature=0.0)
-        completions = self.model.complete(self._rows(requests), decoding)
-        bar = tqdm(completions, desc=f"{self.model.name}: {self.name}", total=len(requests), disable=None)
-        for request, generated in zip(requests, bar, strict=True):
-            self.answers[request.args[3]] = Asked(_cut(generated.text, settings.get("until")), generated)
-        return [self.answers[request.args[3]].text for request in requests]
-
-    def _rows(self, requests: list[Instance]) -> Iterator[Row]:
-        for request in requests:
-            text, _, doc_to_visual, place, task, split = request.args
-            yield _row(text, doc_to_visual(self.task_dict[task][split][place]), f"{self.name}[{place}]")
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """No benchmark here asks for it."""
-        raise InputError(f"{self.name} asks for likelihoods, which `trl-llava eval` does not give")
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """No benchmark here asks for it."""
-        raise InputError(f"{self.name} asks in several rounds, which `trl-llava eval` does not do")
 
 
 class LmmsTask:
@@ -294,16 +247,3 @@ def _hallusion_measures() -> list[dict[str, Any]]:
         }
         for name in ("aAcc", "qAcc", "fAcc")
     ]
-
-
-def _row(text: str, images: Sequence[Any], name: str) -> Row:
-    if not all(isinstance(image, Image.Image) for image in images):
-        raise InputError(f"{name}: it shows something else than images")
-    content = [*({"type": "image", "text": None} for _ in images), {"type": "text", "text": text}]
-    return {"row_name": name, "images": list(images), "prompt": [{"role": "user", "content": content}]}
-
-
-def _cut(text: str, until: Any) -> str:
-    """The text before the first of the strings that end an answer."""
-    ends = [until] if isinstance(until, str) else until or []
-    return min((text.partition(end)[0].strip() for end in ends if end), key=len, default=text)
