@@ -174,6 +174,7 @@ def test_the_reward_model_needs_what_is_planned(tiny_llava_dir, tmp_path, share_
         args=args,
         train_dataset=with_pictures(**columns),
         processing_class=AutoProcessor.from_pretrained(tiny_llava_dir),
+        judging_prompt=None,
         peft_config=lora_config(model_args, model, task="SEQ_CLS"),
     )
     length, shared = longest(trainer), None

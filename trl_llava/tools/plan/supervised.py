@@ -97,7 +97,7 @@ def _trainer_of(job: Job, settings: Settings, model: nn.Module) -> Iterator[Trai
         raise InputError("use_liger_kernel: the memory of liger's kernels is not known here; plan without it")
     stage: Stage = "preference" if job.stage == "reward" else "sft"
     message = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
-    row = dict.fromkeys(("prompt", *COMPLETIONS[stage]), message) | {"row_name": "", "images": [], "captions": []}
+    row = dict.fromkeys(("prompt", *COMPLETIONS[stage]), message) | {"row_name": "", "images": [], "captions": [""]}
     features = stage_features(stage)
     rows = Dataset.from_list([{name: row[name] for name in features}], features=features)
     trainer_class = LlavaRewardTrainer if job.stage == "reward" else LlavaSFTTrainer
