@@ -160,6 +160,10 @@ class FamilyRuns:
         assert trained and all(not torch.equal(weight, start[name]) for name, weight in trained.items())
         if stage == "reward":
             assert weights["base_model.model.score.weight"].any()
+        if stage == "ppo":  # four adapters on one base
+            (reward,) = trainer.scorer.reward_funcs
+            assert all(role.host is trainer.policy_model for role in (trainer.value_model, reward.model))
+            assert set(trainer.policy_model.peft_config) == {"default", "reference", "value_role", "reward_role"}
         if stage in ("ppo", "grpo", "rloo"):  # the first completions are those of the policy that it is held to
             assert abs(log[0]["objective/kl" if stage == "ppo" else "kl"]) < 1e-5
 

@@ -109,6 +109,7 @@ def test_sft_needs_what_is_planned(tiny_llava_dir, tmp_path, changes):
     assert plan == pytest.approx(peak_of(trainer), rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["qwen2_5_vl", "internvl", "smolvlm", "idefics3", "pixtral", "gemma3", "paligemma2"]
 )
