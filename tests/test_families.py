@@ -1,5 +1,7 @@
 """What is known of each family, held against its own processor and its own model, called directly."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from PIL import Image
 from tiny_families import FAMILIES
 from transformers import (
     AutoModelForSequenceClassification,
+    AyaVisionConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -315,3 +318,46 @@ def test_paths_that_a_family_takes(folder: Path, processor: ProcessorMixin) -> N
 
 def test_the_docs_table_is_printed_from_what_is_known() -> None:
     assert table() in (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+WRONG = {
+    "pixtral": ("processor_config.json", "patch_size", 4, 8),
+    "qwen2_vl": ("processor_config.json", "merge_size", 1, 2),
+    "qwen2_5_vl": ("processor_config.json", "merge_size", 1, 2),
+    "qwen3_vl": ("processor_config.json", "patch_size", 2, 4),
+    "internvl": ("processor_config.json", "image_seq_length", 16, 4),
+    "smolvlm": ("processor_config.json", "image_seq_len", 9, 4),
+    "idefics3": ("processor_config.json", "image_seq_len", 9, 4),
+    "gemma3": ("processor_config.json", "image_seq_length", 9, 4),
+    "paligemma2": ("processor_config.json", "image_seq_length", 9, 16),
+}
+
+
+def replace_everywhere(config: Any, field: str, value: int) -> None:
+    for key, own in config.items():
+        if isinstance(own, dict):
+            replace_everywhere(own, field, value)
+        elif key == field:
+            config[key] = value
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_processor_of_another_model_is_refused_before_any_row(
+    name: str, family_folder: Folder, tmp_path: Path
+) -> None:
+    file, field, wrong, right = WRONG[name]
+    shutil.copytree(family_folder(name), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / file).read_text())
+    replace_everywhere(config, field, wrong)
+    (tmp_path / file).write_text(json.dumps(config))
+    expected = rf"image tokens for {field} {wrong}, .* features for {right}: set {field} to {right}"
+    with pytest.raises(ValueError, match=expected):
+        load_processor(str(tmp_path))
+
+
+def test_a_family_that_is_not_known_is_refused_in_one_line(tmp_path: Path) -> None:
+    config = AyaVisionConfig()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a aya_vision model, for which .* no score head.*Qwen2\.5-VL") as error:
+        load_sequence_classifier(str(tmp_path), LlavaModelConfig())
+    assert "\n" not in str(error.value)
