@@ -1,4 +1,4 @@
-"""Rollouts in vLLM for LLaVA-NeXT and LLaVA-OneVision, whose pictures become tiles, and for several pictures a row."""
+"""Rollouts in vLLM for families whose pictures take tokens by their size, and for several pictures a row."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from test_vllm_rollouts import greedy, on_server
 from tiny_trainers import make_adapter, ppo_trainer, prompt_rows
 from tiny_vllm import TinyLLM, TinyServer, pretend_vllm
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from trl_llava import train_ppo
 from trl_llava.data.contract import RowError
@@ -22,16 +22,22 @@ from trl_llava.ppo.vllm_prompts import as_seen
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.tools.check_data import check_data
 
-FAMILIES = ("llava", "llava_next", "llava_onevision")
-TILED = FAMILIES[1:]
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl")
+TILED = ("llava_next", "llava_onevision")
 # (width, height) of the pictures of the rows, and their tokens: for LLaVA-1.5 always 16; else 16 of the whole picture,
-# those of the tiles without what only fills them up, and one at the end of each line of tiles.
+# those of the tiles without what only fills them up, and one at the end of each line of tiles. Qwen2.5-VL: one for
+# 8 x 8 pixels, after sides are rounded to eights and brought below 24 such squares.
 ALONE, WIDE, HIGH = (40, 32), (50, 20), (30, 60)
 TOKENS = {"llava": {ALONE: 16, WIDE: 16, HIGH: 16}, "llava_next": {ALONE: 70, WIDE: 52, HIGH: 56}}
 TOKENS["llava_onevision"] = TOKENS["llava_next"]
-# Where vLLM keeps the parts of all three families. Names of checkpoints that transformers 4.52 to 4.57 saved are
-# translated; those of the checkpoints on the Hub are these already.
-PARTS = ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector.")
+TOKENS["qwen2_5_vl"] = {ALONE: 5 * 4, WIDE: 6 * 2, HIGH: 3 * 6}
+# Where vLLM keeps the parts of LLaVA's families, and by which names it takes those of Qwen2.5-VL: those of the
+# checkpoints on the Hub.
+PARTS = dict.fromkeys(
+    FAMILIES,
+    ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector."),
+)
+PARTS["qwen2_5_vl"] = ("model.", "lm_head.", "visual.")
 
 
 class Family:
@@ -47,6 +53,7 @@ class Family:
         self.name, self.base = name, base
         self.adapter = make_adapter(base, folder)
         self.tokens = TOKENS[name]
+        self.image_token = AutoConfig.from_pretrained(base).image_token_id
 
     def trainer(self, folder: Path, *shown: list[tuple[int, int]], **changes: Any) -> LlavaPPOTrainer:
         """A trainer whose rows show pictures of these sizes."""
@@ -60,7 +67,7 @@ class Family:
 
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    base = request.getfixturevalue(f"tiny_{request.param}_dir")
+    base = request.getfixturevalue("family_folder")(request.param)
     return Family(request.param, base, tmp_path_factory.mktemp("adapter"))
 
 
@@ -79,10 +86,10 @@ def prompts_of(batch: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
-@pytest.mark.parametrize("family", TILED, indirect=True)
+@pytest.mark.parametrize("family", FAMILIES[1:], indirect=True)
 def test_vllm_answers_as_the_policy_does_before_and_after_updates(family: Family, mode: str, tmp_path: Path) -> None:
     shown = [[ALONE], [], [HIGH], [WIDE]]
-    if (family.name, mode) == ("llava_next", "server"):
+    if family.name == "qwen2_5_vl" or (family.name, mode) == ("llava_next", "server"):
         shown[2] = [HIGH, WIDE]
     with TinyServer(family.base) as server:
         where = on_server(server) if mode == "server" else {"use_vllm": True}
@@ -117,15 +124,17 @@ def test_what_is_said_to_the_server(family: Family, tmp_path: Path) -> None:
     for ids, shown in zip(prompts_of(batch), sizes, strict=True):
         # ... and the prompt goes out expanded, with the place of each picture in it.
         features = bodies[tuple(ids)]["features"]
-        assert ids.count(4) == sum(family.tokens[size] for size in shown)
+        assert ids.count(family.image_token) == sum(family.tokens[size] for size in shown)
         places = [] if features is None else features["mm_placeholders"]["image"]
         assert [place["length"] for place in places] == [family.tokens[size] for size in shown]
-        assert [ids[place["offset"] - 1] != 4 for place in places] == [True] * len(shown)
+        assert [ids[place["offset"] - 1] != family.image_token for place in places] == [True] * len(shown)
     with safe_open(family.base / "model.safetensors", "pt") as file:
         stored = set(file.keys())
     names = server.bodies("/update_weights")[0]["update_info"]["names"]
     assert len(names) == len(stored) and set(names) == stored
-    assert [name for name in names if not name.startswith(PARTS)] == ["image_newline"] * (family.name != "llava")
+    assert [name for name in names if not name.startswith(PARTS[family.name])] == ["image_newline"] * (
+        family.name in TILED
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
@@ -136,7 +145,7 @@ def test_what_is_said_to_a_colocated_engine(family: Family, tmp_path: Path) -> N
     trainer.rollout(batch, 1)
     (asked,) = [said for name, said in TinyLLM.made.calls if name == "generate"]
     for (prompt, _), ids, images in zip(asked, prompts_of(batch), batch["columns"]["images"], strict=True):
-        assert prompt["prompt_token_ids"].count(4) == len(images)
+        assert prompt["prompt_token_ids"].count(family.image_token) == len(images)
         longer = sum(family.tokens[image.size] - 1 for image in images)
         assert len(prompt["prompt_token_ids"]) == len(ids) - longer
         given = prompt.get("multi_modal_data", {}).get("image", [])
@@ -161,15 +170,15 @@ def test_a_family_whose_rollouts_were_never_compared_is_refused_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base = family_folder("qwen2_5_vl")
+    base = family_folder("qwen2_vl")
     prompt_rows().to_parquet(tmp_path / "rows.parquet")
     words = ["--model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows.parquet"), "--use_vllm", "true"]
     words += ["--reward_funcs", "tiny_trainers:even_tokens", "--value_init", "policy", "--use_peft", "true"]
     words += ["--output_dir", str(tmp_path / "run"), "--response_length", "8"]
     expected = (
-        f"`use_vllm: true`: '{base}' is a Qwen2.5-VL, and rollouts in vLLM have been seen to be right for LLaVA-1.5, "
-        "LLaVA-NeXT, LLaVA-OneVision only. Choose one of these, or leave `use_vllm` out, which generates in "
-        "transformers"
+        f"`use_vllm: true`: '{base}' is a Qwen2-VL, and rollouts in vLLM have been seen to be right for LLaVA-1.5, "
+        "LLaVA-NeXT, LLaVA-OneVision, Qwen2.5-VL only. Choose one of these, or leave `use_vllm` out, which generates "
+        "in transformers"
     )
     if where == "check-data":
         assert check_data.main([*words, "--stage", "ppo"]) == 1

@@ -42,7 +42,7 @@ class TinyEngine:
             if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
                 raise ValueError(f"There is no module or parameter named '{name}'")
         self.loads = 0
-        self.encoder_cache: dict[tuple[tuple[int, int], bytes], torch.Tensor] = {}
+        self.encoder_cache: dict[tuple[tuple[int, int], bytes], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._model: Any = None
 
     def load(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -71,13 +71,16 @@ class TinyEngine:
         for key, image in zip(keys, images, strict=True):
             if key not in self.encoder_cache:
                 pixels = self.processor.image_processor([image], return_tensors="pt")
-                self.encoder_cache[key] = self.model.get_image_features(**pixels, return_dict=True).pooler_output[0]
-        features = [self.encoder_cache[key] for key in keys]
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}} if images else {}
+                features = self.model.get_image_features(**pixels, return_dict=True).pooler_output[0]
+                self.encoder_cache[key] = (features, pixels.get("image_grid_thw"))
+        kept = [self.encoder_cache[key] for key in keys]
+        encoded = BaseModelOutputWithPooling(pooler_output=[features for features, _ in kept])
+        grids = [grid for _, grid in kept if grid is not None]
+        return {"mm_encoder_outputs": {"image": encoded}} | ({"image_grid_thw": torch.cat(grids)} if grids else {})
 
     def image_tokens(self, image: Image.Image) -> int:
         """How many tokens a picture takes."""
-        ids = self.processor(text="<image>", images=[image])["input_ids"][0]
+        ids = self.processor(text=self.processor.image_token, images=[image])["input_ids"][0]
         return list(ids).count(self.config.image_token_id)
 
     @torch.no_grad()
@@ -85,7 +88,7 @@ class TinyEngine:
         self, token_ids: list[int], images: list[Image.Image], settings: dict[str, Any]
     ) -> list[tuple[list[int], list[float]]]:
         """`n` answers with the log-probabilities of their tokens."""
-        features = self.encode(images)
+        features = self.encode(images) if images else {}
         bias = {int(token): value for token, value in (settings.get("logit_bias") or {}).items()}
         assert settings["temperature"] > 0 or settings["n"] == 1  # as in vLLM
         answers = []
@@ -93,6 +96,9 @@ class TinyEngine:
             dice = torch.Generator().manual_seed((settings["seed"] or 0) + copy)
             ids, logprobs = list(token_ids), []
             for _ in range(settings["max_tokens"]):
+                if "image_grid_thw" in features:  # positions are made of both
+                    kinds = [int(token == self.config.image_token_id) for token in ids]
+                    features["mm_token_type_ids"] = torch.tensor([kinds])
                 logits = self.model(input_ids=torch.tensor([ids]), **features).logits[0, -1]
                 for token, value in bias.items():
                     logits[token] += value
