@@ -21,6 +21,7 @@ from trl_llava.configs.sft import LlavaSFTConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, RecipeError
 from trl_llava.models.adapters import lora_config
+from trl_llava.models.load import load_processor
 from trl_llava.models.starts import load_policy_start, load_score_model
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sft_trainer import LlavaSFTTrainer
@@ -55,7 +56,7 @@ def sft(base: Path, folder: Path, model_args: LlavaModelConfig, **changes: Any) 
         model=model,
         args=args,
         train_dataset=with_pictures(messages=[question() + answer(40 - i % 2) for i in range(2 * rows)]),
-        processing_class=AutoProcessor.from_pretrained(base),
+        processing_class=load_processor(str(base)),
         peft_config=peft_config,
     )
     return trainer, planned("sft", args, model_args, longest(trainer))
