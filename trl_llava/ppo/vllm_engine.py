@@ -228,7 +228,7 @@ class VLLMEngine(vllm_generation.VLLMGeneration):
             Of each prompt as many completions as its settings' `n`.
 
         Raises:
-            RolloutEngineError: if the server fails, or sees a image as another number of tokens.
+            RolloutEngineError: if the server fails, or sees an image as another number of tokens.
         """
         if self.mode == "colocate":
             return self._generate_here(requests)

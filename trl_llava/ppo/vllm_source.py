@@ -52,7 +52,7 @@ class VLLMGenerator:
             accelerator: knows the processes.
             processing_class: the policy's processor, or its tokenizer.
             policy: the unwrapped policy.
-            stop_token_id: ends an completion; `None` lets all completions run to `response_length`.
+            stop_token_id: ends a completion; `None` lets all completions run to `response_length`.
             suppressed: ids that no completion may hold.
             updates: how many updates the policy has had.
 
