@@ -22,8 +22,8 @@ from transformers import (
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.collators import PromptCollator, SFTCollator
-from trl_llava.data.encoding import kinds_name
 from trl_llava.data.preference_collators import PreferenceCollator
+from trl_llava.data.token_kinds import kinds_name
 from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.families import family_of, family_of_processor, table
 from trl_llava.models.image_features import encode_images

@@ -11,8 +11,9 @@ from transformers import ProcessorMixin, Trainer, set_seed
 
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.collators import PromptCollator
-from trl_llava.data.encoding import image_input_names, kinds_name, kinds_of
+from trl_llava.data.image_tensors import image_input_names
 from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.token_kinds import kinds_name, kinds_of
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.errors import RecipeError
 from trl_llava.models.families import family_of_processor

@@ -5,18 +5,18 @@ here: which tokens are the assistant's (from positions in the rendered text, so 
 confuse it), and special tokens inside a user's text that stay text.
 """
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.data.contract import RowError, count_images, names_or_numbers
+from trl_llava.data.image_tensors import ImageTensors, expand_images
 from trl_llava.data.plain_text import guard, special_strings, splice
+from trl_llava.data.token_kinds import kinds_name, kinds_of
 from trl_llava.errors import InputError
 from trl_llava.models.families import family_of_processor
 from trl_llava.prompts import Message, render
@@ -34,18 +34,9 @@ class Encoding:
     input_ids: list[list[int]]
     assistant_mask: list[list[bool]]  # True on the tokens of assistant turns and of the tokens that end them
     image_mask: list[list[bool]]  # True on image tokens
-    images: "ImageTensors"
+    images: ImageTensors
     # By name, what kind each token is, for models that take it (`token_type_ids`, `mm_token_type_ids`).
     token_kinds: dict[str, list[list[int]]]
-
-
-@dataclass(frozen=True)
-class ImageTensors:
-    """What a processor makes of the images of a batch; empty where no row has any."""
-
-    replacements: list[list[str]]  # for each row and image, the text that its image token stands for
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by name (`pixel_values`, ...), for all rows
-    counts: dict[str, list[int]] = field(default_factory=dict)  # by name, how many entries of a tensor each row has
 
 
 class EncodedText(NamedTuple):
@@ -103,107 +94,6 @@ def encode(
         assistant_turns=assistant_turns,
     )
     return Encoding(text.input_ids, text.assistant_mask, text.image_mask, shown, text.token_kinds)
-
-
-def expand_images(
-    processor: ProcessorMixin | PreTrainedTokenizerBase, images: Sequence[Sequence[Image.Image]]
-) -> ImageTensors:
-    """Prepare the images of a batch, and find what each image token stands for in the text."""
-    with_images = [list(row) for row in images if row]
-    if not with_images:
-        return ImageTensors([[] for _ in images])
-    kind = type(processor).__name__
-    token = getattr(processor, "image_token", None)
-    if token is None or getattr(processor, "image_processor", None) is None:
-        missing = "image_token" if token is None else "image_processor"
-        raise InputError(
-            f"{kind} has no `{missing}`, so rows with images cannot be encoded. Use an image-text-to-text model's "
-            "processor, or rows without images."
-        )
-    outputs = processor(
-        text=[token * len(row) for row in with_images],
-        images=with_images,
-        padding=processor.tokenizer.pad_token_id is not None,  # some processors make an array of the ids
-        return_text_replacement_offsets=True,
-        images_kwargs={"return_tensors": "pt"},
-    )
-    offsets = outputs.pop("text_replacement_offsets", None)
-    if offsets is None or [len(row) for row in offsets] != [len(row) for row in with_images]:
-        raise InputError(
-            f"{kind} does not tell which text replaces an image token: its `replace_image_token` is missing or unused."
-        )
-    tensors = {name: torch.as_tensor(outputs[name]) for name in outputs if name in image_input_names(processor)}
-    remaining = iter(offsets)
-    replacements = [[part["replacement"] for part in next(remaining)] if row else [] for row in images]
-    counts = {
-        name: entries_of_rows(name, tensor, [len(row) for row in images], replacements, token)
-        for name, tensor in tensors.items()
-    }
-    return ImageTensors(replacements, tensors, counts)
-
-
-def entries_of_rows(
-    name: str, tensor: torch.Tensor, images: Sequence[int], replacements: Sequence[Sequence[str]], token: str
-) -> list[int]:
-    """How many entries of an image tensor each row has, of B rows with so many `images` and so many image `token`s.
-
-    Processors make one for each image, one for each row that has images, or as many as an image has tiles or patches,
-    each of which becomes the same number of image tokens.
-    """
-    entries = len(tensor)
-    if entries == sum(images):
-        return list(images)
-    if entries == sum(count > 0 for count in images):
-        return [int(count > 0) for count in images]
-    tokens = [sum(text.count(token) for text in row) for row in replacements]
-    found = [entries * own // sum(tokens) for own in tokens]
-    if [own * sum(tokens) for own in found] != [entries * own for own in tokens]:
-        raise InputError(
-            f"`{name}` of shape {tuple(tensor.shape)} cannot be split into rows: expected one entry for each of "
-            f"{sum(images)} images, or entries that each become the same number of the {sum(tokens)} image tokens"
-        )
-    return found
-
-
-def image_input_names(processor: ProcessorMixin) -> set[str]:
-    """Names of the tensors that a processor makes of images and that its model reads."""
-    return {*processor.image_processor.model_input_names} - {*getattr(processor, "unused_input_names", ())}
-
-
-@functools.lru_cache(maxsize=16)
-def kinds_name(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str | None:
-    """What a processor calls the tensor that says what kind each token is; None if it makes none.
-
-    Anything else that it makes for its tokens is an error: rows would go to the model without it.
-    """
-    if getattr(processor, "image_processor", None) is None:
-        return None
-    text, blank = [processor.image_token], [[Image.new("RGB", (32, 32))]]
-    made = processor(text=text, images=blank, images_kwargs={"return_tensors": "pt"})
-    # PaliGemma's labels are of a completion that is given apart, which is not how rows are encoded here.
-    known = {"input_ids", "attention_mask", "labels", *image_input_names(processor)}
-    unknown = sorted(set(made) - known)
-    if not unknown:
-        return None
-    kinds = unknown[0]
-    family = family_of_processor(processor)
-    own = family is not None and family.attends_to_whole_prompt
-    if len(unknown) > 1 or not (own or kinds_of(processor, made["input_ids"]) == _lists(made[kinds])):
-        raise InputError(
-            f"{type(processor).__name__} makes {', '.join(unknown)} beside its image inputs "
-            f"{sorted(image_input_names(processor))}: inputs per token that this package cannot build for its own "
-            "batches"
-        )
-    return kinds
-
-
-def kinds_of(processor: ProcessorMixin, ids: Any) -> list[list[int]]:
-    """For each token 1 if it is of an image, else 0, by the processor's own rule."""
-    return _lists(processor.create_mm_token_type_ids(_lists(ids)))
-
-
-def _lists(rows: Any) -> list[list[int]]:
-    return [[int(entry) for entry in row] for row in rows]
 
 
 def encode_text(

@@ -9,8 +9,9 @@ from PIL import Image
 
 from trl_llava.data.batching import Row, RowCollator
 from trl_llava.data.contract import RowError
-from trl_llava.data.encoding import encode_text, expand_images
+from trl_llava.data.encoding import encode_text
 from trl_llava.data.image_places import say_if_moved
+from trl_llava.data.image_tensors import expand_images
 from trl_llava.data.images import image_size
 from trl_llava.errors import InputError
 
