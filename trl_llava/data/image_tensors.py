@@ -1,4 +1,4 @@
-"""What a processor makes of the images of a batch: a text for each image token, and tensors that keep to their rows."""
+"""What a processor makes of the images of a batch: a text for each image token, and tensors cut into rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
