@@ -260,6 +260,28 @@ def test_greedy_completions_are_those_of_the_models_own_generate(folder: Path, p
         assert found.responses[i].tolist() == output[0, own["input_ids"].shape[1] :].tolist(), i
 
 
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_text_behind_images_does_not_take_their_positions(folder: Path, processor: ProcessorMixin, cache: str) -> None:
+    # Qwen-VL's model keeps the positions of its last images.
+    policy = policy_of(folder).requires_grad_(False)
+    args = LlavaPPOConfig(
+        "out", response_length=6, use_cpu=True, report_to="none", bf16=False, cache_implementation=cache
+    )
+    generator = Generator(args, Accelerator(cpu=True), processor.tokenizer, None, Sampling())
+    inputs, text = make_prompts(processor), make_prompts(processor).select([1, 1])
+    responses, mask = torch.full((2, 3), 20), torch.ones(2, 3, dtype=torch.bool)
+
+    def completed() -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, _ = response_logprobs(policy, text, responses, mask, Sampling())
+        return generator.generate(policy, text, None).responses, logprobs
+
+    with torch.no_grad():
+        first = completed()
+        generator.generate(policy, inputs, None)
+        again = completed()
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
 def test_scores_follow_the_image_and_not_the_batch(folder: Path, processor: ProcessorMixin) -> None:
     model = score_model_of(folder)
     collator = PreferenceCollator(processor, judging_prompt=JudgingPrompt(), share_prefix=why_not(model) is None)

@@ -16,7 +16,7 @@ from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import check_there, find_file, not_found
 from trl_llava.models.base_model import base_of
 from trl_llava.models.load import HEAD
-from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES, lies_in
+from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES, lies_in, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def lora_config(
     if model_args.model_revision != "main" and not Path(str(model_args.model_name_or_path)).exists():
         config.revision = model_args.model_revision  # PEFT's name for the revision of the base
     config.target_modules = _lora_targets(model, model_args.lora_target_modules)
-    frozen = [*TOWER_NAMES] * model_args.freeze_vision_tower + [*PROJECTOR_NAMES] * model_args.freeze_projector
+    frozen = {"tower": model_args.freeze_vision_tower, "projector": model_args.freeze_projector}
     matched = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
-    wrong = [name for name in matched if lies_in(name, frozen)]
+    wrong = [name for name in matched if frozen.get(part_of(name))]
     if wrong or not matched:
         found = f"{len(wrong)} modules of frozen parts, e.g. {wrong[0]}" if wrong else "nothing"
         raise InputError(
@@ -49,10 +49,8 @@ def lora_config(
     whole = [*(model_args.lora_modules_to_save or [])]
     if task == "SEQ_CLS":
         whole.append(HEAD)
-    if not model_args.freeze_projector and not any(lies_in(name, PROJECTOR_NAMES) for name in matched):
-        whole += _present(model, PROJECTOR_NAMES)
-    if not model_args.freeze_vision_tower and not any(lies_in(name, TOWER_NAMES) for name in matched):
-        whole += _present(model, TOWER_NAMES)
+    adapted = {part_of(name) for name in matched}
+    whole += _trained_whole(model, {part for part, is_frozen in frozen.items() if not is_frozen} - adapted)
     config.modules_to_save = sorted(set(whole)) or None
     return config
 
@@ -119,8 +117,8 @@ def freeze_as_configured(
 
     A part that shall be trained and is not in the adapter is an error: only what is in it is trained and saved.
     """
-    for field, parts in (("freeze_vision_tower", TOWER_NAMES), ("freeze_projector", PROJECTOR_NAMES)):
-        there = [(path, parameter) for path, parameter in model.named_parameters() if lies_in(path, parts)]
+    for field, part in (("freeze_vision_tower", "tower"), ("freeze_projector", "projector")):
+        there = [(path, parameter) for path, parameter in model.named_parameters() if part_of(path) == part]
         trained = [p for path, p in there if p.requires_grad and adapter_name in path.split(".")]
         if getattr(model_args, field):
             for parameter in trained:
@@ -168,6 +166,22 @@ def _lora_targets(model: nn.Module, wanted: str | list[str] | None) -> str:
     return rf"(?:.*\.)?{prefix}\..*\.({'|'.join(map(re.escape, names))})"
 
 
-def _present(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """Those of the names that the model has a module of."""
-    return [n for n in names if any(name.split(".")[-1] == n for name, _ in model.named_modules())]
+def _trained_whole(model: nn.Module, parts: set[str]) -> list[str]:
+    """Names, for PEFT's `modules_to_save`, of the modules that are these parts of a model."""
+    inside = any(part_of(name) == "projector" and lies_in(name, TOWER_NAMES) for name, _ in model.named_modules())
+    if inside and parts == {"tower"}:  # Qwen-VL's
+        raise InputError(
+            "`freeze_vision_tower: false`: the projector of this family lies inside its tower, which is trained and "
+            "saved whole. Set `freeze_projector: false` too, or leave the tower frozen"
+        )
+    names = [*TOWER_NAMES] * ("tower" in parts)
+    names += [*PROJECTOR_NAMES] * ("projector" in parts and not (inside and "tower" in parts))
+    return [found for name in names for found in _present(model, name)]
+
+
+def _present(model: nn.Module, name: str) -> list[str]:
+    """A name, if the model has a module of it; of a list of modules, which PEFT cannot save as one, those in it."""
+    for path, module in model.named_modules():
+        if path.split(".")[-1] == name:
+            return [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+    return []
