@@ -179,6 +179,9 @@ def test_a_step_that_cannot_be_recorded_runs_plainly_and_says_why(
     assert all(torch.equal(one, plain.responses) for one in found)
     said = [message for message in caplog.messages if "not replayed as a CUDA graph" in message]
     assert len(said) == (device == "cuda")  # once
+    if device == "cuda":  # torch is not left in the middle of a recording
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu

@@ -111,7 +111,7 @@ def test_new_head_is_seeded_and_its_bias_is_zero(tiny_llava_dir: Path) -> None:
 
 
 def test_missing_head_is_an_error_for_scoring(tiny_llava_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no score head \(score.bias, score.weight not in its checkpoint\)"):
+    with pytest.raises(ValueError, match=r"has no score head \(score.bias, score.weight not in its checkpoint, "):
         models.load_sequence_classifier(str(tiny_llava_dir), args_for(tiny_llava_dir), new_head=False)
     trained = models.load_sequence_classifier(str(tiny_llava_dir), args_for(tiny_llava_dir), seed=3)
     trained.save_pretrained(tmp_path)

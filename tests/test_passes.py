@@ -3,6 +3,7 @@
 import copy
 import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import tiny_models
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset, Image, List
 from peft import PeftModel
 from reference_passes import plain_values, response_logits, token_logprobs
 from tiny_trainers import make_adapter, ppo_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -187,6 +190,7 @@ def make_generator(keep_logprobs: bool = False, stop: int = 2, **changes: Any) -
         "torch_compile": False,
         **changes,
     }
+    AcceleratorState._reset_state(True)  # of a test whose trainer computed in bfloat16
     return Generator(
         SimpleNamespace(**settings),
         Accelerator(),
@@ -334,34 +338,63 @@ def test_a_window_is_left_to_transformers(
 
 
 class PlayedGraph:
-    """A CUDA graph without a GPU: recording computes nothing that stays, a replay runs the step again."""
+    """A CUDA graph without a GPU: recording computes nothing that stays, a replay runs the step again.
+
+    What torch holds meanwhile, and gives back only where a recording ends well, is `stream` and `pools`.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
-        self.fault, self.recorded, self.replayed = fault, 0, 0
+        self.fault, self.recorded, self.replayed, self.recording = fault, 0, 0, False
+        self.stream, self.pools = SimpleNamespace(device_index=0), {}
         draw_with = decoding.StaticDecoder._draw_with
 
         def watched(decoder: Any, policy: Any, state: Any) -> Any:
             self.draw, self.state = draw_with(decoder, policy, state), state
-            return lambda: self.draw() + (100 if fault == "other logits" and self.recording else 0)
+            return self.drawn
 
         monkeypatch.setattr(decoding, "_on_gpu", lambda state: True)
         monkeypatch.setattr(decoding.StaticDecoder, "_draw_with", watched)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
-        self.recording = False
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "graph", self.begin)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        for name, states in {"_cuda_endAllocateToPool": "recording", "_cuda_releasePool": "ended"}.items():
+            monkeypatch.setattr(torch._C, name, partial(self.forget, states), raising=False)
+
+    def begin(self, graph: Any, pool: tuple[int, int], capture_error_mode: str) -> Any:
+        assert graph is self and capture_error_mode == "thread_local"
+        self.outside, self.stream, self.pools[pool] = self.stream, SimpleNamespace(device_index=0), "recording"
+        return self
+
+    def forget(self, state: str, device: int, pool: tuple[int, int]) -> None:
+        assert self.pools.pop(pool) == state
+        if state == "recording":
+            self.pools[pool] = "ended"
+
+    def drawn(self) -> torch.Tensor:
+        if self.recording and self.fault == "cannot be recorded":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        return self.draw() + (100 if self.recording and self.fault == "other logits" else 0)
 
     def __enter__(self) -> None:
-        if self.fault == "cannot be recorded":
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         self.recording, self.before = True, copy.deepcopy(self.state)
 
     def __exit__(self, *error: Any) -> None:
-        self.recording, self.recorded = False, self.recorded + 1
+        self.recording = False
+        if self.fault == "cannot be recorded":
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream, self.recorded = self.outside, self.recorded + 1
+        self.pools.clear()
         for name in ("ids", "positions", "step", "ended"):
             getattr(self.state, name).copy_(getattr(self.before, name))
         for layer, old in zip(self.state.cache.layers, self.before.cache.layers, strict=True):
             layer.cumulative_length.copy_(old.cumulative_length)
+
+    def pool(self) -> tuple[int, int]:
+        if self.fault == "cannot be recorded":
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return (0, 1)
 
     def replay(self) -> None:
         self.replayed += 1
@@ -391,6 +424,7 @@ def test_a_recorded_step_is_replayed_or_left_with_a_message(
     monkeypatch.setattr(decoding, "BUCKET", 5)
     monkeypatch.setattr(decoding, "CHECK_EVERY", 2)
     graph = PlayedGraph(monkeypatch, fault)
+    stream = graph.stream
     static = make_generator(**settings, cache_implementation="static").generate(policy, inputs, 1)
     assert torch.equal(static.responses, plain.responses) and torch.equal(static.mask, plain.mask)
     torch.testing.assert_close(static.logprobs, plain.logprobs, rtol=0, atol=1e-5)
@@ -399,6 +433,8 @@ def test_a_recorded_step_is_replayed_or_left_with_a_message(
         assert graph.recorded == 3 and graph.replayed > 9 and not said
     else:
         assert graph.recorded <= 1 and len(said) == 1 and message in said[0]  # once
+    # Nothing of a recording is left in torch.
+    assert graph.stream is stream and not graph.pools
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
@@ -416,6 +452,43 @@ def test_what_waits_for_the_device_is_not_recorded(tiny_llava_dir: Path) -> None
     assert "rotary embeddings of type dynamic" in str(decoding.why_not_recorded(policy))
     policy.config.quantization_config = SimpleNamespace(load_in_8bit=True)
     assert "LLM.int8" in str(decoding.why_not_recorded(policy))
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses what a GPU would be waited for: reading a number, sizes that depend on data, tensors of Python's numbers."""
+
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "lift_fresh")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for a GPU"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("family", SCORE_CLASSES)
+def test_a_step_waits_for_nothing(
+    family: str, greedy: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = request.getfixturevalue(family)
+    policy = PeftModel.from_pretrained(
+        policy_and_value(family, folder)[0], make_adapter(folder, request.getfixturevalue("tmp_path") / "adapter")
+    ).eval()
+    draw_with, steps = decoding.StaticDecoder._draw_with, []
+
+    def watched(decoder: Any, policy: Any, state: Any) -> Any:
+        step = draw_with(decoder, policy, state)
+
+        def draw() -> torch.Tensor:
+            with NothingIsRead():
+                steps.append(1)
+                return step()
+
+        return draw
+
+    monkeypatch.setattr(decoding.StaticDecoder, "_draw_with", watched)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # transformers asks
+    make_generator(cache_implementation="static").generate(policy, make_inputs(family, folder), None if greedy else 1)
+    assert len(steps) > 6
 
 
 def test_static_decoding_is_not_for_zero3(tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from trl_llava.models.chunked_head import Sampling, logprobs_of
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.positions import derives_positions, prompt_positions
 from trl_llava.ppo.randomness import gumbel_scores
+from trl_llava.ppo.recording import record
 
 logger = logging.getLogger(__name__)
 
@@ -278,13 +279,10 @@ class StaticDecoder:
         before = {name: getattr(state, name).clone() for name in ("ids", "positions", "step", "ended")}
         expected = draw().float()  # also loads kernels, which a recording must not
         _take_back(state, before)
-        graph = torch.cuda.CUDAGraph()
         try:
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):  # records, computes nothing
-                logits = draw()
+            graph, logits = record(draw)
         except RuntimeError as failure:
-            reason = str(failure).splitlines()[0]
+            reason = str(failure)
         else:
             graph.replay()
             error = (logits.float() - expected).abs().max().item()
