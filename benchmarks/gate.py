@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler, SequentialSampler
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 
@@ -142,6 +143,10 @@ def gated(trainer_class: type[Trainer], gate: Gate) -> type[Trainer]:
             self.data_collator = gate.timed("data", self.data_collator)
             self.compute_loss = gate.timed("forward", self.compute_loss)
             self.accelerator.backward = gate.timed("backward", self.accelerator.backward)
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+            # All sides take the rows as they lie: a step's batch is known.
+            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     return Gated
 

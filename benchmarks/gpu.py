@@ -2,20 +2,21 @@
 
     python -m benchmarks.gpu [--minutes 6] [--layers 8] [--json FILE] [--runs 2] [--only decoding ...]
 
-Four kinds of cases, each in processes of its own:
+Five kinds of cases, each in processes of its own, whose sides take their steps in turn:
 
 - step: a step of a stage: tokens/s, shares of the card's bfloat16 peak and of its memory bandwidth, peak memory beside
   what `trl-llava plan` says.
 - decoding: milliseconds a token of our generation and of transformers' `generate` on the same prompts and policy.
-- lengths: a step of SFT whose batch has a length that the process has not seen, beside one of a known length, ours and
-  TRL's trainer; and of the reward model, ours and one that encodes both completions of a pair whole.
+- lengths: SFT in turn with TRL's trainer, and the reward model in turn with one that encodes both completions of a
+  pair whole; batches of a known length in turn with ones of a length that the process has not seen.
+- beside: PPO in turn with the PPO of TRL 1.12 on text as long as our prompts, where that TRL is installed.
 - onevision: LLaVA-OneVision-0.5B's shape with its recipes as they are, within the memory of a 24 GB card. They read
   images in tiles, and need torchvision.
 
-Nothing is downloaded: the weights are drawn (14 GB on disk for all 32 layers, in a temporary folder that `--folder`
-moves). After each case the tables so far are printed and `--json` is written anew; when the time is up, or on SIGTERM,
-the running case is left out. A case that fails is a row that says so, and the command then ends with status 1. Without
-a CUDA device it ends with an error.
+Nothing is downloaded: the weights are drawn (up to 30 GB on disk for all 32 layers, in a temporary folder that
+`--folder` moves). After each case the tables so far are printed and `--json` is written anew; when the time is up, or
+on SIGTERM, the running case is left out. A case that fails is a row that says so, and the command then ends with
+status 1. Without a CUDA device it ends with an error.
 """
 
 import argparse
@@ -30,10 +31,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import trl
 
 from benchmarks import gpu_onevision, ppo_sides, reward_step, sft_step
 from benchmarks.gate import Gate
@@ -42,7 +45,7 @@ from benchmarks.gpu_work import find_card
 from benchmarks.harness import Side, alternate, quiet, say, steps_needed
 from benchmarks.rows import make_rows, stage_words
 from benchmarks.tables import arguments, write_json
-from benchmarks.workload import Size, make_base, make_reward
+from benchmarks.workload import Size, make_base, make_reward, make_text_model
 from trl_llava.ppo.generation import neutral_generation_config
 from trl_llava.ppo_trainer import LlavaPPOTrainer
 from trl_llava.reward_trainer import LlavaRewardTrainer
@@ -59,28 +62,29 @@ BASES: dict[str, dict[str, Any]] = {
 CASES = (
     Case("step", "ppo", "bf16", 8),
     Case("decoding", "ppo", "bf16", 8),
-    Case("step", "sft", "bf16", 8),
     Case("lengths", "sft", "bf16", 8),
+    Case("decoding", "ppo", "bf16", 32),
+    Case("step", "ppo", "bf16", 64),
+    Case("lengths", "reward", "bf16", 8),
+    Case("step", "sft", "bf16", 8),
     Case("step", "reward", "bf16", 8),
     Case("step", "ppo", "nf4", 8),
+    Case("beside", "ppo", "bf16", 8),
+    Case("decoding", "ppo", "nf4", 8),
+    Case("step", "sft", "nf4", 8),
+    Case("step", "reward", "nf4", 8),
     Case("onevision", "sft", "nf4", 1),
     Case("onevision", "reward", "nf4", 1),
     Case("onevision", "ppo", "nf4", 4),
-    Case("lengths", "reward", "bf16", 8),
-    Case("step", "sft", "nf4", 8),
-    Case("step", "reward", "nf4", 8),
-    Case("decoding", "ppo", "bf16", 32),
-    Case("decoding", "ppo", "nf4", 8),
-    Case("step", "ppo", "bf16", 64),
 )
 """The most useful first."""
 KNOWN, NEW = (243, 243), (16, 272)
-"""Fewest and most words of a completion where all batches have one length, and where hardly two have the same: the
+"""Fewest and most words of a completion in batches of one length, and in those of which hardly two have the same: the
 longest of eight has 243 words on average."""
 OUT_OF_MEMORY = ("OutOfMemoryError", "STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA out of memory")
 """What a traceback says of a case that does not fit: PyTorch's own words, cuBLAS's and cuDNN's, and the driver's."""
-DISK_GB = 16
-"""The base in bfloat16, and the reward model's adapter in float32."""
+DISK_GB = 30
+"""The base and the language model alone in bfloat16, and the reward model's adapter in float32."""
 SMALL_CARD_GB = 0.95 * 24
 """What PyTorch may take of a card of 24 GB: the rest is CUDA's own."""
 
@@ -125,6 +129,8 @@ def sides_of(case: Case, size: Size, folder: Path, steps: int, response_length: 
         return {case.name: functools.partial(limited, side=run, gb=SMALL_CARD_GB)}
     if case.kind == "lengths":
         return length_sides(case, size, folder, steps)
+    if case.kind == "beside":
+        return ppo_beside_trl(case, size, folder, steps, response_length)
     if case.stage == "sft":
         sft = sft_step.Step(size, case.batch, steps=steps)
         make_rows(size, folder / "rows", case.batch * steps, {"completion": sft.answer})
@@ -140,27 +146,44 @@ def sides_of(case: Case, size: Size, folder: Path, steps: int, response_length: 
 
 
 def length_sides(case: Case, size: Size, folder: Path, steps: int) -> dict[str, Side]:
-    """Two trainers, each over batches of one length and over batches of ever new ones."""
-    fields, sides = BASES[case.base], {}
+    """Two trainers over the same batches, every other of which has a new length; the first has the known one."""
+    fields = BASES[case.base]
+    spans = [KNOWN] * case.batch + [NEW] * case.batch
     columns = ["completion"] if case.stage == "sft" else ["chosen", "rejected"]
-    for word, lengths in (("known", KNOWN), ("new", NEW)):
-        place = folder / f"{case.stage}_{word}"
-        place.mkdir(exist_ok=True)
-        for model in ("base", "reward"):
-            if not (place / model).exists():
-                (place / model).symlink_to(folder / model)
-        make_rows(size, place / "rows", case.batch * steps, dict.fromkeys(columns, lengths))
-        if case.stage == "sft":
-            sft = sft_step.Step(size, case.batch, lengths, steps)
-            sides[f"ours, {word}"] = functools.partial(sft_step.our_side, folder=place, step=sft, **fields)
-            sides[f"TRL, {word}"] = functools.partial(sft_step.trl_side, folder=place, step=sft, **fields)
-        else:
-            pairs = reward_step.Step(size, case.batch, lengths, steps)
-            sides[f"ours, {word}"] = reward_side(place, pairs, LlavaRewardTrainer, fields)
-            # TRL's trainer takes no images: it would encode both completions of a pair whole, with PyTorch's default.
-            whole = {**fields, "share_prefix": False, "cudnn_attention": True}
-            sides[f"both whole, {word}"] = reward_side(place, pairs, reward_step.WholeRewardTrainer, whole)
-    return sides
+    make_rows(size, folder / "rows", case.batch * steps, dict.fromkeys(columns, spans))
+    if case.stage == "sft":
+        sft = sft_step.Step(size, case.batch, steps=steps)
+        both = {"ours": sft_step.our_side, "TRL": sft_step.trl_side}
+        return {name: functools.partial(side, folder=folder, step=sft, **fields) for name, side in both.items()}
+    pairs = reward_step.Step(size, case.batch, steps=steps)
+    # TRL's trainer takes no images: it would encode both completions of a pair whole, with PyTorch's default.
+    whole = {**fields, "share_prefix": False, "cudnn_attention": True}
+    return {
+        "ours": reward_side(folder, pairs, LlavaRewardTrainer, fields),
+        "both whole": reward_side(folder, pairs, reward_step.WholeRewardTrainer, whole),
+    }
+
+
+def ppo_beside_trl(case: Case, size: Size, folder: Path, steps: int, response_length: int) -> dict[str, Side]:
+    """Our PPO, and TRL's on text, whose three whole bases leave room for small micro-batches on a card of 80 GB."""
+    fields = BASES[case.base]
+    step = replace(ppo_of(case, size, steps, response_length), micro_batch=max(1, case.batch // 4))
+    make_rows(size, folder / "rows", case.batch * steps, {})
+    in_a_process(draw_text_model, size, folder / "text", "cpu" if "use_cpu" in fields else "cuda")
+    both = {"ours": ppo_sides.our_side, "TRL on text": ppo_sides.trl_side}
+    return {name: functools.partial(side, folder=folder, step=step, **fields) for name, side in both.items()}
+
+
+def draw_text_model(size: Size, folder: Path, device: str) -> None:
+    """Write the language model alone, for TRL's PPO."""
+    make_text_model(size, folder, dtype=torch.bfloat16, device=device)
+
+
+def without_upstream(case: Case) -> str | None:
+    """Why there is nobody to compare a case with, if so."""
+    if case.kind == "beside" and find_spec("trl.experimental.ppo") is None:
+        return f"TRL {trl.__version__} has no PPO: install constraints-oldest.txt"
+    return None
 
 
 def reward_side(
@@ -170,9 +193,20 @@ def reward_side(
     return functools.partial(reward_step.side, folder=folder, step=step, trainer_class=kind, judged=True, **fields)
 
 
-def planned_gib(case: Case, size: Size, folder: Path, response_length: int) -> float:
+@contextmanager
+def planning(case: Case, size: Size, folder: Path, response_length: int) -> Iterator[Callable[[], float | None]]:
+    """Plan a step in a process beside the block, whose end is the plan's too; gives what waits for the plan."""
+    if case.kind != "step":
+        yield lambda: None
+        return
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool.apply_async(planned_gib, (case, size, folder, response_length, BASES[case.base])).get
+
+
+def planned_gib(case: Case, size: Size, folder: Path, response_length: int, fields: Mapping[str, Any]) -> float:
     """What `trl-llava plan` says of a step: GiB of its worst moment."""
-    fields = {**BASES[case.base], "report_to": "none"}
+    quiet()
+    fields = {**fields, "report_to": "none"}
     prompt = size.image_tokens + size.question + 40  # about as many of the template
     length = {"sft": prompt + 96, "reward": prompt + 96 + 200, "ppo": prompt}[case.stage]
     if case.stage == "sft":
@@ -201,20 +235,33 @@ def limited(gate: Gate, side: Side, gb: float) -> None:
 
 def run_case(case: Case, size: Size, folder: Path, runs: int, response_length: int) -> list[dict[str, Any]]:
     """Run a case of which `runs` steps count: what `alternate` returns, with the case's fields and a plan."""
+    nothing = {**case._asdict(), "side": case.name, "seconds": None}
+    if (reason := without_upstream(case)) is not None:
+        say(f"{case.name}: {reason}")
+        return [{**nothing, "run": reason}]
+    turns = 2 * runs + 1 if case.kind == "lengths" else runs
     try:
-        sides = sides_of(case, size, folder, steps_needed(runs), response_length)
-        found = []
-        for kind in dict.fromkeys(name.split(",")[0] for name in sides):  # all sides at once might not fit
-            found += alternate({name: side for name, side in sides.items() if name.split(",")[0] == kind}, runs)
-        planned = planned_gib(case, size, folder, response_length) if case.kind == "step" else None
+        with planning(case, size, folder, response_length) as plan_of:
+            found = alternate(sides_of(case, size, folder, steps_needed(turns), response_length), turns)
+            planned = plan_of()
     except RuntimeError as error:
         if any(sign in str(error) for sign in OUT_OF_MEMORY):
             say(f"{case.name}: does not fit")
-            return [{**case._asdict(), "side": case.name, "seconds": None, "run": "does not fit"}]
+            return [{**nothing, "run": "does not fit"}]
         say(f"{case.name} failed:\n{error}")
-        last = str(error).strip().splitlines()[-1]
-        return [{**case._asdict(), "side": case.name, "seconds": None, "run": "failed", "error": last}]
+        return [{**nothing, "run": "failed", "error": str(error).strip().splitlines()[-1]}]
+    if case.kind == "lengths":
+        found = with_lengths(found)
     return [{**run, **case._asdict(), "planned_gib": planned} for run in found]
+
+
+def with_lengths(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps that count, in pairs of a known length and a new one; the first pair warms up."""
+    return [
+        {**run, "lengths": "new" if run["run"] % 2 else "known", "run": run["run"] // 2}
+        for run in found
+        if run["run"] > 1
+    ]
 
 
 def measure(
@@ -289,7 +336,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--response-length", type=int, default=256, help="limit of PPO's completions")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak, if the card is not known here")
     parser.add_argument("--bandwidth-gbs", type=float, help="memory bandwidth, if the card is not known here")
-    parser.add_argument("--folder", help="where the temporary 14 GB go")
+    parser.add_argument("--folder", help="where the temporary 30 GB go")
     return parser
 
 

@@ -1,18 +1,18 @@
-"""The tables of `benchmarks.gpu`: steps with their shares of what the card can do, decoding, lengths, OneVision."""
+"""The tables of `benchmarks.gpu`: steps and what share of the card they use, decoding, sides in turn, OneVision."""
 
 import statistics
 from typing import Any, NamedTuple
 
 from benchmarks import ppo_sides, sft_step
 from benchmarks.gpu_work import Card, decoding_bytes, pass_flops, training_flops
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, median_of
 from benchmarks.workload import Size
 
 
 class Case(NamedTuple):
     """One measurement; `batch` are the rows (pairs of the reward model) that a pass takes at once."""
 
-    kind: str  # step, decoding, lengths or onevision
+    kind: str  # step, decoding, lengths, beside or onevision
     stage: str  # sft, reward or ppo
     base: str  # bf16 or nf4
     batch: int
@@ -89,22 +89,41 @@ def decoding_row(
 
 
 def lengths_row(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row of the table of lengths: seconds of each side, and what new lengths cost."""
-    seconds = {
-        side: statistics.median(run["seconds"] for run in runs if run["side"] == side)
-        for side in dict.fromkeys(run["side"] for run in runs)
-    }
-    other = next(side for side in seconds if not side.startswith("ours")).split(",")[0]
+    """A row of the table of lengths: seconds of each side, and what new lengths cost; ratios within pairs of steps."""
+    known, new = ([run for run in runs if run["lengths"] == lengths] for lengths in ("known", "new"))
+    other = other_side(runs)
     return {
         **_named(case),
-        "ours, known": seconds["ours, known"],
-        "ours, new": seconds["ours, new"],
-        "new to known": seconds["ours, new"] / seconds["ours, known"],
+        "ours, known": median_of(known, "ours", "seconds"),
+        "ours, new": median_of(new, "ours", "seconds"),
+        "new to known": _in_turn((new, "ours"), (known, "ours")),
         "beside": other,
-        "its new to known": seconds[f"{other}, new"] / seconds[f"{other}, known"],
-        "ours to it, known": seconds["ours, known"] / seconds[f"{other}, known"],
-        "ours to it, new": seconds["ours, new"] / seconds[f"{other}, new"],
+        "its new to known": _in_turn((new, other), (known, other)),
+        "ours to it, known": _in_turn((known, "ours"), (known, other)),
+        "ours to it, new": _in_turn((new, "ours"), (new, other)),
     }
+
+
+def beside_row(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the table of PPO beside TRL's: seconds of a step and of its generation, memory, ratio in turn."""
+    other = other_side(runs)
+    row: dict[str, Any] = {**_named(case), "beside": other}
+    for name, side in (("our", "ours"), ("its", other)):
+        row[f"{name} s per step"] = median_of(runs, side, "seconds")
+        row[f"{name} s of generation"] = median_of(runs, side, "phases", "generation")
+        row[f"{name} peak GiB"] = peak_gib([run for run in runs if run["side"] == side])
+    return {**row, "ours to it": _in_turn((runs, "ours"), (runs, other))}
+
+
+def other_side(runs: list[dict[str, Any]]) -> str:
+    """Who ours are compared with."""
+    return str(next(run["side"] for run in runs if run["side"] != "ours"))
+
+
+def _in_turn(of: tuple[list[dict[str, Any]], str], to: tuple[list[dict[str, Any]], str]) -> float:
+    """The median of the ratios of two sides' seconds, each of steps that were taken one after the other."""
+    over, under = ({run["run"]: run["seconds"] for run in runs if run["side"] == side} for runs, side in (of, to))
+    return statistics.median(over[number] / under[number] for number in over)
 
 
 def onevision_row(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -140,7 +159,7 @@ def tables(
             make = step_row if case.kind == "step" else decoding_row
             row = make(case, size, runs, card, response_length)
         else:
-            row = lengths_row(case, runs) if case.kind == "lengths" else onevision_row(case, runs)
+            row = {"lengths": lengths_row, "beside": beside_row, "onevision": onevision_row}[case.kind](case, runs)
         rows.setdefault(case.kind, []).append(row)
         ratios |= {f"{case.name} {key}": row[key] for key in row if key.startswith("of ") or " to " in key}
     return "\n\n".join(f"{kind}:\n\n{markdown(own)}" for kind, own in rows.items()) + "\n", ratios

@@ -260,13 +260,15 @@ class _Both:
             manager.__exit__(*error)
 
 
-def trl_side(gate: Gate, folder: Path, step: Step) -> None:
+def trl_side(gate: Gate, folder: Path, step: Step, dtype: str = "float32", **fields: Any) -> None:
     """Run TRL's `PPOTrainer` on text that is as long as our prompts with their image tokens.
 
     Args:
         gate: The gate.
         folder: What `prepare` has written.
         step: What a step does.
+        dtype: Of the models' weights.
+        **fields: Further fields of its config.
     """
     try:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -287,15 +289,17 @@ def trl_side(gate: Gate, folder: Path, step: Step) -> None:
 
     upstream.forward, upstream.get_reward = timed_forward, timed_reward
     text, size = folder / "text", step.size
-    policy = AutoModelForCausalLM.from_pretrained(text)
+    policy = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
     value, reward = (
-        get_peft_model(AutoModelForSequenceClassification.from_pretrained(text, num_labels=1), lora(size, head=True))
+        get_peft_model(
+            AutoModelForSequenceClassification.from_pretrained(text, num_labels=1, dtype=dtype), lora(size, head=True)
+        )
         for _ in range(2)
     )
     tokenizer = AutoTokenizer.from_pretrained(text)
     with tempfile.TemporaryDirectory(dir=folder) as output:
         trainer = PPOTrainer(
-            args=PPOConfig(output_dir=output, **step.values()),
+            args=PPOConfig(output_dir=output, **{**step.values(), **fields}),
             processing_class=tokenizer,
             model=policy,
             ref_model=None,

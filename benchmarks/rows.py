@@ -35,14 +35,22 @@ def words(rng: np.random.Generator, count: int, size: Size) -> str:
     return " ".join(f"w{i}" for i in rng.integers(size.vocabulary - len(SPECIAL), size=count))
 
 
-def make_rows(size: Size, folder: Path, count: int, answers: dict[str, tuple[int, int]], *, seed: int = 0) -> Path:
+def make_rows(
+    size: Size,
+    folder: Path,
+    count: int,
+    answers: Mapping[str, tuple[int, int] | list[tuple[int, int]]],
+    *,
+    seed: int = 0,
+) -> Path:
     """Write rows, each with a picture of its own and a question, and the pictures.
 
     Args:
         size: Lengths of questions, and pixels of pictures.
         folder: Where `rows.jsonl` and the pictures go.
         count: How many rows.
-        answers: Column (`completion`, `chosen`, ...) -> fewest and most words of the answers in it.
+        answers: Column (`completion`, `chosen`, ...) -> fewest and most words of the answers in it; or such a pair for
+            each row, over and over.
         seed: Of all that is random.
 
     Returns:
@@ -58,7 +66,8 @@ def make_rows(size: Size, folder: Path, count: int, answers: dict[str, tuple[int
             "images": [f"{index}.png"],
             "prompt": [{"role": "user", "content": words(rng, size.question, size)}],
         }
-        for column, (fewest, most) in answers.items():
+        for column, spans in answers.items():
+            fewest, most = spans if isinstance(spans, tuple) else spans[index % len(spans)]
             text = words(rng, int(rng.integers(fewest, most + 1)), size)
             row[column] = [{"role": "assistant", "content": text}]
         row["captions"] = [words(rng, 10, size) for _ in range(5)]  # as COCO has them

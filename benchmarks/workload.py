@@ -169,18 +169,21 @@ def make_base(size: Size, folder: Path, *, dtype: torch.dtype = torch.float32, d
     return folder
 
 
-def make_text_model(size: Size, folder: Path) -> Path:
+def make_text_model(size: Size, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Path:
     """Write the language model alone, for a trainer that cannot see.
 
     Args:
         size: What it is.
         folder: Where it goes.
+        dtype: Of the weights.
+        device: Where they are drawn.
 
     Returns:
         The folder.
     """
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(text_config(size)).save_pretrained(folder)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(text_config(size), dtype=dtype).save_pretrained(folder)
     make_tokenizer(size.vocabulary).save_pretrained(folder)
     return folder
 

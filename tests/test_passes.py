@@ -455,7 +455,7 @@ def test_what_waits_for_the_device_is_not_recorded(tiny_llava_dir: Path) -> None
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Refuses what a GPU would be waited for: reading a number, sizes that depend on data, tensors of Python's numbers."""
+    """Refuses what waits for a GPU: reading a number, sizes that depend on data, tensors of Python's numbers."""
 
     WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "lift_fresh")
 

@@ -11,9 +11,7 @@ _given_up: list[torch.cuda.CUDAGraph] = []
 def record(step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """Record a step that computes nothing now; returns the graph and the tensor that its replays write.
 
-    Raises:
-        RuntimeError: If the step cannot be recorded, as it waits for the GPU; with the reason. Nothing of the attempt is
-            left, so that the step can be run as it is.
+    A RuntimeError says why a step cannot be recorded; nothing of the attempt is left then, and the step can be run.
     """
     graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     try:
