@@ -48,6 +48,8 @@ test-eval: .venv-eval/.installed
 
 # On a machine with a GPU, in four minutes: what the tests on a CPU cannot see.
 test-gpu: .venv/.installed
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+		f"error: no CUDA device for torch {torch.__version__}: these tests need one (make test runs on CPUs)")'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check liger-kernel
 	@CI=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 6 -m gpu tests/test_gpu.py $(PYTEST_ARGS)
 
