@@ -249,14 +249,6 @@ def test_adapter_without_head_is_no_reward_model(work: Work, policy: Path, rewar
         work.ppo("none", "--sft_model_path", str(policy), "--reward_model_path", str(headless))
 
 
-def test_reward_model_of_another_family(work: Work, policy: Path, tmp_path: Path) -> None:
-    other = Work(tmp_path, tiny_models.tiny_llava_next(tmp_path / "next", vocab_size=640))
-    other.reward("other", "--use_peft", "--lora_r", "2", "--max_steps", "1")
-    start = ["--sft_model_path", str(policy), "--reward_model_path", str(tmp_path / "other")]
-    with pytest.raises(ValueError, match=r"policy and value model \(reward_model_path\) do not fit together"):
-        work.ppo("none", *start)
-
-
 def test_nothing_to_learn_from(work: Work, policy: Path) -> None:
     with pytest.raises(RecipeError, match=r"nothing to learn from: set `reward_model_path`"):
         work.ppo("none", "--sft_model_path", str(policy))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.images import load_image
+from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.prompts import message_text
 from trl_llava.publish.shareable import SAMPLES
 from trl_llava.rewards.factual_reward import FactualReward
@@ -52,16 +53,17 @@ def _complete(trainer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         for row in rows:  # each on its own: no padding, which some models read differently
-            batch = collator([row])
-            batch.pop("columns")
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            inputs = ModelInputs.from_batch(collator([row]), model.device)
             ids = model.generate(
-                **inputs,
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                **inputs.tokens,
+                **inputs.image_kwargs(),
                 max_new_tokens=LONGEST_COMPLETION,
                 do_sample=False,
                 suppress_tokens=[processor.image_token_id],  # it would have no image
             )
-            text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            text = processor.tokenizer.decode(ids[0, inputs.query_length :], skip_special_tokens=True)
             samples.append({"completion": text.strip()})
     model.train(was_training)
     return samples
