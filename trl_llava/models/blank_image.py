@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.errors import ExplainedError
 from trl_llava.models.base_model import base_of
+from trl_llava.models.families import GRID
 from trl_llava.models.sharded_weights import shards_weights
 from trl_llava.models.vision_tower import takes_image_features, trains_vision
 
@@ -59,7 +60,7 @@ class _BlankImage:
         self.takes_features = takes_image_features(backbone)
         self.nothing: torch.Tensor | None = None
         backbone.register_forward_pre_hook(self.before, with_kwargs=True)
-        if (language_model := getattr(backbone, "language_model", None)) is not None:
+        if (language_model := backbone.get_decoder()) is not backbone:
             language_model.register_forward_pre_hook(self.into_embeddings, with_kwargs=True)
         backbone.register_forward_hook(self.after)
 
@@ -78,13 +79,16 @@ class _BlankImage:
                 )
             device = next(value for value in kwargs.values() if isinstance(value, torch.Tensor)).device
             blank = {name: value.to(device) for name, value in self.blank.items()}
-            encoded = backbone.get_image_features(**blank, return_dict=True).pooler_output
-            self.nothing = sum(((features * 0).sum() for features in encoded), torch.zeros((), device=device))
+            encoded = backbone.get_image_features(**blank, return_dict=True)
+            layers = [encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or [])]
+            nothings = ((features * 0).sum() for layer in layers for features in layer)
+            self.nothing = sum(nothings, torch.zeros((), device=device))
             return None
         if not self.takes_features:
             return None
         encoded = backbone.get_image_features(**given, return_dict=True)
-        left = {name: value for name, value in kwargs.items() if name not in given}
+        # The grid stays: positions are made of it too.
+        left = {name: value for name, value in kwargs.items() if name == GRID or name not in given}
         return args, {**left, "mm_encoder_outputs": {"image": encoded}}
 
     def into_embeddings(
