@@ -8,7 +8,7 @@ import json
 import math
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -29,6 +29,7 @@ from trl_llava.models.families import family_of
 from trl_llava.models.load import load_processor
 
 STAGES = ("sft", "reward", "ppo", "grpo", "rloo", "dpo")
+COLORS = ("red", "blue", "green", "black")
 SIZES = ((40, 32), (30, 60), (96, 40), (64, 64))  # (width, height)
 GOOD = "There is a red square."
 COMMON = [
@@ -38,13 +39,15 @@ COMMON = [
 ONLINE = ["--max_steps", "2", "--num_generations", "2", "--max_completion_length", "6", "--beta", "0.1"]
 
 
-def write_rows(folder: Path) -> None:
-    """Four rows for each stage, each with an image of another size, and captions."""
+def write_rows(folder: Path, counts: Sequence[int]) -> None:
+    """Four rows for each stage with so many images each, all of different sizes, and captions."""
     rows = []
-    for i, (color, size) in enumerate(zip(("red", "blue", "green", "black"), SIZES, strict=True)):
-        tiny_models.image(color, size).save(folder / f"{i}.png")
+    for i, count in enumerate(counts):
+        names = [f"{i}{'' if j == 0 else j}.png" for j in range(count)]
+        for name, size in zip(names, (SIZES[i], SIZES[i - 1]), strict=False):
+            tiny_models.image(COLORS[i], size).save(folder / name)
         question = [{"role": "user", "content": f"What is in picture {i}?"}]
-        rows.append({"images": [f"{i}.png"], "prompt": question, "captions": [f"a {color} square"]})
+        rows.append({"images": names, "prompt": question, "captions": [f"a {COLORS[i]} square"]})
     good, bad = ([{"role": "assistant", "content": text}] for text in (GOOD, "A dog."))
     pairs = [{**row, "chosen": good, "rejected": bad} for row in rows]
     stages = {"sft": [{**row, "completion": good} for row in rows], "reward": pairs, "dpo": pairs}
@@ -99,12 +102,13 @@ class FamilyRuns:
     Args:
         base: folder of the model.
         folder: of the rows, and of what the runs leave.
+        counts: of the images of each row.
     """
 
-    def __init__(self, base: Path, folder: Path) -> None:
+    def __init__(self, base: Path, folder: Path, counts: Sequence[int] = (1, 1, 1, 1)) -> None:
         self.base, self.folder = base, folder
         self.made: dict[str, Any] = {}
-        write_rows(folder)
+        write_rows(folder, counts)
 
     def words(self, stage: str) -> list[str]:
         """The command line of a stage."""
@@ -175,10 +179,11 @@ class FamilyRuns:
     def logprobs(self, model: Any, i: int, text: str | None, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Those of a completion, given as text or as ids, behind row `i` in a direct call of processor and model."""
         processor = load_processor(str(self.base))
-        content = [{"type": "image"}, {"type": "text", "text": f"What is in picture {i}?"}]
+        images = [Image.open(path) for path in sorted(self.folder.glob(f"{i}*.png"))]
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": f"What is in picture {i}?"}]
         said = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
         row = {
-            "images": [Image.open(self.folder / f"{i}.png")],
+            "images": images,
             "prompt": [{"role": "user", "content": content}],
             "completion": said,
         }
@@ -203,7 +208,7 @@ class FamilyRuns:
             expected, found = -torch.cat(rows).mean(), logged["loss"]
         else:
             expected, found = torch.stack([row.sum() for row in rows]).mean(), logged["logps/chosen"]
-        assert abs(found - float(expected)) < 1e-3 * abs(expected), (found, float(expected))
+        assert abs(found - float(expected)) < 1e-5 * abs(expected), (found, float(expected))
 
     def check_logprobs(self, call: Call) -> None:
         """Those of the first completions, in a padded batch of several images, under SFT's policy."""
@@ -216,7 +221,7 @@ class FamilyRuns:
             length = int(mask[-call.kept :].sum())
             completion = ids[-call.kept :][:length]
             expected = self.logprobs(model, i, None, completion)
-            torch.testing.assert_close(found[:length], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found[:length], expected, rtol=1e-5, atol=1e-5)
         assert len(asked) == 2
 
 
