@@ -39,6 +39,11 @@ COMMON = [
 ONLINE = ["--max_steps", "2", "--num_generations", "2", "--max_completion_length", "6", "--beta", "0.1"]
 
 
+def question(i: int) -> str:
+    """What row `i` asks; no two are of one length."""
+    return f"What is in picture {i}{', please' * i}?"
+
+
 def write_rows(folder: Path, counts: Sequence[int]) -> None:
     """Four rows for each stage with so many images each, all of different sizes, and captions."""
     rows = []
@@ -46,8 +51,8 @@ def write_rows(folder: Path, counts: Sequence[int]) -> None:
         names = [f"{i}{'' if j == 0 else j}.png" for j in range(count)]
         for name, size in zip(names, (SIZES[i], SIZES[i - 1]), strict=False):
             tiny_models.image(COLORS[i], size).save(folder / name)
-        question = [{"role": "user", "content": f"What is in picture {i}?"}]
-        rows.append({"images": names, "prompt": question, "captions": [f"a {COLORS[i]} square"]})
+        asked = [{"role": "user", "content": question(i)}]
+        rows.append({"images": names, "prompt": asked, "captions": [f"a {COLORS[i]} square"]})
     good, bad = ([{"role": "assistant", "content": text}] for text in (GOOD, "A dog."))
     pairs = [{**row, "chosen": good, "rejected": bad} for row in rows]
     stages = {"sft": [{**row, "completion": good} for row in rows], "reward": pairs, "dpo": pairs}
@@ -180,7 +185,7 @@ class FamilyRuns:
         """Those of a completion, given as text or as ids, behind row `i` in a direct call of processor and model."""
         processor = load_processor(str(self.base))
         images = [Image.open(path) for path in sorted(self.folder.glob(f"{i}*.png"))]
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": f"What is in picture {i}?"}]
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question(i)}]
         said = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
         row = {
             "images": images,

@@ -20,12 +20,14 @@ class PaliGemmaProcessor(_PaliGemmaProcessor):
         images, laid_out, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         return images, list(texts) if rendered else laid_out, *others
 
-    def __call__(self, *args: Any, suffix: Any = None, **kwargs: Any) -> Any:
-        """As the parent; `labels` only with a `suffix`."""
-        made = super().__call__(*args, suffix=suffix, **kwargs)
-        if suffix is None:
-            made.pop("labels", None)
-        return made
+    def __call__(self, images: Any = None, text: Any = None, suffix: Any = None, **kwargs: Any) -> Any:
+        """As the parent, but `labels` only with a `suffix`; its own need prompts of one length, even unpadded."""
+        if suffix is not None:
+            return super().__call__(images=images, text=text, suffix=suffix, **kwargs)
+        settings = self._merge_kwargs(
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs, **{**kwargs, "return_token_type_ids": True}
+        )
+        return ProcessorMixin.__call__(self, images=images, text=text, **settings)
 
 
 def without_quirks(processor: ProcessorMixin) -> ProcessorMixin:
