@@ -67,5 +67,5 @@ def test_it_judges_a_llava_in_ppo(skywork: Path, tiny_llava_dir: Path, tmp_path:
 
 def test_a_head_of_another_width_is_refused(skywork: Path) -> None:
     save_file({"v_head.summary.weight": torch.randn(1, 16)}, skywork / "value_head.safetensors")
-    with pytest.raises(ValueError, match=r"holds \{'weight': \(1, 16\)\}, expected"):
+    with pytest.raises(ValueError, match=r"holds .*'weight': \(1, 16\).*, expected"):
         FactualReward.from_pretrained(str(skywork))

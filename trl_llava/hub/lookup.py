@@ -43,6 +43,10 @@ def check_there(field: str, name: str | None, revision: str | None = None) -> st
 
 def not_found(field: str, name: str, revision: str | None, error: Exception) -> str:
     """The message for a model that neither a folder nor the Hub nor the cache has."""
+    if Path(name).is_dir():
+        return f"{field}: cannot load '{name}'. The cause: {first_line(error)}"
+    if name.startswith(("/", "./", "../", "~")):
+        return f"{field}: cannot load '{name}': there is no such folder"
     at = f" (revision {revision})" if revision else ""
     return (
         f"{field}: cannot load '{name}'{at}. Expected a folder, or an ID on the Hub that is public, or that you are "

@@ -82,6 +82,7 @@ def load_processor(
             f"torchvision: `pip install trl-llava[vlm]`). The cause: {str(error).strip().splitlines()[0]}"
         ) from error
     except (OSError, ValueError) as error:
+        _check_takes_images(field, name, revision, trust_remote_code)
         raise NotFoundError(not_found(f"{field} (its processor)", name, revision, error)) from error
     if isinstance(processor, PreTrainedTokenizerBase) or not hasattr(processor, "image_processor"):
         raise InputError(
@@ -114,6 +115,19 @@ def load_processor(
     if pad_to_square is not None:
         set_square_padding(processor, pad_to_square)
     return processor
+
+
+def _check_takes_images(field: str, name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Say of a text-only model that it is one: without an image processor, files would seem to be missing."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return
+    if not hasattr(config, "vision_config"):
+        raise InputError(
+            f"{field} '{name}' is a {config.model_type} model, which does not take images. Choose one of a family "
+            "that `trl-llava families` lists, or put one together with trl_llava.models.assemble.assemble_llava"
+        )
 
 
 def load_image_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -223,6 +237,7 @@ def _take_value_head(model: PreTrainedModel, name: str, revision: str | None) ->
         return False
     saved = {key.rpartition(".")[2]: value for key, value in load_file(file).items() if "v_head.summary" in key}
     own = model.score.state_dict()
+    saved.setdefault("bias", torch.zeros_like(own["bias"]))
     if {key: value.shape for key, value in saved.items()} != {key: value.shape for key, value in own.items()}:
         found = {key: tuple(value.shape) for key, value in saved.items()}
         expected = {f"v_head.summary.{key}": tuple(value.shape) for key, value in own.items()}

@@ -140,11 +140,14 @@ def _value_start(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Pol
     try:
         processor = _processor(name, args, model_args, revision, adapter_base(name, revision) or name)
         check_same_tokenizer(policy.processor, processor, "value model (reward_model_path)")
-    except InputError as difference:
+    except InputError:
         if args.value_head == "reward":  # that of the reward model is wanted
             raise
         # The reward model reads text and images; only a value model must read the policy's ids.
-        logger.warning("The value model starts from the policy, as with `value_init: policy`: %s.", difference)
+        logger.warning(
+            "The value model starts from the policy, as with `value_init: policy`: the tokens of %s are others",
+            name,
+        )
         return *policy.start, "policy"
     return name, revision, "reward_model_path"
 
