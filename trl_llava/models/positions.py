@@ -44,5 +44,6 @@ def prompt_positions(model: nn.Module, inputs: ModelInputs) -> tuple[torch.Tenso
 
 
 def _first_position(model: nn.Module) -> int:
-    family = family_of(base_of(model).config)
+    base = base_of(model)
+    family = family_of(getattr(base, base.base_model_prefix, base).config)
     return 0 if family is None else family.first_position

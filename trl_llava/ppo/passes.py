@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import noop_context_fn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from trl_llava.errors import InputError
 from trl_llava.models.adapter_role import AdapterRole, computing
@@ -169,15 +169,21 @@ def check_plain_head(policy: nn.Module) -> None:
 
 def logit_cap(base: nn.Module) -> float | None:
     """What a model's logits stay below, if it caps them."""
-    family = family_of(base.config)
+    config = _config(base)
+    family = family_of(config)
     if family is None or not family.caps_logits:
         return None
-    return base.config.get_text_config().final_logit_softcapping
+    return config.get_text_config().final_logit_softcapping
+
+
+def _config(base: nn.Module) -> PreTrainedConfig:
+    """The model's own: under ZeRO-3 a reference is DeepSpeed's engine, whose `config` is another."""
+    return getattr(base, base.base_model_prefix).config
 
 
 def completion_kind(base: nn.Module) -> int:
     """The kind of a completion's tokens, for models whose processor gives each token one."""
-    family = family_of(base.config)
+    family = family_of(_config(base))
     return int(family is not None and family.attends_to_whole_prompt)
 
 
