@@ -34,6 +34,7 @@ from trl_llava.ppo.decoding import why_not_static
 from trl_llava.ppo.generation import Generator, suppressed_tokens
 from trl_llava.ppo.passes import check_plain_head, response_logprobs, response_values
 from trl_llava.prompts import JudgingPrompt, render
+from trl_llava.tools.evaluate.model import Decoding, EvaluationModel
 
 Folder = Callable[[str], Path]
 
@@ -383,3 +384,15 @@ def test_a_family_that_is_not_known_is_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"is a aya_vision model, for which .* no score head.*Qwen2\.5-VL") as error:
         load_sequence_classifier(str(tmp_path), LlavaModelConfig())
     assert "\n" not in str(error.value)
+
+
+def test_evaluated_completions_are_those_of_the_models_own_generate(folder: Path, processor: ProcessorMixin) -> None:
+    model = EvaluationModel.load(str(folder), dtype="float32")
+    rows = rows_of(processor)
+    found = list(model.complete(rows, Decoding(max_new_tokens=12, batch_size=4)))
+    for row, completion in zip(rows, found, strict=True):
+        own = directly(processor, row, with_completion=False)
+        settings = {"eos_token_id": model.stop_tokens, "suppress_tokens": model.suppressed or None}
+        ids = model.model.generate(**own, max_new_tokens=12, do_sample=False, **settings)[0]
+        text = processor.tokenizer.decode(ids[own["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert completion.text == text.strip(), row["row_name"]

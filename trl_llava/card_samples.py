@@ -55,10 +55,7 @@ def _complete(trainer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:  # each on its own: no padding, which some models read differently
             inputs = ModelInputs.from_batch(collator([row]), model.device)
             ids = model.generate(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                **inputs.tokens,
-                **inputs.image_kwargs(),
+                **inputs.prompt_kwargs(),
                 max_new_tokens=LONGEST_COMPLETION,
                 do_sample=False,
                 suppress_tokens=[processor.image_token_id],  # it would have no image

@@ -117,6 +117,18 @@ class ModelInputs:
         found = {name: [entry for entry in entries if len(entry)] for name, entries in self.images.items()}
         return {name: _joined(entries) for name, entries in found.items() if entries}
 
+    def prompt_kwargs(self) -> dict[str, Any]:
+        """All that a model reads of the prompts, as keyword arguments of `generate`; padding becomes id 0.
+
+        A pad id may lie outside of the embedding.
+        """
+        return {
+            "input_ids": self.input_ids.masked_fill(self.attention_mask == 0, 0),
+            "attention_mask": self.attention_mask,
+            **self.tokens,
+            **self.image_kwargs(),
+        }
+
     def image_kwargs(self) -> dict[str, Any]:
         """The images as keyword arguments of a forward pass or of `generate`, on the tokens' device."""
         device = self.input_ids.device

@@ -178,10 +178,7 @@ class Generator:
         )
         with neutral_generation_config(policy):
             output = policy.generate(
-                input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
-                attention_mask=inputs.attention_mask,
-                **inputs.tokens,
-                **inputs.image_kwargs(),
+                **inputs.prompt_kwargs(),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([chosen, *noise]),
             )

@@ -162,7 +162,7 @@ class EvaluationModel:
         inputs = ModelInputs.from_batch(PromptCollator(self.processor, columns=())(rows), device)
         kwargs = {
             key: value.to(self.model.dtype) if value.is_floating_point() else value
-            for key, value in inputs.image_kwargs().items()
+            for key, value in inputs.prompt_kwargs().items()
         }
         processors = LogitsProcessorList()
         if decoding.temperature > 0:
@@ -177,8 +177,6 @@ class EvaluationModel:
         )
         with neutral_generation_config(self.model):
             output = self.model.generate(
-                input_ids=inputs.input_ids.masked_fill(inputs.attention_mask == 0, 0),
-                attention_mask=inputs.attention_mask,
                 **kwargs,
                 generation_config=config,
                 logits_processor=processors,
