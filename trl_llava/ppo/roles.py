@@ -111,45 +111,43 @@ def load_value_model(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy:
     It starts from `value_model_path`, else from what `value_init` says, with the head that `value_head` says. It must
     read the policy's token ids as the same tokens.
     """
-    name, revision, field = _value_start(args, model_args, policy)
-    check_there(field, name, revision)
+    name, revision, field, processor = _value_start(args, model_args, policy)
     given = model_args.model_name_or_path if field == "policy" else None
     model, shared = _value_model(args, model_args, policy, name, given, revision)
     if args.value_head == "zero":
         zero_head(model)
-    base = policy.base if field == "policy" else (adapter_base(name, revision) or name)
-    processor = policy.processor if field == "policy" else _processor(name, args, model_args, revision, base)
-    check_same_tokenizer(policy.processor, processor, f"value model ({field})")
     same = processor.chat_template == policy.processor.chat_template
     same = same and processor.to_dict() == policy.processor.to_dict()  # image processor, patches, image tokens, ...
     return Value(model, None if same else processor, shared)
 
 
-def _value_start(args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy) -> tuple[str, str | None, str]:
-    """What the value model starts from: name, revision, and the field that names it ("policy" for the policy)."""
-    if args.value_model_path is not None:
-        return args.value_model_path, args.value_model_revision, "value_model_path"
-    if args.value_init == "policy":
-        return *policy.start, "policy"
-    name, revision = args.reward_model_path, args.reward_model_revision
+def _value_start(
+    args: LlavaPPOConfig, model_args: LlavaModelConfig, policy: Policy
+) -> tuple[str, str | None, str, ProcessorMixin]:
+    """What the value model starts from: name, revision, the field that names it ("policy": the policy), processor."""
+    of_policy = (*policy.start, "policy", policy.processor)
+    if args.value_model_path is None and args.value_init == "policy":
+        return of_policy
+    name, revision, field = args.value_model_path, args.value_model_revision, "value_model_path"
+    if name is None:
+        name, revision, field = args.reward_model_path, args.reward_model_revision, "reward_model_path"
     if name is None:
         raise RecipeError(
             "`value_init: reward` needs `reward_model_path`: set it, or `value_init: policy`, or `value_model_path`."
         )
-    check_there("reward_model_path", name, revision)
+    check_there(field, name, revision)
+    processor = _processor(name, args, model_args, revision, adapter_base(name, revision) or name)
     try:
-        processor = _processor(name, args, model_args, revision, adapter_base(name, revision) or name)
-        check_same_tokenizer(policy.processor, processor, "value model (reward_model_path)")
+        check_same_tokenizer(policy.processor, processor, f"value model ({field})")
     except InputError:
-        if args.value_head == "reward":  # that of the reward model is wanted
+        if field == "value_model_path" or args.value_head == "reward":  # its weights are wanted
             raise
         # The reward model reads text and images; only a value model must read the policy's ids.
         logger.warning(
-            "The value model starts from the policy, as with `value_init: policy`: the tokens of %s are others",
-            name,
+            "The value model starts from the policy, as with `value_init: policy`: the tokens of %s are others", name
         )
-        return *policy.start, "policy"
-    return name, revision, "reward_model_path"
+        return of_policy
+    return name, revision, field, processor
 
 
 def _policy_start(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[str, str | None]:
