@@ -82,7 +82,7 @@ def load_processor(
             f"torchvision: `pip install trl-llava[vlm]`). The cause: {str(error).strip().splitlines()[0]}"
         ) from error
     except (OSError, ValueError) as error:
-        _check_takes_images(field, name, revision, trust_remote_code)
+        _say_if_text_only(field, name, revision, trust_remote_code)
         raise NotFoundError(not_found(f"{field} (its processor)", name, revision, error)) from error
     if isinstance(processor, PreTrainedTokenizerBase) or not hasattr(processor, "image_processor"):
         raise InputError(
@@ -117,16 +117,23 @@ def load_processor(
     return processor
 
 
-def _check_takes_images(field: str, name: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Say of a text-only model that it is one: without an image processor, files would seem to be missing."""
+def _say_if_text_only(field: str, name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Without an image processor, a model that needs none would seem to lack files."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return
-    if not hasattr(config, "vision_config"):
+    _check_takes_images(field, name, config)
+
+
+def _check_takes_images(field: str, name: str, config: PreTrainedConfig) -> None:
+    known = type(config) in AutoModelForImageTextToText._model_mapping or "AutoModelForImageTextToText" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if not known:
         raise InputError(
-            f"{field} '{name}' is a {config.model_type} model, which does not take images. Choose one of a family "
-            "that `trl-llava families` lists, or put one together with trl_llava.models.assemble.assemble_llava"
+            f"{field} '{name}' is a {config.model_type} model, which does not take images. Choose an image-text model "
+            "(`trl-llava families`), or put one together with trl_llava.models.assemble.assemble_llava"
         )
 
 
@@ -158,14 +165,7 @@ def load_policy(model_args: LlavaModelConfig) -> PreTrainedModel:
     """
     name = model_args.model_name_or_path
     config = load_config("model_name_or_path", name, model_args.model_revision, model_args.trust_remote_code)
-    known = type(config) in AutoModelForImageTextToText._model_mapping or "AutoModelForImageTextToText" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    if not known:
-        raise InputError(
-            f"model_name_or_path '{name}' is a {config.model_type} model, which does not take images. Choose an "
-            "image-text model, or put one together with trl_llava.models.assemble.assemble_llava"
-        )
+    _check_takes_images("model_name_or_path", name, config)
     model, info = AutoModelForImageTextToText.from_pretrained(
         name, config=config, output_loading_info=True, **_loading_arguments(model_args)
     )
