@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,9 +31,11 @@ from trl_llava.models.image_features import encode_images
 from trl_llava.models.load import load_policy, load_processor, load_sequence_classifier
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.shared_prefix import why_not
+from trl_llava.models.vision_tower import part_of
 from trl_llava.ppo.decoding import why_not_static
 from trl_llava.ppo.generation import Generator, suppressed_tokens
 from trl_llava.ppo.passes import check_plain_head, response_logprobs, response_values
+from trl_llava.ppo.setup import compile_layers
 from trl_llava.prompts import JudgingPrompt, render
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel
 
@@ -335,7 +338,7 @@ def test_paths_that_a_family_takes(folder: Path, processor: ProcessorMixin) -> N
         "static": why_not_static(policy, inputs) is None,
     }
     family = family_of(policy.config)
-    expected = (family.encodes_once, family.shares_prefix, family.decodes_statically)
+    expected = (True, family.shares_prefix, family.decodes_statically)
     assert tuple(found.values()) == expected
 
 
@@ -396,3 +399,16 @@ def test_evaluated_completions_are_those_of_the_models_own_generate(folder: Path
         ids = model.model.generate(**own, max_new_tokens=12, do_sample=False, **settings)[0]
         text = processor.tokenizer.decode(ids[own["input_ids"].shape[1] :], skip_special_tokens=True)
         assert completion.text == text.strip(), row["row_name"]
+
+
+def test_the_layers_that_are_compiled_are_the_language_models(folder: Path) -> None:
+    policy = policy_of(folder)
+    compile_layers(
+        policy,
+        SimpleNamespace(
+            torch_compile=True, gradient_checkpointing=False, torch_compile_backend="eager", torch_compile_mode=None
+        ),
+    )
+    compiled = {name for name, module in policy.named_modules() if module._compiled_call_impl is not None}
+    assert len(compiled) == policy.config.get_text_config().num_hidden_layers
+    assert {part_of(name) for name in compiled} == {"language model"}

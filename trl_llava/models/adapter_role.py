@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from trl_llava.models.adapter_switching import active_adapter
-from trl_llava.models.base_model import base_of
+from trl_llava.models.base_model import backbone_of, base_of
 from trl_llava.models.load import HEAD
 from trl_llava.models.sequence_classification import ImageTextForSequenceClassification
 
@@ -40,7 +40,7 @@ class AdapterRole(ImageTextForSequenceClassification, nn.Module):
         nn.Module.__init__(self)
         base = host.get_base_model()
         # Not registered: an optimizer, a state dict or DDP must meet the host's parameters once, in the host.
-        self.__dict__.update(host=host, model=getattr(base, base.base_model_prefix), base=base)
+        self.__dict__.update(host=host, model=backbone_of(base), base=base)
         if head is None:
             self.__dict__[HEAD] = base.score
         else:

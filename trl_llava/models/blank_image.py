@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_llava.errors import ExplainedError
-from trl_llava.models.base_model import base_of
+from trl_llava.models.base_model import backbone_of, base_of
 from trl_llava.models.families import GRID
 from trl_llava.models.sharded_weights import shards_weights
 from trl_llava.models.vision_tower import takes_image_features, trains_vision
@@ -38,7 +38,7 @@ def encode_on_every_process(
     gradients. `encoded_before`: images are encoded ahead of the passes while both parts are frozen, as in PPO.
     """
     base = base_of(model)
-    backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    backbone = backbone_of(base)
     image_processor = getattr(processor, "image_processor", None)
     if accelerator.num_processes == 1 or image_processor is None or not hasattr(backbone, "get_image_features"):
         return False

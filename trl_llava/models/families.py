@@ -1,7 +1,7 @@
 """What must be known of each family of image-text models; everything else is asked of its processor and its model.
 
-A family that is not here runs on the plain path: its processor's tensors go to the model as they are, images are
-encoded in every pass, and transformers' own loop generates.
+Images of these families are encoded once a step. A family that is not here runs on the plain path: its processor's
+tensors go to the model as they are, images are encoded in every pass, and transformers' own loop generates.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ class Family:
         projector: names of the modules between tower and language model; for Qwen they lie inside the tower.
         tower_type: `model_type` of the tower, where families differ in nothing else.
         token_kinds: the tensor that says what kind each token is, where the model takes one.
-        encodes_once: whether image features can be computed once and given to many passes.
         first_position: position of the first token.
         attends_to_whole_prompt: whether prompt tokens attend to those behind them, and only completions are causal.
         caps_logits: whether the image-text model caps its logits at `final_logit_softcapping` of its text config.
@@ -38,7 +37,6 @@ class Family:
     projector: tuple[str, ...] = ("multi_modal_projector",)
     tower_type: str | None = None
     token_kinds: str | None = None
-    encodes_once: bool = True
     first_position: int = 0
     attends_to_whole_prompt: bool = False
     caps_logits: bool = False
@@ -130,10 +128,10 @@ STAGES = ("SFT", "reward", "PPO", "GRPO", "RLOO", "DPO")
 
 def table() -> str:
     """What each family can, as a Markdown table; tests hold it to runs of every stage and to what models say."""
-    columns = ("family", "`model_type`", *STAGES, "images once", "shared prompt", "fast decoding", "vLLM")
+    columns = ("family", "`model_type`", *STAGES, "shared prompt", "fast decoding", "vLLM")
     lines = [columns, ["---"] * len(columns)]
     for family in FAMILIES:
-        paths = (family.encodes_once, family.shares_prefix, family.decodes_statically, family.vllm)
+        paths = (family.shares_prefix, family.decodes_statically, family.vllm)
         marks = ["yes"] * len(STAGES) + ["yes" if path else "no" for path in paths]
         lines.append([family.name, f"`{family.model_type}`", *marks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

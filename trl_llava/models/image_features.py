@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from trl_llava.models.adapter_role import AdapterRole, computing, host_of
+from trl_llava.models.base_model import backbone_of
 from trl_llava.models.families import GRID, family_of
 from trl_llava.models.model_inputs import FeatureForm, ImageFeatures, ModelInputs
 from trl_llava.models.vision_tower import is_vision, takes_image_features
@@ -25,9 +26,8 @@ def encode_images(model: nn.Module, inputs: ModelInputs, batch_size: int) -> Mod
     projector are trained: every pass of the update must then run them to reach their gradients.
     """
     with computing(model) as base, torch.no_grad():
-        backbone = getattr(base, base.base_model_prefix)
-        family = family_of(backbone.config)
-        if family is None or not family.encodes_once or not takes_image_features(backbone):
+        backbone = backbone_of(base)
+        if family_of(backbone.config) is None or not takes_image_features(backbone):
             return inputs
         if "pixel_values" not in inputs.images:
             return inputs

@@ -3,15 +3,14 @@
 import torch
 from torch import nn
 
-from trl_llava.models.base_model import base_of
+from trl_llava.models.base_model import backbone_of, base_of
 from trl_llava.models.families import GRID, family_of
 from trl_llava.models.model_inputs import ModelInputs
 
 
 def derives_positions(model: nn.Module) -> bool:
     """Whether a model makes multimodal positions of its own from the attention mask, instead of plain ones."""
-    base = base_of(model)
-    return any(hasattr(part, "get_rope_index") for part in (base, getattr(base, base.base_model_prefix, base)))
+    return any(hasattr(part, "get_rope_index") for part in (base_of(model), backbone_of(model)))
 
 
 def position_kwargs(model: nn.Module, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -31,10 +30,8 @@ def prompt_positions(model: nn.Module, inputs: ModelInputs) -> tuple[torch.Tenso
     if not derives_positions(model):
         positions = position_kwargs(model, mask)["position_ids"]
         return positions, after + _first_position(model)
-    base = base_of(model)
-    backbone = getattr(base, base.base_model_prefix, base)
     grids = inputs.image_tensors().get(GRID)
-    positions, deltas = backbone.get_rope_index(
+    positions, deltas = backbone_of(model).get_rope_index(
         input_ids=inputs.input_ids,
         image_grid_thw=None if grids is None else grids.to(mask.device),
         attention_mask=mask,
@@ -44,6 +41,5 @@ def prompt_positions(model: nn.Module, inputs: ModelInputs) -> tuple[torch.Tenso
 
 
 def _first_position(model: nn.Module) -> int:
-    base = base_of(model)
-    family = family_of(getattr(base, base.base_model_prefix, base).config)
+    family = family_of(backbone_of(model).config)
     return 0 if family is None else family.first_position

@@ -157,13 +157,12 @@ class ImageTextForSequenceClassification(_Mixin):
 def copied_images(backbone: nn.Module, given: dict[str, Any], copies: int) -> dict[str, Any]:
     """Keyword arguments of a batch that repeats its rows, out of those with each image once.
 
-    Each image is encoded once where the family can; else its tensors are repeated, and it is encoded as often.
+    Each image is encoded once where the family is known; else its tensors are repeated, and it is encoded as often.
     """
     taken = inspect.signature(backbone.get_image_features).parameters
     images = {name: value for name, value in given.items() if name in taken and value is not None}
     rest = {name: value for name, value in given.items() if name not in images and value is not None}
-    family = family_of(backbone.config)
-    if family is None or not family.encodes_once:
+    if family_of(backbone.config) is None:
         return {**rest, **{name: torch.cat([value] * copies) for name, value in images.items()}}
     encoded = rest.pop("mm_encoder_outputs", {}).get("image")
     if encoded is None and "pixel_values" in images:

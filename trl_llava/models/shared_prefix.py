@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from trl_llava.models.base_model import base_of
+from trl_llava.models.base_model import backbone_of, base_of
 from trl_llava.models.positions import derives_positions
 
 PREFIX, PADDING = 0, -1
@@ -159,7 +159,7 @@ def why_not(model: nn.Module) -> str | None:
         return f"{type(base).__name__} has layers without full attention"
     if derives_positions(base):
         return f"{type(base).__name__} derives its own positions"
-    if "token_type_ids" in inspect.signature(getattr(base, base.base_model_prefix, base).forward).parameters:
+    if "token_type_ids" in inspect.signature(backbone_of(base).forward).parameters:
         return f"{type(base).__name__} does not attend causally everywhere"
     return None
 

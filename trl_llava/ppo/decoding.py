@@ -24,7 +24,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from trl_llava.models.adapter_role import computing
-from trl_llava.models.base_model import base_of
+from trl_llava.models.base_model import backbone_of, base_of
 from trl_llava.models.chunked_head import Sampling, logprobs_of
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.positions import derives_positions, prompt_positions
@@ -179,7 +179,7 @@ class StaticDecoder:
         positions, last = prompt_positions(policy, prompts)
         if query > 1:
             with computing(policy) as base:
-                getattr(base, base.base_model_prefix)(
+                backbone_of(base)(
                     **prompts.image_kwargs(),
                     **kinds,
                     input_ids=ids,

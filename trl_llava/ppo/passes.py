@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import noop_context_fn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trl_llava.errors import InputError
 from trl_llava.models.adapter_role import AdapterRole, computing
 from trl_llava.models.adapter_switching import SwitchedLayer, checkpoint_contexts
-from trl_llava.models.base_model import base_of
+from trl_llava.models.base_model import backbone_of, base_of
 from trl_llava.models.chunked_head import Sampling, capped, token_statistics
 from trl_llava.models.families import family_of
 from trl_llava.models.model_inputs import ModelInputs
@@ -87,7 +87,7 @@ def _states(
     base: nn.Module, inputs: ModelInputs, responses: torch.Tensor, mask: torch.Tensor, share_prefix: bool
 ) -> torch.Tensor:
     """(n, H) the hidden states that the n real response tokens are predicted from, row by row; no head runs."""
-    backbone = getattr(base, base.base_model_prefix)
+    backbone = backbone_of(base)
     if share_prefix and inputs.can_be_packed:
         return _packed_states(backbone, inputs, responses, mask)
     kind = completion_kind(base)
@@ -156,7 +156,7 @@ def check_plain_head(policy: nn.Module) -> None:
     ids = torch.tensor([[1, 2]], device=base.device)  # not 0, whose embedding may be 0 for padding
     with torch.no_grad():
         whole = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        states = getattr(base, base.base_model_prefix)(
+        states = backbone_of(base)(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         ).last_hidden_state
         found = capped(base.get_output_embeddings()(states), logit_cap(base))
@@ -169,21 +169,16 @@ def check_plain_head(policy: nn.Module) -> None:
 
 def logit_cap(base: nn.Module) -> float | None:
     """What a model's logits stay below, if it caps them."""
-    config = _config(base)
+    config = backbone_of(base).config
     family = family_of(config)
     if family is None or not family.caps_logits:
         return None
     return config.get_text_config().final_logit_softcapping
 
 
-def _config(base: nn.Module) -> PreTrainedConfig:
-    """The model's own: under ZeRO-3 a reference is DeepSpeed's engine, whose `config` is another."""
-    return getattr(base, base.base_model_prefix).config
-
-
 def completion_kind(base: nn.Module) -> int:
     """The kind of a completion's tokens, for models whose processor gives each token one."""
-    family = family_of(_config(base))
+    family = family_of(backbone_of(base).config)
     return int(family is not None and family.attends_to_whole_prompt)
 
 

@@ -16,6 +16,7 @@ from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.errors import ExplainedError, InputError
 from trl_llava.models.adapter_role import AdapterRole, computing
 from trl_llava.models.adapter_switching import checkpoint_contexts
+from trl_llava.models.base_model import backbone_of
 
 
 class UnsupportedLaunchError(ExplainedError, ValueError):
@@ -122,8 +123,8 @@ def compile_layers(model: nn.Module, args: LlavaPPOConfig) -> None:
     if not args.torch_compile:
         return
     with computing(model) as base:
-        backbone = getattr(base, base.base_model_prefix)
-    for layer in getattr(backbone, "language_model", backbone).layers:
+        backbone = backbone_of(base)
+    for layer in backbone.get_decoder().layers:
         for part in layer.children() if args.gradient_checkpointing else (layer,):
             if part._compiled_call_impl is None:  # roles may share their layers
                 part.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)

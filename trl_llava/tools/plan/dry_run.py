@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from trl_llava.models.base_model import base_of
+from trl_llava.models.base_model import backbone_of, base_of
 from trl_llava.models.vision_tower import PROJECTOR_NAMES, TOWER_NAMES
 from trl_llava.tools.plan.formulas import gathered, gradients_backwards, trained
 from trl_llava.tools.plan.memory_trace import MemoryTrace
@@ -91,7 +91,7 @@ def _told_apart(model: nn.Module, trace: MemoryTrace, *, gradients_taken: bool) 
             handles.append(module.register_forward_pre_hook(follow("image features")))
             handles.append(module.register_forward_hook(follow("activations")))
     if (head := base.get_output_embeddings()) is not None:
-        backbone = getattr(base, base.base_model_prefix)
+        backbone = backbone_of(base)
         handles.append(backbone.register_forward_pre_hook(follow("activations")))
         handles.append(backbone.register_forward_hook(to_the_head))
         handles.append(head.register_forward_pre_hook(follow("logits")))  # which runs again in the backward pass
