@@ -12,16 +12,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from trl_llava.data.contract import RowError, check_captions
-from trl_llava.data.images import load_image
-from trl_llava.data.load import load_rows
+from trl_llava.data.contract import check_captions
 from trl_llava.data.sources import json_columns, read_source
-from trl_llava.errors import InputError, RecipeError
+from trl_llava.errors import RecipeError
 from trl_llava.run.atomic_files import write_atomically
-from trl_llava.tools.evaluate.model import Row
-from trl_llava.tools.evaluate.options import add_data, add_loading, parse, positive
+from trl_llava.tools.evaluate.model import Row, question_row
+from trl_llava.tools.evaluate.options import add_data, add_loading, open_image, parse, positive, read_rows
 from trl_llava.tools.evaluate.scorers import Scorer, load_scorer, loading_config
 
 
@@ -70,15 +67,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _row(args: argparse.Namespace) -> Row:
-    try:
-        image = load_image(args.image, "--image")
-    except RowError as error:
-        raise InputError(f"--image: {error.problem}.") from error  # what to do about a row is of no use here
-    content: list[dict[str, Any]] = [{"type": "image", "text": None}, {"type": "text", "text": args.question}]
     return {
-        "row_name": "the completion",
-        "images": [image],
-        "prompt": [{"role": "user", "content": content}],
+        **question_row("the completion", args.question, [open_image(args.image)]),
         "completion": [{"role": "assistant", "content": [{"type": "text", "text": args.answer}]}],
         "captions": args.caption or None,
     }
@@ -88,13 +78,11 @@ def _read(args: argparse.Namespace) -> tuple[Sequence[Row], list[str]]:
     """The rows of a data set, and which columns of them are scored."""
     raw = read_source(args.data, split=args.split)
     pairs = "completion" not in (json_columns(raw) if raw.is_json else raw.dataset.features)
-    places = {"split": args.split, "image_folder": args.image_folder, "captions_file": args.captions_file}
     if pairs:
-        found: Sequence[Row] = load_rows(args.data, "preference", **places)
+        found: Sequence[Row] = read_rows(args, args.data, "preference")
     else:
         # Captions belong to the prompt stage's rows, completions to SFT's.
-        told = load_rows(args.data, "sft", **{**places, "captions_file": None})
-        known = load_rows(args.data, "prompt", **places)
+        told, known = read_rows(args, args.data, "sft", captions_file=None), read_rows(args, args.data)
         found = [{**row, "captions": own["captions"]} for row, own in zip(told, known, strict=True)]
     limit = len(found) if args.limit is None else min(args.limit, len(found))
     return [found[place] for place in range(limit)], ["chosen", "rejected"] if pairs else ["completion"]

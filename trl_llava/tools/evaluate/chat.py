@@ -11,15 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
 from transformers import TextStreamer
 
-from trl_llava.data.contract import RowError
-from trl_llava.data.images import load_image
 from trl_llava.errors import InputError
 from trl_llava.prompts import Message
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel
-from trl_llava.tools.evaluate.options import add_decoding, add_loading, decoding_of, load_model, parse
+from trl_llava.tools.evaluate.options import add_decoding, add_loading, decoding_of, load_model, open_image, parse
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,7 +39,7 @@ class Chat:
         self.model = model
         self.decoding = decoding
         self.system = system
-        self.images = [] if image is None else [open_picture(image)]
+        self.images = [] if image is None else [open_image(image)]
         self.messages: list[Message] = []
         self.turn = 0
         self.start()
@@ -50,7 +47,7 @@ class Chat:
     def start(self, image: str | None = None) -> None:
         """Forget what was said; with another image if one is named."""
         if image is not None:
-            self.images = [open_picture(image)]
+            self.images = [open_image(image)]
         self.messages = [] if self.system is None else [_message("system", self.system)]
 
     def ask(self, question: str) -> None:
@@ -75,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     """Answers lines until there are no more."""
     args = parse(make_parser(), argv)
     if args.image is not None:
-        open_picture(args.image)  # before the model is loaded
+        open_image(args.image)  # before the model is loaded
     chat = Chat(load_model(args, args.model), decoding_of(args), args.system, args.image)
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
@@ -97,14 +94,6 @@ def main(argv: Sequence[str]) -> int:
             print()
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-
-
-def open_picture(path: str) -> Image.Image:
-    """The image that the user has named."""
-    try:
-        return load_image(path, "image")
-    except RowError as error:
-        raise InputError(f"--image: {error.problem}.") from error  # what to do about a row is of no use here
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

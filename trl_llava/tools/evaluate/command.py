@@ -33,6 +33,7 @@ from trl_llava.tools.evaluate.options import (
     add_decoding,
     add_loading,
     decoding_of,
+    limited,
     load_model,
     parse,
     positive,
@@ -125,8 +126,8 @@ def _benchmark(args: argparse.Namespace, name: str) -> Task:
 
 
 def _own(args: argparse.Namespace, name: str) -> Task:
-    everything = read_rows(argparse.Namespace(**{**vars(args), "limit": None}), name)
-    rows = everything if args.limit is None else everything.select(range(min(args.limit, len(everything))))
+    everything = read_rows(args, name)
+    rows = limited(everything, args.limit)
     reward = None
     if args.reward_model is not None:
         _check_reward(args.reward_model, rows)

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from trl_llava.data.load import load_rows
 from trl_llava.data.sources import JSON_COLUMN, json_record, read_source
 from trl_llava.errors import RecipeError
 from trl_llava.prompts import message_text
 from trl_llava.tools.evaluate.command import free_memory
 from trl_llava.tools.evaluate.files import labels, short_names
-from trl_llava.tools.evaluate.options import add_data, add_loading, parse, positive
+from trl_llava.tools.evaluate.options import add_data, add_loading, limited, parse, positive, read_rows
 from trl_llava.tools.evaluate.output import add_output, check_output, write_results
 from trl_llava.tools.evaluate.own_data import is_own_data
 from trl_llava.tools.evaluate.preferences import measures_of, statistics_of
@@ -95,15 +94,7 @@ def read_pairs(args: argparse.Namespace, name: str) -> Pairs:
     source, split = (HUB_IDS[name], "test") if name in HUB_IDS else (name, args.split)
     if name in HUB_IDS and args.data is not None:
         source = str(Path(args.data) / name)
-    rows = load_rows(
-        source,
-        "preference",
-        split=split,
-        image_folder=args.image_folder,
-        captions_file=args.captions_file,
-        on_bad_row=args.on_bad_row,
-    )
-    rows = rows if args.limit is None else rows.select(range(min(args.limit, len(rows))))
+    rows = limited(read_rows(args, source, "preference", split=split, on_bad_row=args.on_bad_row), args.limit)
     known = _categories(source, split)
     categories = [known[row_name] for row_name in rows["row_name"]] if known else None
     return Pairs(name, rows, categories)

@@ -23,6 +23,7 @@ from trl_llava.tools.evaluate.options import (
     add_decoding,
     add_loading,
     decoding_of,
+    limited,
     load_model,
     parse,
     read_rows,
@@ -46,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Writes one line for each row."""
     args = parse(make_parser(), argv)
-    rows = read_rows(args, args.data)
+    rows = limited(read_rows(args, args.data), args.limit)
     source = Path(args.data)
     folder = Path(args.image_folder or (source if source.is_dir() else source.parent))
     model = load_model(args, args.model)

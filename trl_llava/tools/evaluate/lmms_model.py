@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trl_llava.errors import InputError
-from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row
+from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row, question_row
 
 
 class Asked(NamedTuple):
@@ -61,8 +61,7 @@ def row_of(text: str, images: Sequence[Any], name: str) -> Row:
     """A row of the prompt stage that asks about images."""
     if not all(isinstance(image, Image.Image) for image in images):
         raise InputError(f"{name}: it shows something else than images")
-    content = [*({"type": "image", "text": None} for _ in images), {"type": "text", "text": text}]
-    return {"row_name": name, "images": list(images), "prompt": [{"role": "user", "content": content}]}
+    return question_row(name, text, images)
 
 
 def _cut(text: str, until: Any) -> str:

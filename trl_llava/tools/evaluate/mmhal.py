@@ -19,7 +19,7 @@ from trl_llava.data.images import load_image
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import first_line
 from trl_llava.tools.evaluate.judge import Judge
-from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row
+from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row, question_row
 from trl_llava.tools.evaluate.results import Measure, Outcome, Question, TaskResult, ask_rows
 
 HUB_ID = "Shengcao1006/MMHal-Bench"
@@ -83,16 +83,7 @@ class MMHalTask:
         records = _read(folder or _from_hub())
         self.records = records[:limit]
         self.rows: list[Row] = [
-            {
-                "row_name": f"mmhal[{number}]",
-                "images": [record["image"]],
-                "prompt": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image", "text": None}, {"type": "text", "text": record["question"]}],
-                    }
-                ],
-            }
+            question_row(f"mmhal[{number}]", record["question"], [record["image"]])
             for number, record in enumerate(self.records)
         ]
         self.questions = [

@@ -29,6 +29,26 @@ from trl_llava.run.checkpoint_folders import checkpoints
 Row = dict[str, Any]
 
 
+def question_row(name: str, question: str, images: Sequence[Any]) -> Row:
+    """A row of the prompt stage that asks one question about images, which stand in front of it."""
+    content = [*({"type": "image", "text": None} for _ in images), {"type": "text", "text": question}]
+    return {"row_name": name, "images": list(images), "prompt": [{"role": "user", "content": content}]}
+
+
+def model_config(
+    dtype: str, *, load_in_4bit: bool, attn_implementation: str | None, trust_remote_code: bool, **named: Any
+) -> LlavaModelConfig:
+    """How a model is loaded; in 4 bit, one whose dtype is "auto" computes in bfloat16. `named` are further fields."""
+    config = LlavaModelConfig(
+        dtype="bfloat16" if load_in_4bit and dtype == "auto" else dtype,
+        load_in_4bit=load_in_4bit,
+        attn_implementation=attn_implementation,
+        **named,
+    )
+    config.trust_remote_code = trust_remote_code
+    return config
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How completions are made: greedy at temperature 0, else draws that depend on seed and row alone."""
@@ -110,14 +130,14 @@ class EvaluationModel:
         check_has_model(path)
         trained_on = adapter_base(path, revision)
         whole, at = (path, revision) if trained_on is None else _base_of_adapter(path, revision, base or trained_on)
-        arguments = LlavaModelConfig(
-            model_name_or_path=whole,
-            model_revision=at or "main",
-            dtype="bfloat16" if load_in_4bit and dtype == "auto" else dtype,
+        arguments = model_config(
+            dtype,
             load_in_4bit=load_in_4bit,
             attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            model_name_or_path=whole,
+            model_revision=at or "main",
         )
-        arguments.trust_remote_code = trust_remote_code
         model = load_policy(arguments)
         if trained_on is not None:
             model = load_adapter(model, path, is_trainable=False, revision=revision)

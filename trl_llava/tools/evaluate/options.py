@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
+from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from trl_llava.configs.recipe import expand_home
+from trl_llava.data.contract import RowError
+from trl_llava.data.images import load_image
 from trl_llava.data.load import load_rows
+from trl_llava.errors import InputError
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel
 
 
@@ -68,10 +72,23 @@ def decoding_of(args: argparse.Namespace) -> Decoding:
     return Decoding(args.max_new_tokens, args.temperature, args.batch_size, args.seed)
 
 
-def read_rows(args: argparse.Namespace, source: str, stage: Any = "prompt") -> Dataset:
-    """Rows as the options of `add_data` say."""
-    rows = load_rows(source, stage, split=args.split, image_folder=args.image_folder, captions_file=args.captions_file)
-    return rows if args.limit is None else rows.select(range(min(args.limit, len(rows))))
+def read_rows(args: argparse.Namespace, source: str, stage: Any = "prompt", **changes: Any) -> Dataset:
+    """Rows as the options of `add_data` say, all of them; `changes` are further options of `load_rows`."""
+    said = {"split": args.split, "image_folder": args.image_folder, "captions_file": args.captions_file}
+    return load_rows(source, stage, **said | changes)
+
+
+def limited(rows: Dataset, limit: int | None) -> Dataset:
+    """The first rows, as many as `--limit` says."""
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def open_image(path: str) -> Image.Image:
+    """The image that a command line names."""
+    try:
+        return load_image(path, "image")
+    except RowError as error:
+        raise InputError(f"--image: {error.problem}.") from error  # what to do about a row is of no use here
 
 
 def positive(text: str) -> int:

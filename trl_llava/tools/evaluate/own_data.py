@@ -19,6 +19,7 @@ from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated, Row
 from trl_llava.tools.evaluate.objects import Vocabulary
 from trl_llava.tools.evaluate.results import Measure, Outcome, Question, TaskResult, ask_rows
+from trl_llava.tools.evaluate.scorers import Scorer
 
 MEASURES = [
     Measure("invented_objects", "mentioned objects that are not in the image (CHAIR-i)", "lower"),
@@ -35,7 +36,6 @@ MEASURES = [
     Measure("empty", "empty completions", "lower"),
     Measure("unfinished", "completions cut at --max_new_tokens", "lower"),
 ]
-AT_ONCE = 64
 _WORD = re.compile(r"\W*(\w+)")
 _LETTER = re.compile(r"^\s*\(?([A-Z])(?:[.):,]|\s*$)|\b(?:option|answer) is:? \(?([A-Z])\b")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -83,7 +83,11 @@ class OwnTask:
         by = ""
         if self.reward is not None:
             by, load = self.reward
-            scores = [[*self._scores(load(), own)] for own in answers]
+            scorer = Scorer(by, load())
+            scores = [
+                [*scorer.scores_of(self.rows, partial(_said, own), model)]
+                for model, own in zip(models, answers, strict=True)
+            ]
         outcomes = [
             [self._outcome(*found) for found in zip(self.rows, own, marks, strict=True)]
             for own, marks in zip(answers, scores, strict=True)
@@ -97,21 +101,6 @@ class OwnTask:
     def _images(self, number: int) -> list[Any]:
         images: list[Any] = self.rows[number]["images"]
         return images
-
-    def _scores(self, reward: FactualReward, answers: list[Generated]) -> list[float]:
-        """The reward model's scores, a few rows in memory at a time."""
-        found: list[float] = []
-        for start in range(0, len(answers), AT_ONCE):
-            places = range(start, min(start + AT_ONCE, len(answers)))
-            rows = [self.rows[place] for place in places]
-            found += reward(
-                [row["prompt"] for row in rows],
-                [[{"role": "assistant", "content": answers[place].text}] for place in places],
-                images=[row["images"] for row in rows],
-                captions=[row["captions"] for row in rows],
-                row_name=[row["row_name"] for row in rows],
-            )
-        return found
 
     def _outcome(self, row: Row, answer: Generated, score: float | None) -> Outcome:
         counts: dict[str, tuple[float, float]] = {
@@ -128,6 +117,10 @@ class OwnTask:
         if objects is not None and self.vocabulary is not None:
             return _open(answer.text, objects, self.vocabulary, counts, details)
         return Outcome(answer.text, counts=counts, details=details)
+
+
+def _said(answers: list[Generated], place: int, row: Row) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": answers[place].text}]
 
 
 def _open(text: str, objects: list[str], vocabulary: Vocabulary, counts: Any, details: Any) -> Outcome:

@@ -1,7 +1,7 @@
 """Reward models as they score rows: with captions, without them, and foreign ones that know of no judging prompt."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
@@ -16,7 +16,7 @@ from trl_llava.models.load import load_processor, load_sequence_classifier
 from trl_llava.prompts import Message
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.rewards.reward_settings import SETTINGS_FILE
-from trl_llava.tools.evaluate.model import Row, check_has_model
+from trl_llava.tools.evaluate.model import Row, check_has_model, model_config
 
 AT_ONCE = 64
 """How many rows are scored between two steps of the bar."""
@@ -29,19 +29,26 @@ class Scorer(NamedTuple):
     reward: FactualReward
     sees: bool = True
 
-    def scores(self, rows: Sequence[Row], completions: str, captions: bool = True) -> list[float]:
-        """One score for each row's `completions`, a column; `captions` False leaves them out of the prompt."""
+    def scores(self, rows: Sequence[Row], column: str, captions: bool = True) -> list[float]:
+        """One score for each row's completion in a column; `captions` False leaves them out of the prompt."""
+        return self.scores_of(rows, lambda place, row: row[column], column, captions)
+
+    def scores_of(
+        self, rows: Sequence[Row], completion: Callable[[int, Row], Any], what: str, captions: bool = True
+    ) -> list[float]:
+        """One score for each row's completion, by its place and the row; a few rows are in memory at a time."""
         reward, judging_prompt = self.reward, self.reward.judging_prompt
         if judging_prompt is not None and not captions:
             reward.judging_prompt = dataclasses.replace(judging_prompt, with_captions=False)
         try:
             found: list[float] = []
             starts = range(0, len(rows), AT_ONCE)
-            for start in tqdm(starts, desc=f"{self.name}: {completions}", disable=None):
-                part = [rows[place] for place in range(start, min(start + AT_ONCE, len(rows)))]
+            for start in tqdm(starts, desc=f"{self.name}: {what}", disable=None):
+                places = range(start, min(start + AT_ONCE, len(rows)))
+                part = [rows[place] for place in places]
                 found += reward(
                     [row["prompt"] if self.sees else _words(row["prompt"]) for row in part],
-                    [row[completions] for row in part],
+                    [completion(place, row) for place, row in zip(places, part, strict=True)],
                     images=[row["images"] if self.sees else [] for row in part],
                     captions=[row.get("captions") for row in part],
                     row_name=[row["row_name"] for row in part],
@@ -82,9 +89,9 @@ def loading_config(args: Any) -> LlavaModelConfig:
     """How the options of `add_loading` load a reward model."""
     if args.chat_template_path:
         raise InputError("--chat_template_path: a reward model reads with the template that it was trained with")
-    dtype = "bfloat16" if args.load_in_4bit and args.dtype == "auto" else args.dtype
-    config = LlavaModelConfig(
-        dtype=dtype, load_in_4bit=args.load_in_4bit, attn_implementation=args.attn_implementation
+    return model_config(
+        args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
     )
-    config.trust_remote_code = args.trust_remote_code
-    return config
