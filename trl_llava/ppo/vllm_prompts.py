@@ -93,7 +93,7 @@ def one_token_each(token_ids: Sequence[int], image_token_id: int | None, images:
 
 
 def as_seen(image: Image.Image, processor: ProcessorMixin | PreTrainedTokenizerBase) -> Image.Image:
-    """A image that any processor of the same kind sees as this one does, also if it does not pad to a square.
+    """An image that any processor of the same kind sees as this one does, also if it does not pad to a square.
 
     Args:
         image: an RGB image.

@@ -183,7 +183,7 @@ class VLLMGenerator:
         return requests
 
     def _check(self, completion: EngineCompletion) -> None:
-        """Stop at an completion that this run could not have drawn."""
+        """Stop at a completion that this run could not have drawn."""
         ids, limit = completion.token_ids, self.args.response_length
         wrong = next((t for t in ids if not 0 <= t < self.vocabulary or t in self.suppressed), None)
         if wrong is not None:
