@@ -17,6 +17,7 @@ from test_passes import SCORE_CLASSES, make_generator, make_inputs, policy_and_v
 from test_recipe_runs import RECIPES, ROOT, Workshop, run_two_steps
 
 from benchmarks.workload import TOY, Size
+from trl_llava.models.image_features import _on_the_cpu
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.ppo import decoding
 
@@ -101,6 +102,14 @@ def test_values_and_rewards_of_ppo_are_the_cpus(
     here.run("ppo", tmp_path, "fp32", *one)
     here.run("ppo", tmp_path / "cpu", "fp32", *one, "--use_cpu", "true")
     assert_same_logs(tmp_path / "ppo", tmp_path / "cpu" / "ppo", NOT_RESUMED, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_features_wait_on_the_cpu_unchanged_and_pinned_for_a_gpu(device: str) -> None:
+    made = [torch.arange(6.0).view(2, 3), torch.full((1, 3), 7.0), torch.arange(12.0).view(2, 2, 3)]
+    for kept, expected in zip(_on_the_cpu([feature.to(device) for feature in made]), made, strict=True):
+        assert kept.device.type == "cpu" and kept.is_pinned() == (device == "cuda")
+        assert torch.equal(kept, expected)
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,17 @@ def _features(backbone: nn.Module, inputs: ModelInputs, taken: set[str], dtype: 
     counts = [len(entries) for entries in inputs.images[GRID if GRID in inputs.images else "pixel_values"]]
     if sum(counts) != len(found):
         raise RuntimeError(f"{type(backbone).__name__} made {len(found)} features of {sum(counts)} images")
-    entries = iter([feature.cpu() for feature in found])
+    entries = iter(_on_the_cpu(found))
     return ImageFeatures([[next(entries) for _ in range(count)] for count in counts], form)
+
+
+def _on_the_cpu(features: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The features as parts of one block; pinned if they come from a GPU, which each pass then copies them back to."""
+    block = torch.cat([feature.flatten() for feature in features])
+    # One block, since the allocator of pinned memory rounds each one up to a power of two.
+    block = block.cpu().pin_memory() if block.is_cuda else block.cpu()
+    parts = block.split([feature.numel() for feature in features])
+    return [part.view(feature.shape) for part, feature in zip(parts, features, strict=True)]
 
 
 def _entries(output: Any) -> tuple[list[torch.Tensor], FeatureForm]:
