@@ -7,7 +7,7 @@ OLDEST_TESTS := tests/parity tests/test_configs.py tests/test_sft_trainer.py tes
 # One thread per worker: the models of the tests are too small to gain from more.
 PYTEST := CI=true OMP_NUM_THREADS=1 $$ENV/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest test-gpu test-vllm test-eval check install
+.PHONY: demo docs test test-oldest test-gpu test-vllm test-eval families check install
 
 demo: .venv/.installed
 	$(BIN)/trl-llava demo --output_dir runs/demo
@@ -62,6 +62,10 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pydoclint trl_llava
 	$(BIN)/mypy
+
+# The documents as a site, in site/. mkdocs-material's notice about its successor is for us, not for who builds this.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(DOCS_ARGS)
 
 install: .venv/.installed
 
