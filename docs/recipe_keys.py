@@ -31,7 +31,9 @@ def tables() -> str:
             if group.title == FIELD_GROUPS["trl_llava"]:
                 sections.append(f"{len(new)} {group.title}{some}:\n\n{table}\n")
             else:
-                sections.append(f"<details markdown><summary>{len(new)} {group.title}{some}</summary>\n\n{table}\n\n</details>\n")
+                sections.append(
+                    f"<details markdown><summary>{len(new)} {group.title}{some}</summary>\n\n{table}\n\n</details>\n"
+                )
     return "\n".join(sections)
 
 

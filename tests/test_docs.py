@@ -31,7 +31,9 @@ def test_every_page_is_in_the_site(site: Path) -> None:
 
 def test_every_key_of_every_stage_is_on_the_page_of_recipes(site: Path) -> None:
     text = (site / "recipes" / "index.html").read_text()
-    missing = {name for stage in STAGES for name in make_parser(stage).field_names if f"<code>{name}</code>" not in text}
+    missing = {
+        name for stage in STAGES for name in make_parser(stage).field_names if f"<code>{name}</code>" not in text
+    }
     assert missing == set()
 
 

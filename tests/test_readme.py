@@ -18,13 +18,23 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
-def commands() -> list[list[str]]:
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in joined.splitlines() if line.strip()]
+def commands(page: str = "README.md") -> list[list[str]]:
+    joined = "\n".join(blocks("bash", page)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines() if line.strip()]
+    return [words[next((i for i, word in enumerate(words) if "=" not in word), 0) :] for words in lines if words]
+
+
+PAGES = ("README.md", *(f"docs/{page.name}" for page in DOCS))
+OURS = [
+    pytest.param(words[1:], id=f"{page.removeprefix('docs/')} {' '.join(words[1:])}")
+    for page in PAGES
+    for words in commands(page)
+    if words[0].rpartition("/")[2] == "trl-llava"
+]
 
 
 def test_contributing_shows_every_room() -> None:
@@ -36,7 +46,7 @@ def test_contributing_shows_every_room() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/deviations.md", "docs/evaluation.md", "docs/vllm.md"],
+    ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in DOCS)],
 )
 def test_every_file_named_in_the_text_exists(page: str) -> None:
     text = (ROOT / page).read_text()
@@ -51,27 +61,17 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 
-@pytest.mark.parametrize("words", [words for words in commands() if words[:1] == ["trl-llava"]], ids=" ".join)
+@pytest.mark.parametrize("words", OURS)
 def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     ran = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", ran.append)
-    if words[1] == "plan":  # parsed as the command does, but its model is not here
-        ran.append(plan.read_job(*plan._make_parser().parse_known_args(words[2:])))
-        return
-    if words[1] in ("push", "score", "convert", "merge", "generate", "chat", "eval", "eval-reward"):
-        importlib.import_module(cli.TOOLS[words[1]][0]).make_parser().parse_args(words[2:])
-        return
-    assert cli.main(words[1:]) == 0
-    assert len(ran) == 1
-
-
-def test_commands_of_the_page_about_evaluation_parse() -> None:
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.S))
-    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
-    found = [words[1:] for words in lines if words and words[0].endswith("trl-llava")]
-    assert {words[0] for words in found} == {"chat", "generate", "eval", "eval-reward", "score"}
-    for words in found:
+    if words[0] in cli.STAGES:
+        assert cli.main(words) == 0
+        assert len(ran) == 1
+    elif words[0] == "plan":  # parsed as the command does, but its model is not here
+        plan.read_job(*plan._make_parser().parse_known_args(words[1:]))
+    else:
         importlib.import_module(cli.TOOLS[words[0]][0]).make_parser().parse_args(words[1:])
 
 
