@@ -1,11 +1,13 @@
 """Every formula against literal numbers, and against garbage at the padding."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trl_llava.ppo import ppo_math
+from trl_llava.ppo.update import Updater
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, False], [True, True, True]])
@@ -161,3 +163,12 @@ def test_importance_weights_are_ratios_within_limits(mode, low, high, expected):
     mask = torch.tensor([[True, True, False], [True, True, False]])
     found = ppo_math.importance_weights(ours, theirs, mask, mode, low, high)
     torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_the_ratios_variance_is_over_tokens_and_not_called_as_trls_which_is_not():
+    """Ratios 1 and 2 in one micro-batch, 6 in another: TRL's `val/ratio_var` would be that of 1.5 and 6."""
+    updater = Updater(None, SimpleNamespace(reduce=lambda sums, reduction: sums), None, None, None)
+    updater.grad_norms = []
+    sums = {"val/ratio": 9.0, "val/token_ratio_var": 41.0, "tokens": 3.0}
+    updater.sums = {name: torch.tensor(value) for name, value in sums.items()}
+    assert updater._metrics() == {"val/ratio": 3.0, "val/token_ratio_var": pytest.approx(14 / 3)}

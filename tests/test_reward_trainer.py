@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from accelerate import DistributedType
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import AutoProcessor, AutoTokenizer
@@ -224,6 +225,35 @@ def test_the_captions_are_part_of_what_is_judged(tiny_llava_dir, tmp_path):
     texts = trainer.processing_class.batch_decode(batch["input_ids"], skip_special_tokens=True)
     assert all("a red square" in text.split("Judge it.")[1] for text in texts)
     assert texts[0].split("Judge it.")[1].split() == texts[1].split("Judge it.")[1].split()
+
+
+@pytest.mark.parametrize("centering", ["trl", "paper"])
+def test_a_pair_in_an_incomplete_micro_batch_weighs_as_any_other(tiny_llava_dir, tmp_path, centering):
+    settings = {"train_dataset": rows(3), "max_steps": 1, "optim": "sgd", "reward_centering": centering}
+    whole = make_trainer(tiny_llava_dir, tmp_path, **settings)
+    parts = make_trainer(
+        tiny_llava_dir, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings
+    )
+    for trainer in (whole, parts):
+        trainer.train()
+    assert parts.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], abs=1e-4)
+    expected = dict(whole.model.named_parameters())
+    for name, parameter in parts.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("launched", "advice"), [("NO", "no weight was changed by it"), ("DEEPSPEED", "go back to the last checkpoint")]
+)
+def test_weights_are_called_unchanged_only_where_they_are(tiny_llava_dir, tmp_path, launched, advice):
+    trainer = make_trainer(tiny_llava_dir, tmp_path)
+    trainer.accelerator.state.distributed_type = DistributedType(launched)
+    try:
+        for where in ("loss", "gradient norm"):
+            with pytest.raises(UnhealthyRunError, match=f"{where} is not finite at step 1: {advice}"):
+                trainer.check_in_step(where, torch.tensor(float("nan")))
+    finally:
+        trainer.accelerator.state.distributed_type = DistributedType.NO
 
 
 @pytest.mark.parametrize("where", ["weight", "gradient"])

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from transformers import Trainer
 
@@ -65,13 +66,18 @@ class FiniteSteps(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Upstream's step, and the check of its loss."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        check_finite("loss", loss, self.state.global_step + 1)
+        self.check_in_step("loss", loss)
         return loss
+
+    def check_in_step(self, name: str, value: torch.Tensor | float) -> None:
+        """`check_finite` after a backward pass, within which DeepSpeed has changed the weights."""
+        stepped = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        check_finite(name, value, self.state.global_step + 1, reached_weights=stepped)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         # Upstream calls this once per optimizer step, before it, also where nothing is clipped.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # The scaler of fp16 looks for the scale by overflowing, and leaves those steps out by itself.
         if norm is not None and self.accelerator.scaler is None:
-            check_finite("gradient norm", norm, self.state.global_step + 1)
+            self.check_in_step("gradient norm", norm)
         return norm

@@ -37,8 +37,9 @@ PAPER_CENTERING = 1e-3
 class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrainer):
     """TRL's `RewardTrainer` on pairs of completions to a prompt with images.
 
-    Differs from TRL's in its collator, which renders the judging turn and runs image and prompt once per pair, and in
-    the paper's regulariser (`args.reward_centering: paper`). A loss or gradient that is not finite stops the run.
+    Differs from TRL's in its collator, which renders the judging turn and runs image and prompt once per pair, in the
+    paper's regulariser (`args.reward_centering: paper`), and in that each pair of a step weighs the same. A loss or
+    gradient that is not finite stops the run.
 
     Args:
         model: a `...ForSequenceClassification` with one label, or Hub ID or folder of a model.
@@ -166,19 +167,32 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
     ) -> Any:
         """The pairwise loss, plus the centring that `args.reward_centering` names.
 
-        "trl" is TRL's `c * mean((r1 + r0)^2)`; "paper" is `c * |mean(r1 + r0)|` with c = 0.001 by default.
+        "trl" is TRL's `c * mean((r1 + r0)^2)`; "paper" is `c * |mean(r1 + r0)|` with c = 0.001 by default. Each pair
+        of a step weighs the same, also where its last micro-batch has fewer of them.
         """
+        share = len(inputs["input_ids"]) / self._mean_rows if self.model.training else 1.0
+        loss, outputs = self._micro_batch_loss(model, inputs, num_items_in_batch)
+        return (loss * share, outputs) if return_outputs else loss * share
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of a step, whose mean number of rows is kept: upstream gives each the same weight."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._mean_rows = sum(len(batch["input_ids"]) for batch in batches) / max(len(batches), 1)
+        return batches, items
+
+    def _micro_batch_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], items: Any
+    ) -> tuple[torch.Tensor, Any]:
         if self.args.reward_centering != "paper":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, True, items)
         coefficient = self.args.center_rewards_coefficient
         self.args.center_rewards_coefficient = None  # TRL would add its own term
         try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, items)
         finally:
             self.args.center_rewards_coefficient = coefficient
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         # |mean| of all processes' pairs, as a share whose mean over processes it is.
         mean = (chosen + rejected).mean()
         sign = self.accelerator.reduce(mean.detach(), reduction="mean").sign()
-        loss = loss + (PAPER_CENTERING if coefficient is None else coefficient) * sign * mean
-        return (loss, outputs) if return_outputs else loss
+        return loss + (PAPER_CENTERING if coefficient is None else coefficient) * sign * mean, outputs

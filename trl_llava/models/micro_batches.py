@@ -1,7 +1,7 @@
 """Which rows of a rollout run together: of similar length, and no more tokens at once than a budget allows.
 
-Whatever the split, the results are the same: losses are shares of a mean over the whole mini-batch, and the output of
-a pass goes back to the place of its row.
+Whatever the split, the results are the same but for rounding, which in 16 bit is seen: losses are shares of a mean
+over the whole mini-batch, and the output of a pass goes back to the place of its row.
 """
 
 from collections.abc import Sequence

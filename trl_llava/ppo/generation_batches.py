@@ -1,6 +1,7 @@
 """How many prompts are completed at once: as many as have their keys and values within a bound of memory.
 
-Whatever the split, the completions are the same: a draw depends on seed, step and row alone (`ppo/randomness.py`).
+Whatever the split, the completions are the same in float32: a draw depends on seed, step and row alone
+(`ppo/randomness.py`). In 16 bit a batch of another size rounds otherwise, and a draw close to a bound may differ.
 """
 
 import torch

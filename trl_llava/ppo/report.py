@@ -64,9 +64,9 @@ def step_metrics(
 ) -> dict[str, float]:
     """The metrics of one step over all processes, under TRL's names.
 
-    Also `rewards/<term>/mean` and `/std` for each reward term, `completions/mean_length` in tokens (stop token
-    included) and `completions/clipped_ratio`, the share of completions without a stop token. `gather` concatenates a
-    tensor over all processes, `reduce` sums it.
+    Also `rewards/<term>/mean` and `/std` for each reward term, over the completions that its function has an opinion
+    on, `completions/mean_length` in tokens (stop token included) and `completions/clipped_ratio`, the share of
+    completions without a stop token. `gather` concatenates a tensor over all processes, `reduce` sums it.
     """
     kl = gather(rollout.kl.sum(1))
     scores = gather(rollout.scores)
@@ -84,8 +84,10 @@ def step_metrics(
     }
     for name, values in rollout.terms.items():
         everywhere = gather(values)
-        metrics[f"rewards/{name}/mean"] = everywhere.mean()
-        metrics[f"rewards/{name}/std"] = everywhere.std(unbiased=False)
+        everywhere = everywhere[~everywhere.isnan()]
+        if len(everywhere):
+            metrics[f"rewards/{name}/mean"] = everywhere.mean()
+            metrics[f"rewards/{name}/std"] = everywhere.std(unbiased=False)
     return {name: float(value) for name, value in metrics.items()} | update_metrics
 
 

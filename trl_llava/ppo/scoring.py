@@ -61,7 +61,7 @@ class Scorer:
 
         Returns:
             scores: (B,) float32.
-            terms: (B,) of each term by name, as it enters the sum.
+            terms: (B,) of each term by name, as it enters the sum; nan where its function has no opinion.
 
         Raises:
             UnhealthyRunError: if a reward is not finite.
@@ -70,37 +70,42 @@ class Scorer:
         call = {**columns, "completions": completions, "completion_ids": completion_ids}
         terms = {}
         for name, weight, function in zip(self.names, self.weights, self.reward_funcs, strict=True):
-            rewards = self._rewards(name, function, call, stopped.device)
+            rewards, given = self._rewards(name, function, call, stopped.device)
             check_finite(f"the reward of {name}", rewards, step)
-            terms[name] = weight * self._normalise(name, rewards, reduce)
-        functions = sum(terms.values(), start=torch.zeros(len(stopped), device=stopped.device))
+            normalised = weight * self._normalise(name, rewards, given, reduce)
+            terms[name] = normalised.masked_fill(~given, torch.nan)
+        nothing = torch.zeros(len(stopped), device=stopped.device)
+        functions = sum((term.nan_to_num() for term in terms.values()), start=nothing)
         for name, values in self._symbolic(call, stopped, functions).items():
             check_finite(f"the reward term {name}", values, step)
             terms[name] = values
-        scores = torch.stack(list(terms.values())).sum(0) if terms else torch.zeros(len(stopped)).to(stopped.device)
+        scores = torch.stack(list(terms.values())).nansum(0) if terms else nothing
         return scores + self.args.reward_bias, terms
 
     def _rewards(
         self, name: str, function: RewardFunction, call: dict[str, Any], device: torch.device
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rewards (B,), and `True` for those the function has given: as in TRL, None is no opinion, and no 0."""
         rewards = function(**call)
         if len(rewards) != len(call["completions"]):
             raise InputError(
                 f"reward function {name} returned {len(rewards)} rewards for {len(call['completions'])} responses"
             )
-        # As in TRL's GRPOTrainer, None means that the function has no opinion on this row.
-        return torch.tensor([0.0 if r is None else float(r) for r in rewards], dtype=torch.float32, device=device)
+        given = torch.tensor([reward is not None for reward in rewards], device=device)
+        values = [0.0 if reward is None else float(reward) for reward in rewards]
+        return torch.tensor(values, dtype=torch.float32, device=device), given
 
-    def _normalise(self, name: str, rewards: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+    def _normalise(self, name: str, rewards: torch.Tensor, given: torch.Tensor, reduce: Reduce) -> torch.Tensor:
         if self.args.normalize_scores is None:
             return rewards
         if name not in self.normalisers:
-            count = reduce(torch.tensor(float(len(rewards)), device=rewards.device))
-            centre = reduce(rewards.sum()) / count
-            spread = (reduce(((rewards - centre) ** 2).sum()) / count).sqrt()
-            if spread <= 1e-6 * (1 + centre.abs()):
+            count = reduce(given.float().sum())
+            centre = reduce(rewards[given].sum()) / count
+            spread = (reduce(((rewards[given] - centre) ** 2).sum()) / count).sqrt()
+            if not spread > 1e-6 * (1 + centre.abs()):
+                found = f"{centre.item():.6g}" if count > 0 else "no reward"
                 raise UnhealthyRunError(
-                    f"reward function {name} gave every completion of the first batch {centre.item():.6g}, so there "
+                    f"reward function {name} gave every completion of the first batch {found}, so there "
                     "is no spread for `normalize_scores: first_batch` to scale by. Use a larger batch, or leave "
                     "`normalize_scores` out"
                 )

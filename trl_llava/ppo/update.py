@@ -114,7 +114,7 @@ class Updater:
                 "loss/value_avg": value.losses,
                 "val/clipfrac_avg": value.clipped.float(),
                 "val/ratio": policy.ratio,
-                "val/ratio_var": policy.ratio**2,
+                "val/token_ratio_var": policy.ratio**2,
                 "tokens": torch.ones_like(policy.ratio),
             }.items():
                 self.sums[name] += ppo_math.masked_sum(per_token, mask)
@@ -133,7 +133,8 @@ class Updater:
         totals = dict(zip(names, totals.tolist(), strict=True))
         tokens = totals.pop("tokens")
         metrics = {name: total / tokens for name, total in totals.items()}
-        metrics["val/ratio_var"] -= metrics["val/ratio"] ** 2
+        # TRL's `val/ratio_var` is another number: the variance of the means of micro-batches.
+        metrics["val/token_ratio_var"] -= metrics["val/ratio"] ** 2
         if self.grad_norms:
             metrics["grad_norm"] = torch.stack(self.grad_norms).mean().item()
         return metrics
