@@ -36,6 +36,7 @@ IMAGE_MARK = "<image>"
 """Marks the place of an image in a user's text."""
 
 _IMAGE = {"type": "image", "text": None}
+_OF_IMAGES = frozenset({"image", "image_url", "url", "path", "base64", "bytes", "data"})
 
 
 class RowError(InputError):
@@ -145,7 +146,13 @@ def place_images(messages: Sequence[Message], images: int, row_name: str) -> lis
         problem = f"its messages show {shown} image{'s' * (shown != 1)}, but it has {images}"
         fix = "Give one image part for each image, or none to put them at the front of the first user turn"
         raise RowError(row_name, problem, fix, "image parts unlike the number of images")
-    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    first = users[0] if users else None
+    parts = [part for i in users for part in messages[i]["content"]]
+    if images and any(IMAGE_MARK in (part["text"] or "") for part in parts):
+        problem = f"a text part has {IMAGE_MARK}, which is no image there"
+        fix = 'Split it at the image: {"type": "image"} beside the texts before and after'
+        raise RowError(row_name, problem, fix, f"{IMAGE_MARK} in a text part")
     if first is None:
         raise RowError(row_name, "it has images but no user turn to show them in", "Add a user turn")
     user = {**messages[first], "content": [dict(_IMAGE) for _ in range(images)] + messages[first]["content"]}
@@ -186,8 +193,6 @@ def _message(message: Any, row_name: str, where: str) -> Message:
         if not role:
             problem = f"{where} is {abridged(message)}, expected a dict with `role` and `content`"
         raise RowError(row_name, problem, "Correct the message", "unknown role")
-    if message.get("tool_calls"):
-        raise RowError(row_name, f"{where} calls tools, which are not supported", "Leave the row out", "tool calls")
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -199,9 +204,10 @@ def _message(message: Any, row_name: str, where: str) -> Message:
 
 def _part(part: Any, row_name: str, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
+    further = {key for key, value in part.items() if value and key not in ("type", "index")} if kind else set()
+    if kind == "text" and isinstance(part.get("text"), str) and not further & _OF_IMAGES:
         return {"type": "text", "text": part["text"]}
-    if kind == "image" and not any(part.get(key) for key in ("image", "url", "path", "base64")):
+    if kind == "image" and not further:
         return dict(_IMAGE)
     problem = f"{where} holds the part {abridged(part)}, expected a text or an empty image part"
     fix = "Put images into the `images` column, in the order of the image parts"

@@ -17,6 +17,7 @@ from trl_llava.data.contract import (
 )
 from trl_llava.data.layouts import RATED, best_and_worst, read_layout
 from trl_llava.data.turns import LLAVA_ROLES, check_turns
+from trl_llava.data.unread import refuse_other_images, refuse_unread
 from trl_llava.prompts import Message
 
 LLAVA_CAPTION_TYPES = {1: "general", 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}
@@ -25,14 +26,6 @@ _COLUMNS = "row_name images image messages conversations prompt completion chose
 _COLUMNS += " preference margin captions answer_type caption_type length_multiplier length_bonus system"
 KNOWN_COLUMNS = frozenset(_COLUMNS.split())
 """Columns that mean something in any layout; others are carried along (prompt stage) or left behind and named."""
-
-UNSUPPORTED_COLUMNS = {
-    **dict.fromkeys(("video", "videos"), "a video, which is not supported"),
-    **dict.fromkeys(("audio", "audios"), "audio, which is not supported"),
-    "tools": "tools, which are not supported",
-    **dict.fromkeys(("chosen_images", "rejected_images"), "images of one completion: both of a pair see the same"),
-}
-"""Columns of content that no stage reads: a row that has some would teach another thing without it."""
 
 
 def to_row(
@@ -57,12 +50,11 @@ def to_row(
     Of a pair the prompt stage reads the prompt and SFT the chosen completion too. A `system` column becomes the system
     message. `margin` is there only where the record has one.
     """
-    for name in UNSUPPORTED_COLUMNS:
-        if record.get(name):
-            problem = f"its column {name} has {UNSUPPORTED_COLUMNS[name]}"
-            raise RowError(row_name, problem, "Leave the row out, or drop the column", f"{name} not supported")
+    refuse_unread(record, stage, row_name)
     record = read_layout(record, row_name)
     images = _images(record, row_name)
+    if not images:
+        refuse_other_images(record, KNOWN_COLUMNS, row_name)
     if RATED in record and stage != "prompt":
         record = {**record, **_rated_pair(record, stage, row_name, rating)}
     messages = _llava_messages if record.get("conversations") is not None else _trl_messages

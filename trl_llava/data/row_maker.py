@@ -14,10 +14,11 @@ from huggingface_hub import constants
 from trl_llava.data.captions import captions_of, read_captions
 from trl_llava.data.contract import COMPLETIONS, RowError, Stage, abridged, check_captions, stage_features
 from trl_llava.data.fetch import check_is_a_name, fetch, is_url
-from trl_llava.data.formats import KNOWN_COLUMNS, UNSUPPORTED_COLUMNS, to_row
+from trl_llava.data.formats import KNOWN_COLUMNS, to_row
 from trl_llava.data.images import is_inside, load_image, open_image, path_inside
 from trl_llava.data.layouts import RATED, layout_columns
 from trl_llava.data.sources import JSON_COLUMN, RawRows, has_numbers, json_columns, json_record
+from trl_llava.data.unread import UNSUPPORTED_COLUMNS
 
 PROBLEM_COLUMNS = ("_reason", "_problem", "_fix")
 """What is wrong with a row, as in `RowError`; empty for a row that can be used."""

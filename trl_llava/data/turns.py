@@ -6,6 +6,7 @@ from trl_llava.data.contract import COMPLETIONS, RowError, Stage, abridged, coun
 from trl_llava.prompts import Message, message_text
 
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_OTHER_MARKS = ("<video>", "<audio>")
 
 
 def check_turns(row: dict[str, Any], stage: Stage, record: dict[str, Any]) -> None:
@@ -47,8 +48,13 @@ def _check_order(row: dict[str, Any], i: int, record: dict[str, Any]) -> None:
 
 
 def _check_content(message: Message, row_name: str, where: str, *, last: bool) -> None:
-    """Refuse a user's or assistant's turn that says and shows nothing."""
-    if message["role"] == "system" or message_text(message).strip() or count_images([message]):
+    """Refuse a user's or assistant's turn that says and shows nothing, or shows what no model here takes."""
+    text = message_text(message).strip()
+    marks = [mark for mark in _OTHER_MARKS if text.startswith(mark) or text.endswith(mark)]
+    if message["role"] == "user" and marks:
+        problem = f"{where} shows {marks[0]}, which is not supported"
+        raise RowError(row_name, problem, "Leave the row out", f"{marks[0]} not supported")
+    if message["role"] == "system" or text or count_images([message]):
         return
     if message["role"] == "user":
         problem = f"its question has neither text nor an image ({where})"
