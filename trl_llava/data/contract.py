@@ -10,6 +10,7 @@ One record is one row; nothing runs beside it in another list. A normalised row 
 - `captions` (list of str; preference, prompt), `answer_type` and `length_multiplier` (prompt), `margin` where given.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -36,6 +37,11 @@ IMAGE_MARK = "<image>"
 """Marks the place of an image in a user's text."""
 
 _IMAGE = {"type": "image", "text": None}
+_ANY_MARK = re.compile(
+    r"<image([ _]?\d+)?>|<\|image(_\d+|_pad)?\|>|<(start_of_image|image_soft_token|image_placeholder)>"
+    r"|<IMG_CONTEXT>|<ImageHere>|\[IMG\]"
+)
+"""What models and data sets write where an image is; `IMAGE_MARK` alone has that meaning in a row's text."""
 _OF_IMAGES = frozenset({"image", "image_url", "url", "path", "base64", "bytes", "data"})
 
 
@@ -149,10 +155,11 @@ def place_images(messages: Sequence[Message], images: int, row_name: str) -> lis
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     first = users[0] if users else None
     parts = [part for i in users for part in messages[i]["content"]]
-    if images and any(IMAGE_MARK in (part["text"] or "") for part in parts):
-        problem = f"a text part has {IMAGE_MARK}, which is no image there"
-        fix = 'Split it at the image: {"type": "image"} beside the texts before and after'
-        raise RowError(row_name, problem, fix, f"{IMAGE_MARK} in a text part")
+    mark = next(filter(None, (_ANY_MARK.search(part["text"] or "") for part in parts)), None)
+    if images and mark is not None:
+        problem = f"a user's text has {mark[0]}, which is no image there"
+        fix = f'Write {IMAGE_MARK} in a text, or {{"type": "image"}} beside the text parts before and after it'
+        raise RowError(row_name, problem, fix, "image mark that is text")
     if first is None:
         raise RowError(row_name, "it has images but no user turn to show them in", "Add a user turn")
     user = {**messages[first], "content": [dict(_IMAGE) for _ in range(images)] + messages[first]["content"]}

@@ -1,5 +1,6 @@
 """Which turns a row may have: every one says or shows something, speakers alternate, and completions differ."""
 
+import unicodedata
 from typing import Any
 
 from trl_llava.data.contract import COMPLETIONS, RowError, Stage, abridged, count_images
@@ -26,9 +27,9 @@ def check_turns(row: dict[str, Any], stage: Stage, record: dict[str, Any]) -> No
         if count_images([completion]):
             raise RowError(row_name, f"{name} shows an image", "Show images in user turns", "image in a completion")
         # An empty rejected completion is a lesson: say something.
-        if name != "rejected" and not message_text(completion).strip():
+        if name != "rejected" and not _said(completion):
             raise RowError(row_name, f"its {name} is empty", "Leave the row out", f"empty {name}")
-    if stage == "preference" and message_text(row["chosen"][0]) == message_text(row["rejected"][0]):
+    if stage == "preference" and message_text(row["chosen"][0]).strip() == message_text(row["rejected"][0]).strip():
         problem = f"chosen and rejected are the same: {abridged(message_text(row['chosen'][0]))}"
         raise RowError(row_name, problem, "Leave the row out: there is nothing to prefer", "chosen equal to rejected")
 
@@ -49,7 +50,7 @@ def _check_order(row: dict[str, Any], i: int, record: dict[str, Any]) -> None:
 
 def _check_content(message: Message, row_name: str, where: str, *, last: bool) -> None:
     """Refuse a user's or assistant's turn that says and shows nothing, or shows what no model here takes."""
-    text = message_text(message).strip()
+    text = _said(message)
     marks = [mark for mark in _OTHER_MARKS if text.startswith(mark) or text.endswith(mark)]
     if message["role"] == "user" and marks:
         problem = f"{where} shows {marks[0]}, which is not supported"
@@ -62,13 +63,18 @@ def _check_content(message: Message, row_name: str, where: str, *, last: bool) -
     raise RowError(row_name, f"its earlier completion is empty ({where})", "Leave the row out", "empty completion")
 
 
+def _said(message: Message) -> str:
+    """The text of a turn without what nobody sees: white space around it, characters without width."""
+    return "".join(c for c in message_text(message) if unicodedata.category(c) != "Cf").strip()
+
+
 def _turn_name(row: dict[str, Any], i: int, record: dict[str, Any]) -> str:
     """What the record calls turn `i` of a row's prompt: `conversations[1]`."""
     i -= bool(record.get("system"))
     column = next((name for name in ("conversations", "messages", "prompt") if record.get(name) is not None), "chosen")
     turns = record[column]
     if isinstance(turns, str):
-        return column
+        turns = [turns]
     if column == "conversations":  # turns of the assistant before the first question were left out
         i += next((n for n, turn in enumerate(turns) if LLAVA_ROLES[turn["from"]] != "assistant"), 0)
     if column == "prompt" and i >= len(turns):
