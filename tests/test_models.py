@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
@@ -222,6 +223,21 @@ def test_tokens_without_an_embedding_are_refused(tiny_llava_dir: Path, tmp_path:
     processor.save_pretrained(folder)
     with pytest.raises(InputError, match=r"added has 601 tokens, the model 600 embeddings: resize them"):
         models.load_processor(str(folder))
+
+
+def test_nor_may_an_adapters_tokenizer_have_more_tokens_than_its_base_has_embeddings(
+    tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llava_dir, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    processor = models.load_processor(str(tiny_llava_dir))
+    processor.save_pretrained(adapter)
+    LoraConfig(base_model_name_or_path="base").save_pretrained(adapter)  # relative to where it was trained
+    assert len(models.load_processor(str(adapter)).tokenizer) == 600
+    processor.tokenizer.add_tokens(["<box>"])
+    processor.save_pretrained(adapter)
+    with pytest.raises(InputError, match=r"adapter has 601 tokens, the model 600 embeddings: resize them"):
+        models.load_processor(str(adapter))
 
 
 def test_processor_of_a_text_model_is_refused(tiny_llama_dir: Path) -> None:

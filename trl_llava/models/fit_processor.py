@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, ProcessorMixin
 
 from trl_llava.errors import InputError
-from trl_llava.hub.lookup import find_file
+from trl_llava.hub.lookup import find_file, local_base
 from trl_llava.models.sharded_weights import loaded_whole
 
 PATCHES, STRATEGY, ADDITIONAL = "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"
@@ -20,12 +20,17 @@ PATCHES, STRATEGY, ADDITIONAL = "patch_size", "vision_feature_select_strategy", 
 def fit_to_model(processor: ProcessorMixin, name: str, revision: str | None, trust_remote_code: bool) -> None:
     """Take what a processor lacks from its model's config, and refuse one that the model cannot follow.
 
-    A folder without a config, such as an adapter's, has nothing to hold it against.
+    An adapter's is held against its base; where that is not to be found either, there is nothing to hold it against.
     """
+    model, its_revision = name, revision
     if find_file(name, "config.json", revision) is None:
-        return
+        file = find_file(name, "adapter_config.json", revision)
+        adapter = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        model, its_revision = local_base(name, adapter.get("base_model_name_or_path")) or "", adapter.get("revision")
+        if not model or find_file(model, "config.json", its_revision) is None:
+            return
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model, revision=its_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return  # the model's own loading says it
     _check_embeddings(processor, config, name)
