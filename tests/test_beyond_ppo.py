@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import tiny_models
 import torch
@@ -107,6 +108,23 @@ def test_the_reward_gets_what_the_policy_got(world: World) -> None:
     assert all(captions and all(isinstance(caption, str) for caption in captions) for captions in call["captions"])
     assert call["row_name"][0] == call["row_name"][1]  # two completions of one row
     assert call["completions"][0][0]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("stage", ["grpo", "rloo"])
+def test_tables_of_completions_say_which_images_and_captions(world: World, stage: str) -> None:
+    big = world.folder / "data" / "pictures" / "big.png"
+    Image.new("RGB", (1024, 512), "red").save(big)
+    rows = [{"images": ["big.png"], "prompt": [{"role": "user", "content": "what?"}], "captions": ["Red."]}] * 4
+    (world.folder / "big.json").write_text(json.dumps(rows))
+    reward = ["--reward_funcs", "test_beyond_ppo:noted", "--log_completions"]
+    trainer = ONLINE[stage](world.words("../big.json", f"{stage}_tables", *LORA, *SHORT, *reward))
+    extra = trainer._logs["extra"]
+    assert list(extra["captions"]) == [["Red."]] * 4 and list(extra["image_names"]) == [["big.png"]] * 4
+    assert [[image.size for image in images] for images in trainer._logs["images"]] == [[(256, 128)]] * 4
+    if stage == "grpo":  # RLOO's tables go to trackers only
+        table = pd.read_parquet(world.folder / "grpo_tables" / "completions" / "completions_00002.parquet")
+        assert [list(names) for names in table["image_names"]] == [["big.png"]] * 4
+        assert [list(captions) for captions in table["captions"]] == [["Red."]] * 4
 
 
 def test_dpo_on_the_preferences(world: World, policy: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -365,19 +364,6 @@ def test_save_model_writes_both_adapters_with_the_head(tiny_llava_dir, adapter_d
     assert not (tmp_path / "out" / "reference").exists()
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
     AutoProcessor.from_pretrained(tmp_path / "out")
-
-
-def test_samples_are_shown_and_saved_with_each_reward_term(tiny_llava_dir, adapter_dir, tmp_path, capsys):
-    trainer = ppo_trainer(
-        tiny_llava_dir, adapter_dir, tmp_path, eval_dataset=prompt_rows(4), num_sample_generations=1,
-        per_device_eval_batch_size=16, length_coef=-1.0,
-    )  # fmt: skip
-    trainer.train()
-    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
-    assert list(table.columns) == ["query", "model response", "score", "even_tokens", "length"]
-    assert table["query"].tolist() == [f"What is in picture {i}?" for i in range(4)]
-    assert table["score"].tolist() == pytest.approx((table["even_tokens"] + table["length"]).tolist(), abs=1e-5)
-    assert "even_tokens" in capsys.readouterr().out
 
 
 def test_fewer_rows_than_a_batch_is_an_error_and_not_an_endless_loop(tiny_llava_dir, adapter_dir, tmp_path):

@@ -13,6 +13,7 @@ from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.image_tensors import image_input_names
 from trl_llava.data.lengths import drop_overlong
+from trl_llava.data.thumbnails import made_small
 from trl_llava.data.token_kinds import kinds_name, kinds_of
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.errors import RecipeError
@@ -65,6 +66,29 @@ class OwnModelInputs:
         return found * attention_mask
 
 
+class SampleLogs:
+    """Adds to TRL's tables of completions (`log_completions`) the captions of a row and the names of its images.
+
+    The trackers get small images: TRL hands them on as large as they are.
+    """
+
+    args: Any
+    _logs: dict[str, Any]
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:
+        if self.args.log_completions:
+            for column in ("captions", "image_names"):
+                if column in inputs[0]:
+                    self._log_completion_extra(column, [row[column] for row in inputs])  # type: ignore[attr-defined]
+        return super()._calculate_rewards(inputs, *args)  # type: ignore[misc]  # TRL's trainer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Upstream's, which also fills the tables."""
+        for place, images in enumerate(self._logs["images"]):
+            self._logs["images"][place] = [made_small(image) for image in images or []]
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
 def run_online(stage: str, trainer_class: type[Trainer], args: Sequence[str] | None) -> Any:
     """Runs TRL's `GRPOTrainer` or `RLOOTrainer` with the factual reward, and returns it."""
     run = begin(stage, args)
@@ -85,7 +109,7 @@ def run_online(stage: str, trainer_class: type[Trainer], args: Sequence[str] | N
     # An image token in a completion has no image: the next forward pass would stop at it.
     suppressed = {"suppress_tokens": suppressed_tokens(model)}
     training_args.generation_kwargs = {**(training_args.generation_kwargs or {}), **suppressed}
-    trainer = type(trainer_class.__name__, (ResumableGenerations, OwnModelInputs, trainer_class), {})(
+    trainer = type(trainer_class.__name__, (ResumableGenerations, SampleLogs, OwnModelInputs, trainer_class), {})(
         model=model,
         reward_funcs=rewards,
         args=training_args,

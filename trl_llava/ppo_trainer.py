@@ -44,12 +44,13 @@ from trl_llava.models.vision_tower import trains_vision
 from trl_llava.ppo import ppo_math
 from trl_llava.ppo.checkpoint import PPOCheckpoints
 from trl_llava.ppo.completions import Completions
-from trl_llava.ppo.data import collator_of_both, prompt_rows, rollout_loader
+from trl_llava.ppo.data import collator_of_both, prompt_rows, rollout_loader, sample_batch
 from trl_llava.ppo.generation import Generator, suppressed_tokens
 from trl_llava.ppo.passes import PolicyAndValue, check_plain_head
-from trl_llava.ppo.report import PhaseClock, completions_table, report_samples, step_metrics
+from trl_llava.ppo.report import PhaseClock, step_metrics
 from trl_llava.ppo.role_passes import RolePasses, can_share_prefix
 from trl_llava.ppo.rollout import Rollout
+from trl_llava.ppo.samples import completions_table, report_samples
 from trl_llava.ppo.scoring import Scorer
 from trl_llava.ppo.setup import (
     compute_batch_sizes,
@@ -238,8 +239,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """This process's batches of evaluation prompts, the last one perhaps not full."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        collator = getattr(self.data_collator, "policy", self.data_collator)
-        loader = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collator)
+        collator: Any = getattr(self.data_collator, "policy", self.data_collator)
+        collate = partial(sample_batch, collator=collator)
+        loader = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collate)
         return self.accelerator.prepare_data_loader(loader)
 
     def _make_phases(self) -> None:
@@ -281,7 +283,11 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
                 self.state.episode += self.args.batch_size
                 rollout = self.rollout(batch, step)
                 batch.clear()  # the loader's iterator would keep the pixels until the next step
-                self.score(rollout, step)
+                with self.clock.phase("score"):
+                    self.score(rollout, step)
+                if step == 1 and self.args.num_sample_generations > 0:  # of the start, normalised as all that follow
+                    with self.clock.phase("samples"):
+                        self.generate_completions(sampling=True)
                 self.compute_advantages(rollout, step)
                 update_metrics = self.update(rollout, step)
                 self.log_step(rollout, update_metrics)
@@ -370,13 +376,12 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
 
     def score(self, rollout: Rollout, step: int) -> None:
         """Score every completion with the reward functions; fills `scores` and `terms`."""
-        with self.clock.phase("score"):
-            ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            completions = [[{"role": "assistant", "content": text.strip()}] for text in texts]
-            rollout.scores, rollout.terms = self.scorer(
-                completions, ids, rollout.stopped, rollout.columns, step, reduce=self.sum_over_processes
-            )
+        ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        completions = [[{"role": "assistant", "content": text.strip()}] for text in texts]
+        rollout.scores, rollout.terms = self.scorer(
+            completions, ids, rollout.stopped, rollout.columns, step, reduce=self.sum_over_processes
+        )
 
     def compute_advantages(self, rollout: Rollout, step: int) -> None:
         """Turn scores and KL into whitened advantages and returns; fills `kl`, `advantages` and `returns`."""
@@ -470,7 +475,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
     def _end_step(self, step: int) -> None:
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-        if self.args.num_sample_generations > 0 and (step - 1) % self.sample_generations_freq == 0:
+        if self.args.num_sample_generations > 0 and step % self.sample_generations_freq == 0:
             self.generate_completions(sampling=True)  # before the save, or a kill between them would lose the table
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
@@ -480,20 +485,26 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def generate_completions(self, sampling: bool = False) -> None:
-        """Complete prompts of the evaluation set greedily; print some, and save all with their rewards.
+        """Complete prompts of the evaluation set greedily; print some, and save all with images and rewards.
 
-        The table goes to `output_dir/completions/`, as TRL's `GRPOTrainer` does it.
+        The table goes to `output_dir/completions/`, where TRL's `GRPOTrainer` has its own, and to W&B and trackio.
 
         Args:
-            sampling: `True` stops after one batch.
+            sampling: `True` stops after one batch, which has the same prompts each time.
         """
         if self.eval_dataset is None:
             return
+        step = self.state.global_step
         table = completions_table(
-            self.get_eval_dataloader(), self.complete_greedily, self.tokenizer, first_only=sampling
+            self.get_eval_dataloader(), self.complete_greedily, self.tokenizer, step, first_only=sampling
         )
-        if table is not None and self.accelerator.is_main_process:
-            report_samples(table, self.args, self.state.global_step)
+        if table is None:
+            return
+        if self.accelerator.is_main_process:
+            report_samples(table, self.args, step)
+        scores = table["score"]
+        spread = float(scores.std(ddof=0))
+        self.log({"eval_objective/scores": float(scores.mean()), "eval_objective/scores_std": spread})
 
     def complete_greedily(self, batch: dict[str, Any]) -> Rollout:
         """Complete a batch greedily and score it; log-probabilities and values of the rollout stay empty."""

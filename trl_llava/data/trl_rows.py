@@ -7,14 +7,16 @@ from datasets import Dataset
 
 from trl_llava.data.contract import RowError, check_one_image, names_or_numbers
 from trl_llava.data.images import load_image
+from trl_llava.data.thumbnails import image_name
 from trl_llava.prompts import Message
 
 
 def as_trl_reads(rows: Dataset, *, one_image: bool = False) -> Dataset:
     """Make normalised rows fit `GRPOTrainer` and `RLOOTrainer`, which hand `images` to the processor as they are.
 
-    Nothing is decoded before a row is read. Rows with and without images in one data set, which those trainers cannot
-    encode in one batch, are a `RowError`; with `one_image` so is a row that has several.
+    Nothing is decoded before a row is read; `image_names` keeps the names of the files. Rows with and without images
+    in one data set, which those trainers cannot encode in one batch, are a `RowError`; with `one_image` so is a row
+    that has several.
 
     >>> part = {"type": "image", "text": None}
     >>> row = {"row_name": "a[0]", "images": [], "prompt": [{"role": "user", "content": [part]}]}
@@ -46,6 +48,7 @@ def _convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         converted["images"] = [
             [load_image(ref, name) for ref in refs] for refs, name in zip(batch["images"], names, strict=True)
         ]
+        converted.setdefault("image_names", [[image_name(ref) for ref in refs] for refs in batch["images"]])
     if "prompt" in batch:
         converted["prompt"] = [[_without_empty(message) for message in prompt] for prompt in batch["prompt"]]
     return converted

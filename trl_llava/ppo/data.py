@@ -15,6 +15,7 @@ from trl_llava.data.collators import PromptCollator
 from trl_llava.data.contract import check_one_image
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.load import rows_from
+from trl_llava.data.thumbnails import image_name
 from trl_llava.models.model_inputs import counts_images
 from trl_llava.ppo.randomness import RolloutBatches
 
@@ -39,6 +40,11 @@ def collator_of_both(
     if value_processing_class is None or value_processing_class is processing_class:
         return collator
     return PolicyAndValueCollator(collator, PromptCollator(value_processing_class, max_prompt_length=None))
+
+
+def sample_batch(rows: Sequence[dict[str, Any]], collator: PromptCollator) -> dict[str, Any]:
+    """A batch of prompts for a table of samples, with the file names of the images of each row."""
+    return {**collator(rows), "image_names": [[image_name(ref) for ref in row["images"]] for row in rows]}
 
 
 def prompt_rows(dataset: Dataset, name: str, collator: PromptCollator, args: LlavaPPOConfig, **read: Any) -> Dataset:
