@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from trl_llava.models.families import family_of_processor
 from trl_llava.models.model_inputs import COUNTS
 from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.ppo.generation import suppressed_tokens
+from trl_llava.prompts import Message, message_text
 from trl_llava.rewards.functions import RewardFunction, needs_captions
 from trl_llava.rewards.reward_loading import load_reward_functions
 from trl_llava.rewards.reward_terms import length_term
@@ -69,18 +71,22 @@ class OwnModelInputs:
 class SampleLogs:
     """Adds to TRL's tables of completions (`log_completions`) the captions of a row and the names of its images.
 
-    The trackers get small images: TRL hands them on as large as they are.
+    The trackers get small images: TRL hands them on as large as they are. The log gets `completions/empty_ratio`.
     """
 
     args: Any
     _logs: dict[str, Any]
 
-    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[list[Message]], *args: Any
+    ) -> torch.Tensor:
+        empty = [not message_text(completion[-1]).strip() for completion in completions]
+        self._log_metric("completions/empty_ratio", fmean(empty))  # type: ignore[attr-defined]  # TRL's trainer
         if self.args.log_completions:
             for column in ("captions", "image_names"):
                 if column in inputs[0]:
                     self._log_completion_extra(column, [row[column] for row in inputs])  # type: ignore[attr-defined]
-        return super()._calculate_rewards(inputs, *args)  # type: ignore[misc]  # TRL's trainer
+        return super()._calculate_rewards(inputs, prompts, completions, *args)  # type: ignore[misc]  # TRL's trainer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Upstream's, which also fills the tables."""

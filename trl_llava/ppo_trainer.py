@@ -271,7 +271,8 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
                 on as if it had never stopped.
 
         Raises:
-            UnhealthyRunError: if KL or ratio are off at the first step, or a number is not finite.
+            UnhealthyRunError: if KL or ratio are off at the first step, a number is not finite, or after an alarm
+                with `stop_on_alarm`.
             FileNotFoundError: if there is no such checkpoint.
             DamagedCheckpointError: if it is damaged.
             Stopped: after SIGTERM or Ctrl-C, once all is saved.
@@ -375,9 +376,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         return self.generator.generate(policy, inputs, step)
 
     def score(self, rollout: Rollout, step: int) -> None:
-        """Score every completion with the reward functions; fills `scores` and `terms`."""
+        """Score every completion with the reward functions; fills `scores`, `terms` and `empty`."""
         ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rollout.empty = torch.tensor([not text.strip() for text in texts], device=rollout.responses.device)
         completions = [[{"role": "assistant", "content": text.strip()}] for text in texts]
         rollout.scores, rollout.terms = self.scorer(
             completions, ids, rollout.stopped, rollout.columns, step, reduce=self.sum_over_processes

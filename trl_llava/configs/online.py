@@ -1,13 +1,14 @@
-"""What GRPO and RLOO need beside the fields of TRL's configs: the rewards, and limits for prompts with images."""
+"""What GRPO and RLOO need beside the fields of TRL's configs: rewards, alarms, and limits for prompts with images."""
 
 from dataclasses import dataclass
 
+from trl_llava.configs.alarms import AlarmOptions, check_alarms
 from trl_llava.configs.stages import OVERLONG_HELP, TEMPLATE_HELP, Overlong, option, refuse, require_positive
 from trl_llava.hub.names import split_fields
 
 
 @dataclass
-class OnlineArguments:
+class OnlineArguments(AlarmOptions):
     """Mixed into TRL's GRPOConfig or RLOOConfig, before it.
 
     Raises:
@@ -43,4 +44,5 @@ class OnlineArguments:
         refuse(self, {"use_vllm": (False, reason)})
         split_fields(self, reward_model_path="reward_model_revision")
         require_positive(self, "reward_batch_size", "max_prompt_length", "dataset_num_proc")
+        check_alarms(self)
         super().__post_init__()  # type: ignore[misc]  # that of TRL's config; last: it looks at the hardware

@@ -5,6 +5,7 @@ from typing import Literal
 
 from trl.trainer.base_config import _BaseConfig
 
+from trl_llava.configs.alarms import AlarmOptions, check_alarms
 from trl_llava.configs.stages import (
     BATCH_FIELDS,
     OVERLONG_HELP,
@@ -28,7 +29,7 @@ _COMPUTED = (
 
 
 @dataclass
-class LlavaPPOConfig(VLLMOptions, _BaseConfig):
+class LlavaPPOConfig(VLLMOptions, AlarmOptions, _BaseConfig):
     """PPO for models that see: TRL 1.12's `PPOConfig`, plus images, the factual reward's terms and health checks.
 
     With our own fields at their defaults and text-only rows, training is that of TRL 1.12's `PPOTrainer`.
@@ -248,6 +249,7 @@ class LlavaPPOConfig(VLLMOptions, _BaseConfig):
             )
         self._check_batches()
         check_vllm(self)
+        check_alarms(self)
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("`stop_token` and `stop_token_id` exclude each other: leave one of them out.")
         if self.missing_eos_penalty is not None and self.stop_token is None and self.stop_token_id is None:

@@ -57,8 +57,9 @@ def step_metrics(
     """The metrics of one step over all processes, under TRL's names.
 
     Also `rewards/<term>/mean` and `/std` for each reward term, over the completions that its function has an opinion
-    on, `completions/mean_length` in tokens (stop token included) and `completions/clipped_ratio`, the share of
-    completions without a stop token. `gather` concatenates a tensor over all processes, `reduce` sums it.
+    on; `completions/mean_length` in tokens (stop token included); and of the completions the share without a stop
+    token (`completions/clipped_ratio`) or without any text (`completions/empty_ratio`). `gather` concatenates a tensor
+    over all processes, `reduce` sums it.
     """
     kl = gather(rollout.kl.sum(1))
     scores = gather(rollout.scores)
@@ -72,6 +73,7 @@ def step_metrics(
         "objective/scores": scores.mean(),
         "completions/mean_length": lengths.mean(),
         "completions/clipped_ratio": 1.0 - gather(rollout.stopped).float().mean(),
+        "completions/empty_ratio": gather(rollout.empty).float().mean(),
         "val/num_eos_tokens": reduce(rollout.stopped.sum()),
     }
     for name, values in rollout.terms.items():

@@ -30,6 +30,7 @@ class Rollout:
         logprobs: (B, R) log-probabilities of the sampled tokens under the policy; 0 at padding, as all that follow.
         ref_logprobs: (B, R) the same under the reference.
         values: (B, R) the value before each token.
+        empty: (B,) bool, `True` if the response has no text.
         scores: (B,) the sum of all reward terms of a response.
         terms: (B,) of each reward term on its own, by name.
         kl: (B, R) in nats.
@@ -47,6 +48,7 @@ class Rollout:
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
+    empty: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     scores: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
     kl: torch.Tensor = field(default_factory=lambda: torch.empty(0))

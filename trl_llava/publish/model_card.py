@@ -18,6 +18,7 @@ from trl_llava.hub.names import split_revision
 from trl_llava.publish.card_numbers import read_numbers, results_of, section_of
 from trl_llava.publish.card_plots import plot_curves
 from trl_llava.publish.shareable import FACTS_FILE, SAMPLES, without_paths
+from trl_llava.run.alarms import Alarm, read_alarms
 from trl_llava.run.atomic_files import write_atomically
 from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE, versions
 
@@ -131,6 +132,7 @@ def write_model_card(
         _how_it_went(log_history, stage, facts.held_out) if has_curves else "",
         _samples(folder / SAMPLES / "samples.json") if pushed else "",
         section_of(numbers),
+        _alarms(read_alarms(folder)),
         f"## Limits\n\n{_LIMITS['reward' if stage == 'reward' else 'policy']}",
         _repeating(folder, stage),
     ]
@@ -190,6 +192,11 @@ def _how_it_went(history: Sequence[dict[str, Any]], stage: str, held_out: int) -
             f"(95 % interval {low:.1%} to {high:.1%}, Wilson)."
         )
     return text
+
+
+def _alarms(alarms: Sequence[Alarm]) -> str:
+    lines = [f"- After step {alarm['step']}: {alarm['message']}." for alarm in alarms]
+    return "" if not lines else "\n".join(["## Alarms", "", "Said while the model was trained:", "", *lines])
 
 
 def _samples(file: Path) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 import trl_llava
+from trl_llava.configs.alarms import AlarmOptions
 from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.errors import InputError
 from trl_llava.run.atomic_files import write_atomically
@@ -27,10 +29,12 @@ RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
 FINISHED_FILE = "trainer_state.json"  # written last
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
-# Where a run is, how it resumes, what of it is kept and where it reports do not tell one run from another.
+# Where a run is, how it resumes, what of it is kept, where it reports and what it warns of do not tell one run from
+# another.
 _NOT_COMPARED = {
     *("output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank", "save_total_limit"),
     *("report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_strategy", "hub_always_push"),
+    *(field.name for field in fields(AlarmOptions)),
 }
 
 

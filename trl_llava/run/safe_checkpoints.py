@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 
+from trl_llava.configs.alarms import AlarmOptions
 from trl_llava.errors import InputError
+from trl_llava.health import UnhealthyRunError
+from trl_llava.run.alarms import Alarms
 from trl_llava.run.checkpoint_folders import (
     checkpoint_to_resume,
     checkpoints,
@@ -82,12 +85,14 @@ class SafeCheckpoints(Trainer):
 
     loop_started = 0.0
     _stop: StopSignals | None = None
+    _alarms: Alarms | None = None
     _written_beside: Path | None = None
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether a signal has ended the training; `True` from the end of the step in which it came."""
-        return self._stop is not None and self._stop.agreed > 0
+        """Whether a signal, or an alarm, has ended the training; `True` from the end of the step in which it came."""
+        stopped_by_alarm = self._alarms is not None and self._alarms.stopping is not None
+        return stopped_by_alarm or (self._stop is not None and self._stop.agreed > 0)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint that is checked first.
@@ -104,13 +109,14 @@ class SafeCheckpoints(Trainer):
             NotFoundError: if there is no such checkpoint.
             DamagedCheckpointError: if it is damaged.
             Stopped: after SIGTERM or Ctrl-C, once all is saved.
+            UnhealthyRunError: after an alarm, with `stop_on_alarm`, once all is saved.
         """
         with self.resumable(resume_from_checkpoint) as checkpoint:
             return super().train(checkpoint, *args, **kwargs)
 
     @contextmanager
     def resumable(self, wanted: str | bool | None) -> Iterator[str | None]:
-        """Around a training loop: yields the whole checkpoint that it starts from, and ends it after a signal."""
+        """Around a training loop: yields the whole checkpoint that it starts from; ends it after a signal or alarm."""
         if self.args.enable_jit_checkpoint:
             raise InputError(
                 "`enable_jit_checkpoint` must stay False: SIGTERM and Ctrl-C always save a checkpoint here"
@@ -126,13 +132,22 @@ class SafeCheckpoints(Trainer):
         checkpoint = broadcast_object_list(found)[0]
         stop = self._stop = StopSignals(self.accelerator)
         at_step_ends = _AtStepEnds(self, stop, checkpoint)
-        self.add_callback(at_step_ends)
+        alarms = self._alarms = Alarms() if isinstance(self.args, AlarmOptions) else None
+        callbacks = [callback for callback in (at_step_ends, alarms) if callback is not None]
+        for callback in callbacks:
+            self.add_callback(callback)
         command = resume_command()  # now: at the end the launcher, whose command line it is, may be gone
         try:
             with stop.watched():
                 yield checkpoint
                 if stop.agreed:
                     raise self._stopped(run_dir, stop.agreed, command)
+                if alarms is not None and alarms.stopping is not None:
+                    raise UnhealthyRunError(
+                        f"{alarms.stopping}. `stop_on_alarm` has ended the run after step {self.state.global_step} of "
+                        f"{self.state.max_steps}; all is saved in {checkpoints(run_dir)[-1]}. To go on all the same:"
+                        f"\n    {command}"
+                    )
         except pickle.UnpicklingError as error:  # what `weights_only` refuses; all else that is unpickled is ours
             called = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message says how to run it after all
             raise DamagedCheckpointError(
@@ -140,7 +155,8 @@ class SafeCheckpoints(Trainer):
                 f"{f', it would call {called[1]}' if called else ''}. Nothing of it was run"
             ) from error
         finally:
-            self.remove_callback(at_step_ends)
+            for callback in callbacks:
+                self.remove_callback(callback)
 
     def _check_reference(self, wanted: str | bool | None) -> None:
         """TRL's `sync_ref_model` moves the reference, which no checkpoint of its trainers holds."""
