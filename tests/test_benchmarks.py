@@ -262,6 +262,30 @@ def test_factual_gain_prints_mean_and_spread_over_the_seeds(
     assert plans[2:] == [stages.FULL] * 2
 
 
+def test_the_ablation_compares_each_term_with_the_same_seeds_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert factual_gain.half_width([1.0, 2.0, 3.0]) == pytest.approx(2.484, abs=1e-3)  # 4.303 x 1 / sqrt(3)
+
+    def run_terms(folder: Path, seed: int, plan: stages.Plan) -> dict[str, dict[str, float]]:
+        rows = {label: dict.fromkeys(factual_gain.MEASURES, 0.5 + seed) for label in ("SFT", *factual_gain.TERMS)}
+        rows["captions, length penalty"]["length"] = 0.25 * seed
+        return rows
+
+    monkeypatch.setattr(factual_gain, "run_terms", run_terms)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    words = ["--terms", "--output_dir", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
+    factual_gain.main([*words, "--seeds", "0", "1", "2"])
+    means, between = capsys.readouterr().out.split("More than 'captions' with the same seed:")
+    assert "| captions | " in means and "| 1.500 +- 2.484 | " in means and "| captions | " not in between
+    # -0.5, -1.25 and -2 more than the start of each seed
+    assert next(line for line in between.splitlines() if "| captions, length penalty | " in line).endswith(
+        " | -1.250 +- 1.863 |  |"
+    )
+    with pytest.raises(SystemExit):
+        factual_gain.main([*words, "--seeds", *map(str, range(11))])
+
+
 # --- sides -----------------------------------------------------------------------------------------------------------
 
 
@@ -425,3 +449,17 @@ def test_onevision_recipes_at_toy_size_on_the_cpu(stage: str, tmp_path: Path, mo
     more = {"response_length": 256, "local_rollout_forward_batch_size": 4} if stage == "ppo" else {}
     gpu_onevision.side(gate, stage, 1, tmp_path, use_cpu=True, **more)
     assert len([step for step in gate.steps if "seconds" in step]) == 1
+
+
+@pytest.mark.slow
+def test_the_ablation_runs_to_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    threads = torch.get_num_threads()
+    words = ["--terms", "--quick", "--seeds", "0", "--output_dir", str(tmp_path / "runs")]
+    factual_gain.main([*words, "--json", str(tmp_path / "found.json")])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "found.json").read_text())["seeds"]["0"]
+    assert list(rows) == ["SFT", *factual_gain.TERMS]
+    assert rows["captions"]["accuracy"] > rows["no captions"]["accuracy"] and 0 <= rows["captions"]["unfinished"] <= 1
+    # The terms do something: the same SFT policy has become a different one for each.
+    assert len({rows[label]["length"] for label in factual_gain.TERMS}) > 3
+    assert "| captions, bonus for No | " in capsys.readouterr().out

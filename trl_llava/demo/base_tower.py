@@ -41,19 +41,24 @@ def train(
             recent = []
 
 
-def train_tower(scenes: list[Scene], pixels: torch.Tensor, steps: int, generator: torch.Generator) -> CLIPVisionModel:
-    """Teach a CLIP tower what is in each cell of `pixels` (I, 3, SIZE, SIZE); its head is thrown away."""
-    tower = CLIPVisionModel(
+def make_tower(image_size: int, patch_size: int) -> CLIPVisionModel:
+    """A CLIP tower of two layers that sees nothing yet, its weights drawn from torch's current seed."""
+    return CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=SIZE // GRID,
+            image_size=image_size,
+            patch_size=patch_size,
             projection_dim=64,
         )
     )
+
+
+def train_tower(scenes: list[Scene], pixels: torch.Tensor, steps: int, generator: torch.Generator) -> CLIPVisionModel:
+    """Teach a CLIP tower what is in each cell of `pixels` (I, 3, SIZE, SIZE); its head is thrown away."""
+    tower = make_tower(SIZE, SIZE // GRID)
     head = nn.Linear(64, len(OBJECTS) + 1)
     labels = torch.full((len(scenes), IMAGE_TOKENS), len(OBJECTS))
     for row, scene in enumerate(scenes):

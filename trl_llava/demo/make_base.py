@@ -14,12 +14,16 @@ import argparse
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -33,7 +37,7 @@ from trl_llava.demo.base_tower import IMAGE_TOKENS, train, train_tower
 from trl_llava.demo.evaluate import generate_answers
 from trl_llava.demo.metrics import Answered, Truthfulness, measure
 from trl_llava.demo.tokenizer import make_tokenizer
-from trl_llava.demo.world import SIZE, Scene, draw, make_scene
+from trl_llava.demo.world import SIZE, draw, make_scene
 from trl_llava.models.assemble import assemble_llava, save_with_hub_names
 from trl_llava.models.vision_tower import freeze_vision
 
@@ -62,10 +66,19 @@ def make_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class Lessons:
     """Batches of questions with true answers, about images or about captions in the text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene], seed: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, scenes: Sequence[Any], seed: int, image_tokens: int = IMAGE_TOKENS
+    ) -> None:
         self.tokenizer = tokenizer
         self.scenes = scenes
         self.rng = random.Random(seed)
+        self.image = "<image>" * image_tokens
+
+    def ask(self, scene: Any, kind: str, from_image: bool) -> tuple[str, str, str]:
+        """What stands before a question, a question of a kind, and its true answer."""
+        question = language.ask(kind, scene, self.rng)
+        shown = self.image if from_image else bullets(language.captions(scene, self.rng))
+        return shown, question.text, language.answer(question, scene, self.rng)
 
     def batch(
         self, kinds: tuple[str, ...], size: int, from_image: bool
@@ -76,15 +89,9 @@ class Lessons:
         completions and their ends; and the rows' indices into the scenes (B,).
         """
         indices = [self.rng.randrange(len(self.scenes)) for _ in range(size)]
-        rows = []
-        for index in indices:
-            scene, kind = self.scenes[index], self.rng.choice(kinds)
-            question = language.ask(kind, scene, self.rng)
-            shown = "<image>" * IMAGE_TOKENS if from_image else self._captions(scene)
-            prompt = f"USER: {shown}\n{question.text} ASSISTANT:"
-            rows.append((prompt, f" {language.answer(question, scene, self.rng)}</s>"))
-        prompts = self.tokenizer([prompt for prompt, _ in rows])["input_ids"]
-        answers = self.tokenizer([reply for _, reply in rows])["input_ids"]
+        rows = [self.ask(self.scenes[index], self.rng.choice(kinds), from_image) for index in indices]
+        prompts = self.tokenizer([f"USER: {shown}\n{question} ASSISTANT:" for shown, question, _ in rows])["input_ids"]
+        answers = self.tokenizer([f" {answer}</s>" for *_, answer in rows])["input_ids"]
         length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         shape = (size, length)
         ids, labels = torch.full(shape, self.tokenizer.pad_token_id), torch.full(shape, -100)
@@ -96,8 +103,10 @@ class Lessons:
             mask[row, :end] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}, torch.tensor(indices)
 
-    def _captions(self, scene: Scene) -> str:
-        return "\n".join(f"- {caption}" for caption in language.captions(scene, self.rng))
+
+def bullets(captions: Sequence[str]) -> str:
+    """Captions as a reward model reads them, one a line."""
+    return "\n".join(f"- {caption}" for caption in captions)
 
 
 def train_text(model: LlamaForCausalLM, lessons: Lessons, steps: tuple[int, int]) -> None:
@@ -167,39 +176,62 @@ def make_base(output_dir: Path, seed: int, scale: float = 1.0) -> Truthfulness:
 
     `scale` is a factor on the number of updates and of images; 1 is what ships, the tests use less.
     """
-    steps = [max(1, round(scale * count)) for count in (600, 1000, 1500, 600, 1500)]
+    tower_steps, *steps = [max(1, round(scale * count)) for count in (600, 1000, 1500, 600, 1500)]
     rng = random.Random(f"base {seed}")
     scenes = [make_scene(rng) for _ in range(max(64, round(scale * 6000)))]
-    size = {"height": SIZE, "width": SIZE}
-    image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    image_processor = make_image_processor(SIZE)
     images = [draw(scene) for scene in scenes]
     pixels = image_processor(images, return_tensors="pt")["pixel_values"]
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # transformers draws initial weights from the global generator
-        tower = train_tower(scenes, pixels, steps[0], torch.Generator().manual_seed(seed))
+        tower = train_tower(scenes, pixels, tower_steps, torch.Generator().manual_seed(seed))
+        lessons = Lessons(make_tokenizer(), scenes, seed)
+        model, processor = join(output_dir, tower, image_processor, lessons, images[:200], pixels, steps, seed)
+    return evaluate(model, processor, seed)
+
+
+def make_image_processor(size: int) -> CLIPImageProcessorPil:
+    """Scale images to squares of `size` pixels, and cut nothing off."""
+    sides = {"height": size, "width": size}
+    return CLIPImageProcessorPil(size=sides, crop_size=sides, do_center_crop=False)
+
+
+def join(
+    output_dir: Path,
+    tower: CLIPVisionModel,
+    image_processor: CLIPImageProcessorPil,
+    lessons: Lessons,
+    samples: list[Image.Image],
+    pixels: torch.Tensor,
+    steps: list[int],
+    seed: int,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Teach a new language model, put it behind a taught tower, teach both together and save them.
+
+    `steps` are those of the four lessons: yes/no about captions, all about captions, the projector, together.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         tower.save_pretrained(f"{folder}/tower")
         image_processor.save_pretrained(f"{folder}/tower")
-        tokenizer = make_tokenizer()
-        lessons = Lessons(tokenizer, scenes, seed)
-        language_model = make_language_model(tokenizer)
-        train_text(language_model, lessons, (steps[1], steps[2]))
+        language_model = make_language_model(lessons.tokenizer)
+        train_text(language_model, lessons, (steps[0], steps[1]))
         language_model.save_pretrained(f"{folder}/language")
-        tokenizer.save_pretrained(f"{folder}/language")
+        lessons.tokenizer.save_pretrained(f"{folder}/language")
         model, processor = assemble_llava(
             f"{folder}/tower",
             f"{folder}/language",
             f"{folder}/joined",
             vision_feature_layer=-1,
             projector_init="whitened",
-            sample_images=images[:200],
+            sample_images=samples,
             seed=seed,
         )
-    train_joint(model, lessons, pixels, (steps[3], steps[4]))
+    train_joint(model, lessons, pixels, (steps[2], steps[3]))
     for config in (model.config.text_config, model.config.vision_config):
         config._name_or_path = ""  # folders that are gone by now
     save_with_hub_names(model.eval(), output_dir)
     processor.save_pretrained(output_dir)
-    return evaluate(model, processor, seed)
+    return model, processor
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """The demo's word-level tokenizer, in which each object is one token, and its chat template."""
 
+from collections.abc import Sequence
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,13 +30,19 @@ _SPACED = (
 _UNSPACED = ("USER: ", "USER:", "ASSISTANT:", ".", ",", "?", ":", "-", "\n", " ")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer, with its chat template; nothing is learned, so it is always the same."""
-    words = [*_SPECIAL, *_UNSPACED, *(f" {word}" for word in _SPACED)]
-    words += [word for word in _SPACED if word not in words]
+# An object is one word to the model, with its article.
+_OBJECT = f"a (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
+
+
+def make_tokenizer(spaced: Sequence[str] = _SPACED, phrase: str = _OBJECT) -> PreTrainedTokenizerFast:
+    """Build a word-level tokenizer, with its chat template; nothing is learned, so it is always the same.
+
+    `spaced` are its words, `phrase` the pattern of those that are several words, or of one word where there are none.
+    """
+    words = [*_SPECIAL, *_UNSPACED, *(f" {word}" for word in spaced)]
+    words += [word for word in spaced if word not in words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    things = f"a (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
-    pattern = rf"USER: ?| ?ASSISTANT:| ?{things}(?![a-z])| ?[A-Za-z]+| ?[0-9]+|\n|[^\sA-Za-z0-9]| "
+    pattern = rf"USER: ?| ?ASSISTANT:| ?{phrase}(?![a-z])| ?[A-Za-z]+| ?[0-9]+|\n|[^\sA-Za-z0-9]| "
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
