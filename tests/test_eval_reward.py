@@ -87,6 +87,8 @@ def test_measures_of_scores() -> None:
         ),
     }
     assert values == {name: pytest.approx(value) for name, value in expected.items()}
+    counted = {name: found[name].counted for name in ("accuracy", "accuracy_a", "accuracy_b", "right_in_fifth_1")}
+    assert counted == {"accuracy": None, "accuracy_a": 2, "accuracy_b": 3, "right_in_fifth_1": 1}
 
 
 @pytest.mark.parametrize(

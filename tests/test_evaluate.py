@@ -26,7 +26,7 @@ from trl_llava.prompts import JudgingPrompt
 from trl_llava.publish.model_card import CardFacts, write_model_card
 from trl_llava.rewards.factual_reward import FactualReward
 from trl_llava.tools.evaluate import statistics
-from trl_llava.tools.evaluate.files import labels, table
+from trl_llava.tools.evaluate.files import labels, numbers, table
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated
 from trl_llava.tools.evaluate.objects import Vocabulary
 from trl_llava.tools.evaluate.own_data import OwnTask, kind_of, read_answer
@@ -318,9 +318,25 @@ def test_a_page_shows_text_as_text(tmp_path: Path) -> None:
 def test_the_table_marks_a_difference_that_is_one() -> None:
     near = {"value": 0.1, "low": -0.1, "high": 0.3}
     far = {"value": -0.5, "low": -0.6, "high": -0.4}
-    measures = {"m": {"by": "", "values": {"a": near, "b": near}, "differences": {"b": far}}}
+    asked = {"by": "", "questions": 2, "reasons": {}}
+    measures = {"m": {**asked, "values": {"a": near, "b": near}, "differences": {"b": far}}}
     text = table({"t": {"note": "2 questions", "measures": measures}})
     assert text.splitlines()[2].endswith("-0.500 [-0.600, -0.400] *")
+
+
+def test_the_table_says_of_how_many_questions_a_number_is_and_why_there_is_none() -> None:
+    rows = [row(objects=["dog"]), row(objects=["cat"]), row(answer="yes")]
+    answers = [said("A dog.", "Nothing.", "Yes."), said("Nothing.", "Nothing.", "Yes.")]
+    found = numbers([OwnTask("own", rows, rows).judge(["one", "two"], answers)])
+    measures = found["own"]["measures"]
+    asked = {"invented_objects": 2, "object_recall": 2, "yes_no_accuracy": 1, "accuracy_yes": 1, "tokens": 3}
+    assert {name: measures[name]["questions"] for name in asked} == asked
+    lines = table(found).splitlines()
+    reason = "a share of nothing: none of its answers has what is counted"
+    assert f"- two has no invented_objects: {reason}" in lines
+    assert measures["object_recall"]["reasons"] == {}
+    (line,) = [line.split() for line in lines if line.startswith("invented_objects")]
+    assert line[1] == "2" and line[-2:] == ["-", "-"]
 
 
 @pytest.mark.parametrize(
@@ -370,9 +386,10 @@ def test_a_row_that_cannot_be_judged_is_named(values: dict[str, Any], said: str)
 
 def test_of_more_than_two_models_differences_stand_below() -> None:
     one = {"value": 0.1, "low": 0.1, "high": 0.1}
-    measures = {"m": {"by": "judge", "values": dict.fromkeys("abc", one), "differences": dict.fromkeys("bc", one)}}
+    asked = {"by": "judge", "questions": 2, "reasons": {}}
+    measures = {"m": {**asked, "values": dict.fromkeys("abc", one), "differences": dict.fromkeys("bc", one)}}
     text = table({"t": {"note": "2 questions", "measures": measures}})
-    assert [line.split()[0] for line in text.splitlines() if line] == ["t:", "a", "m", "b", "m"]
+    assert [line.split()[0] for line in text.splitlines() if line] == ["t:", "of", "m", "b", "m"]
     assert text.count("m (judge)") == 2 and text.count("*") == 2
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_rows(
-    source: str | Path | DatasetSource,
+    source: str | Path | DatasetSource | RawRows,
     stage: Stage,
     *,
     name: str | None = None,
@@ -41,7 +41,7 @@ def load_rows(
     Args:
         source: A Hub ID, a `.json`, `.jsonl` or `.parquet` file, a folder with such files, an image folder with
             `metadata.jsonl`, a data set saved with `save_to_disk`, or an entry of TRL's `datasets` mixture (read for
-            its `path`, `name`, `split`, `data_dir`, `data_files` and `columns`).
+            its `path`, `name`, `split`, `data_dir`, `data_files` and `columns`); or what `read_source` gave.
         stage: Which stage will read the rows.
         name: Configuration of a Hub data set.
         split: Which split; slices such as `train[:500]` work.
@@ -73,7 +73,7 @@ def load_rows(
         ['captions', 'chosen', 'images', 'prompt', 'rejected', 'row_name']
     """
     _check_policy(on_bad_row)
-    raw = read_source(source, name=name, split=split, revision=revision)
+    raw = source if isinstance(source, RawRows) else read_source(source, name=name, split=split, revision=revision)
     folder = image_folder or raw.image_folder
     maker = RowMaker.of(
         raw,

@@ -79,10 +79,10 @@ def _read(args: argparse.Namespace) -> tuple[Sequence[Row], list[str]]:
     raw = read_source(args.data, split=args.split)
     pairs = "completion" not in (json_columns(raw) if raw.is_json else raw.dataset.features)
     if pairs:
-        found: Sequence[Row] = read_rows(args, args.data, "preference")
+        found: Sequence[Row] = read_rows(args, raw, "preference")
     else:
         # Captions belong to the prompt stage's rows, completions to SFT's.
-        told, known = read_rows(args, args.data, "sft", captions_file=None), read_rows(args, args.data)
+        told, known = read_rows(args, raw, "sft", captions_file=None), read_rows(args, raw)
         found = [{**row, "captions": own["captions"]} for row, own in zip(told, known, strict=True)]
     limit = len(found) if args.limit is None else min(args.limit, len(found))
     return [found[place] for place in range(limit)], ["chosen", "rejected"] if pairs else ["completion"]

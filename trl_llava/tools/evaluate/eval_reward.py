@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from trl_llava.data.sources import JSON_COLUMN, json_record, read_source
+from trl_llava.data.sources import JSON_COLUMN, RawRows, json_record, read_source
 from trl_llava.errors import RecipeError
 from trl_llava.prompts import message_text
 from trl_llava.tools.evaluate.command import free_memory
@@ -94,8 +94,9 @@ def read_pairs(args: argparse.Namespace, name: str) -> Pairs:
     source, split = (HUB_IDS[name], "test") if name in HUB_IDS else (name, args.split)
     if name in HUB_IDS and args.data is not None:
         source = str(Path(args.data) / name)
-    rows = limited(read_rows(args, source, "preference", split=split, on_bad_row=args.on_bad_row), args.limit)
-    known = _categories(source, split)
+    raw = read_source(source, split=split)
+    rows = limited(read_rows(args, raw, "preference", on_bad_row=args.on_bad_row), args.limit)
+    known = _categories(raw)
     categories = [known[row_name] for row_name in rows["row_name"]] if known else None
     return Pairs(name, rows, categories)
 
@@ -133,7 +134,10 @@ def compare(pairs: Pairs, scores: dict[str, list[tuple[float, float]]]) -> TaskR
     ]
     note = f"{len(questions)} pairs" + ("" if all(pairs.rows["captions"]) else ", some or all without captions")
     models = [*scores, LONGER]
-    return TaskResult(pairs.name, models, questions, outcomes, measures_of(pairs.categories), note, statistics)
+    measures = measures_of(pairs.categories)
+    return TaskResult(
+        pairs.name, models, questions, outcomes, measures, note, statistics, without="a length is no score"
+    )
 
 
 def _images(rows: Dataset, number: int) -> list[Any]:
@@ -148,9 +152,8 @@ def _outcome(chosen: float, rejected: float) -> Outcome:
     return Outcome(text, wrong, note, details={"chosen": chosen, "rejected": rejected})
 
 
-def _categories(source: str, split: str) -> dict[str, str]:
+def _categories(raw: RawRows) -> dict[str, str]:
     """Which category each row is of, by the row's name; empty for a data set that has none."""
-    raw = read_source(source, split=split)
     records = raw.dataset
     if raw.is_json:
         found = [(index, _parsed(text)) for index, text in zip(records["index"], records[JSON_COLUMN], strict=True)]

@@ -30,6 +30,8 @@ def _task_numbers(result: TaskResult) -> dict[str, Any]:
             "text": measure.text,
             "better": measure.better,
             "by": measure.by,
+            "questions": result.counted(measure),
+            "reasons": result.reasons(measure, estimates),
             "values": {model: _plain(found) for model, found in zip(result.models, estimates, strict=True)},
             "differences": {model: _plain(found) for model, found in zip(result.models[1:], differences, strict=True)},
         }
@@ -41,22 +43,35 @@ def _plain(found: Estimate) -> dict[str, float | None]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The numbers of `numbers` as text; a star marks a difference whose interval does not hold 0."""
+    """The numbers of `numbers` as text, `of` how many questions each is.
+
+    A star marks a difference whose interval does not hold 0; below stands why a model lacks a number.
+    """
     lines = []
     for task, values in found.items():
         lines += [f"{task}: {values['note']}"]
         measures = values["measures"]
         names = {name: name + (f" ({own['by']})" if own["by"] else "") for name, own in measures.items()}
         models = list(next(iter(measures.values()))["values"]) if measures else []
-        levels = [["", *models]]
+        levels = [["", "of", *models]]
         changes = [["", *(f"{model} - {models[0]}" for model in models[1:])]]
         for name, own in measures.items():
-            levels.append([names[name], *(shown(one) for one in own["values"].values())])
+            levels.append([names[name], str(own["questions"]), *(shown(one) for one in own["values"].values())])
             changes.append([names[name], *(shown(one, signed=True) for one in own["differences"].values())])
         if len(models) == 2:  # side by side; of more models, below
             levels, changes = [[*row, *more[1:]] for row, more in zip(levels, changes, strict=True)], []
-        lines += [*_aligned(levels), "", *(_aligned(changes) if len(models) > 2 else []), *[""] * (len(models) > 2)]
+        lines += [*_aligned(levels), *missing_numbers(measures), ""]
+        lines += [*_aligned(changes), ""] if len(models) > 2 else []
     return "\n".join(lines)
+
+
+def missing_numbers(measures: dict[str, Any]) -> list[str]:
+    """For each reason why numbers are missing, whose and which: a line each."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for name, own in measures.items():
+        for model, reason in own["reasons"].items():
+            named.setdefault((model, reason), []).append(name)
+    return [f"- {model} has no {', '.join(names)}: {reason}" for (model, reason), names in named.items()]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -1,7 +1,9 @@
 """The options that several commands share: which model, how it is loaded, how it completes."""
 
 import argparse
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
@@ -12,7 +14,8 @@ from trl_llava.configs.recipe import expand_home
 from trl_llava.data.contract import RowError
 from trl_llava.data.images import load_image
 from trl_llava.data.load import load_rows
-from trl_llava.errors import InputError
+from trl_llava.data.sources import RawRows
+from trl_llava.errors import ExplainedError, InputError
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel
 
 
@@ -54,6 +57,21 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return args
 
 
+class Interrupted(ExplainedError):
+    """Ctrl-C, said in one line."""
+
+    exit_status = 128 + signal.SIGINT
+
+
+@contextmanager
+def interruptible(said: str) -> Iterator[None]:
+    """Ends at Ctrl-C with a line that says what has become of the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped: {said}") from None
+
+
 def load_model(args: argparse.Namespace, name: str) -> EvaluationModel:
     """The model of that name, loaded as the options of `add_loading` say."""
     return EvaluationModel.load(
@@ -72,7 +90,7 @@ def decoding_of(args: argparse.Namespace) -> Decoding:
     return Decoding(args.max_new_tokens, args.temperature, args.batch_size, args.seed)
 
 
-def read_rows(args: argparse.Namespace, source: str, stage: Any = "prompt", **changes: Any) -> Dataset:
+def read_rows(args: argparse.Namespace, source: str | RawRows, stage: Any = "prompt", **changes: Any) -> Dataset:
     """Rows as the options of `add_data` say, all of them; `changes` are further options of `load_rows`."""
     said = {"split": args.split, "image_folder": args.image_folder, "captions_file": args.captions_file}
     return load_rows(source, stage, **said | changes)

@@ -61,5 +61,5 @@ def _numbers_of(found: dict[str, Any], label: str) -> list[Number]:
             if estimate is None or None in estimate.values():
                 continue
             about = {"task": task, "measure": name, "text": measure["text"], "by": measure["by"]}
-            rows.append(Number(**about, questions=values["questions"], **estimate))  # type: ignore[typeddict-item]
+            rows.append(Number(**about, questions=measure["questions"], **estimate))  # type: ignore[typeddict-item]
     return rows

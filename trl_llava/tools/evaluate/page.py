@@ -12,7 +12,7 @@ from PIL import Image
 
 from trl_llava.data.images import ImageRef, load_image
 from trl_llava.run.atomic_files import write_atomically
-from trl_llava.tools.evaluate.files import shown
+from trl_llava.tools.evaluate.files import missing_numbers, shown
 from trl_llava.tools.evaluate.results import Outcome, TaskResult
 
 SIDE = 320
@@ -34,7 +34,7 @@ def write_page(
     ]
     # Texts of models and data are text: whatever they hold is escaped.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["shown"] = shown
+    environment.globals |= {"shown": shown, "missing_numbers": missing_numbers}
     source = files("trl_llava.tools.evaluate").joinpath("page.html.j2").read_text(encoding="utf-8")
     write_atomically(path, environment.from_string(source).render(tasks=tasks, about=about))
 

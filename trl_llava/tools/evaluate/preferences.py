@@ -78,25 +78,29 @@ def statistics_of(
 ) -> dict[str, Sampled]:
     """All measures of one reward model; without `scores`, as lengths are none, no calibration and no correlation."""
     count = len(gaps)
-    found: dict[str, Statistic] = {
-        "accuracy": accuracy(gaps),
-        "ties": ratio([gap == 0 for gap in gaps], [1] * count),
+    found = {
+        "accuracy": Sampled(accuracy(gaps), count),
+        "ties": Sampled(ratio([gap == 0 for gap in gaps], [1] * count), count),
     }
+
+    def part(numbers: Sequence[float], inside: Sequence[bool]) -> Sampled:
+        return Sampled(ratio(numbers, inside), count, counted=sum(inside))
+
     if categories is not None:
-        found["macro_average"] = macro_average(gaps, categories)
+        found["macro_average"] = Sampled(macro_average(gaps, categories), count)
         for kind in sorted(set(categories)):
             inside = [own == kind for own in categories]
             right = [gap > 0 and own for gap, own in zip(gaps, inside, strict=True)]
-            found[f"accuracy_{kind}"] = ratio(right, inside)
+            found[f"accuracy_{kind}"] = part(right, inside)
     if scores:
-        found["length_correlation"] = length_correlation(gaps, length_gaps)
+        found["length_correlation"] = Sampled(length_correlation(gaps, length_gaps), count)
         places, expected = fifths(gaps), expected_accuracy(gaps)
         for fifth in range(FIFTHS):
             inside = (places == fifth).tolist()
             right = [gap > 0 and own for gap, own in zip(gaps, inside, strict=True)]
-            found[f"right_in_fifth_{fifth + 1}"] = ratio(right, inside)
-            found[f"expected_in_fifth_{fifth + 1}"] = ratio(np.where(places == fifth, expected, 0).tolist(), inside)
-    return {name: Sampled(statistic, count) for name, statistic in found.items()}
+            found[f"right_in_fifth_{fifth + 1}"] = part(right, inside)
+            found[f"expected_in_fifth_{fifth + 1}"] = part(np.where(places == fifth, expected, 0).tolist(), inside)
+    return found
 
 
 def measures_of(categories: Sequence[str] | None) -> list[Measure]:

@@ -1,5 +1,6 @@
 """What an evaluation finds out: questions, the answers of each model with what is wrong in them, and measures."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -20,11 +21,12 @@ class Measure(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """A statistic, of how many things it is that are drawn, and how often they are."""
+    """A statistic, of how many things it is that are drawn, how often they are, and how many of them it counts."""
 
     statistic: Statistic
     units: int
     resamples: int = RESAMPLES
+    counted: int | None = None  # None: all
 
 
 UNKNOWN = Sampled(lambda places: float("nan"), 1, 1)
@@ -64,6 +66,7 @@ class TaskResult:
     measures: list[Measure]
     note: str = ""
     statistics: list[dict[str, Sampled]] = field(default_factory=list)  # of each model, beside those from the counts
+    without: str = "not measured"  # why a model lacks a measure that others have
 
     def __post_init__(self) -> None:
         others = self.statistics or [{} for _ in self.models]
@@ -76,7 +79,27 @@ class TaskResult:
     def _from_counts(self, outcomes: list[Outcome]) -> dict[str, Sampled]:
         names = {name for outcome in outcomes for name in outcome.counts}
         pairs = {name: [outcome.counts.get(name, (0.0, 0.0)) for outcome in outcomes] for name in names}
-        return {name: Sampled(ratio(*zip(*own, strict=True)), len(own)) for name, own in pairs.items()}
+        asked = {name: sum(name in outcome.counts for outcome in outcomes) for name in names}
+        return {
+            name: Sampled(ratio(*zip(*own, strict=True)), len(own), counted=asked[name]) for name, own in pairs.items()
+        }
+
+    def counted(self, measure: Measure) -> int:
+        """Of how many questions, pairs or groups a measure is."""
+        there = (own[measure.name] for own in self.statistics if measure.name in own)
+        return max(own.units if own.counted is None else own.counted for own in there)
+
+    def reasons(self, measure: Measure, estimates: Sequence[Estimate]) -> dict[str, str]:
+        """Why a model has no number, by model, for those that have none."""
+        lacks = {
+            model: "a share of nothing: none of its answers has what is counted"
+            if measure.name in own
+            else self.without
+            for model, own in zip(self.models, self.statistics, strict=True)
+        }
+        return {
+            model: lacks[model] for model, one in zip(self.models, estimates, strict=True) if math.isnan(one.value)
+        }
 
     def estimates(self, measure: Measure) -> list[Estimate]:
         """The measure of each model."""
