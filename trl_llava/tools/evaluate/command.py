@@ -27,12 +27,13 @@ from trl_llava.rewards.reward_settings import read_settings
 from trl_llava.tools.evaluate.files import ANSWERS, labels, short_names
 from trl_llava.tools.evaluate.judge import KEYS, Judge
 from trl_llava.tools.evaluate.mmhal import MMHalTask
-from trl_llava.tools.evaluate.model import Row, check_has_model
+from trl_llava.tools.evaluate.model import Row, check_answers, check_has_model
 from trl_llava.tools.evaluate.options import (
     add_data,
     add_decoding,
     add_loading,
     decoding_of,
+    interruptible,
     limited,
     load_model,
     parse,
@@ -79,16 +80,17 @@ def main(argv: Sequence[str]) -> int:
     args = parse(make_parser(), argv)
     check_output(args, args.model)
     _check_models(args.model)
-    tasks = make_tasks(args)
-    answers: list[list[Any]] = [[] for _ in tasks]
-    for name in args.model:
-        model = load_model(args, name)
-        for own, task in zip(answers, tasks, strict=True):
-            own.append(task.ask(model, decoding_of(args)))
-        del model
-        free_memory()
     models = dict(zip(labels(args.model), args.model, strict=True))
-    results = [task.judge(list(models), own) for task, own in zip(tasks, answers, strict=True)]
+    with interruptible("no result is written. The command asks all questions again; what a judge has said is kept"):
+        tasks = make_tasks(args)
+        answers: list[list[Any]] = [[] for _ in tasks]
+        for name in args.model:
+            model = load_model(args, name)
+            for own, task in zip(answers, tasks, strict=True):
+                own.append(task.ask(model, decoding_of(args)))
+            del model
+            free_memory()
+        results = [task.judge(list(models), own) for task, own in zip(tasks, answers, strict=True)]
     write_results(args, results, models, _about(args))
     return 0
 
@@ -171,6 +173,7 @@ def _check_models(names: list[str]) -> None:
         path, revision = split_revision("--model", name)
         check_there("--model", path, revision)
         check_has_model(path)
+        check_answers(path, revision)
 
 
 def _check_reward(name: str, rows: Iterable[Row]) -> None:

@@ -23,6 +23,7 @@ from trl_llava.tools.evaluate.options import (
     add_decoding,
     add_loading,
     decoding_of,
+    interruptible,
     limited,
     load_model,
     parse,
@@ -51,7 +52,10 @@ def main(argv: Sequence[str]) -> int:
     source = Path(args.data)
     folder = Path(args.image_folder or (source if source.is_dir() else source.parent))
     model = load_model(args, args.model)
-    with _written(args.output) as file:
+    said = "not all rows are completed; the command begins again"
+    if args.output is not None:
+        said = f"{args.output} is not written, {args.output}.unfinished holds what there is. The command begins again"
+    with interruptible(said), _written(args.output) as file:
         completions = model.complete(rows, decoding_of(args))
         for row, generated in tqdm(zip(rows, completions, strict=True), total=len(rows), disable=None):
             print(json.dumps(record(row, generated, folder), ensure_ascii=False), file=file, flush=True)
@@ -92,6 +96,8 @@ def _written(output: str | None) -> Iterator[TextIO]:
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.unfinished")
+    if part.exists():
+        print(f"{part} is of a run that did not end; all rows are completed again", file=sys.stderr)
     with part.open("w", encoding="utf-8") as file:
         yield file
     part.replace(path)

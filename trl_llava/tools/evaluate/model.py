@@ -24,6 +24,7 @@ from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.starts import adapter_base
 from trl_llava.ppo.generation import neutral_generation_config, suppressed_tokens
 from trl_llava.ppo.randomness import RowNoise, row_keys
+from trl_llava.rewards.reward_settings import SETTINGS_FILE
 from trl_llava.run.checkpoint_folders import checkpoints
 
 Row = dict[str, Any]
@@ -128,6 +129,7 @@ class EvaluationModel:
         """
         path, revision = split_revision("--model", name)
         check_has_model(path)
+        check_answers(path, revision)
         trained_on = adapter_base(path, revision)
         whole, at = (path, revision) if trained_on is None else _base_of_adapter(path, revision, base or trained_on)
         arguments = model_config(
@@ -228,3 +230,12 @@ def check_has_model(name: str, field: str = "--model") -> None:
     newest = checkpoints(folder)[-1:]
     hint = f"its newest checkpoint is {newest[0]}" if newest else "is it the folder of a run that has ended?"
     raise InputError(f"{field}: {name} holds no model (no adapter_config.json and no config.json); {hint}")
+
+
+def check_answers(name: str, revision: str | None) -> None:
+    """Refuse a reward model, which has a head for scores and none for words."""
+    if find_file(name, SETTINGS_FILE, revision) is not None:
+        raise InputError(
+            f"--model: {name} is a reward model (it has {SETTINGS_FILE}): it scores completions and writes none. "
+            "Name a policy, or use `trl-llava score`"
+        )
