@@ -1,25 +1,33 @@
 """Benchmarks that lmms-eval runs, on small copies in their published layouts. Run by `make test-eval`."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_mmhal
 import tiny_models
 import tiny_trainers
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from demo_benchmarks import truthful_judge, write_copies
+from test_mmhal import JudgeServer
 from transformers import AutoProcessor
 
 pytest.importorskip("lmms_eval")
 
+import trl_llava.demo
 from trl_llava import cli
+from trl_llava.demo.language import DESCRIBE
+from trl_llava.demo.world import OBJECTS
 from trl_llava.errors import NotFoundError
 from trl_llava.tools.evaluate.benchmarks import LmmsTask
 from trl_llava.tools.evaluate.lmms_model import Asked, row_of
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel, Generated
 
 STRING = Value("string")
+served = test_mmhal.served
 
 
 def save(folder: Path, split: str, features: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
@@ -152,6 +160,8 @@ def test_chair_marks_what_is_not_there(tmp_path: Path, nltk_data: None) -> None:
     # Mentioned are dog, cat; dog, person: the first dog is not there.
     assert found == pytest.approx({"coco_cap_chair_i": 25.0, "coco_cap_chair_s": 50.0, "coco_cap_recall": 100.0})
     assert result.outcomes[0][0].note == "invented: dog"
+    plain = LmmsTask("chair", tmp_path / "chair", plain=True)  # nothing stands around its question
+    assert plain.questions[0].text == task.questions[0].text == "Please describe this image in detail."
     silent = task.judge(["m"], [said("", "")])
     assert str(silent.estimates(silent.measures[0])[0].value) == "nan"  # nothing was mentioned
 
@@ -236,3 +246,47 @@ def test_scoring_without_nltk_data_says_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("nltk.word_tokenize", fail)
     with pytest.raises(NotFoundError, match="chair: lmms-eval cannot score an answer, because data is not"):
         LmmsTask("chair", chair(tmp_path)).judge(["m"], [said("A dog.", "A cat.")])
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished demo: the one that `TRL_LLAVA_DEMO` names, or one of its own, which takes some minutes."""
+    folder = Path(os.environ.get("TRL_LLAVA_DEMO") or tmp_path_factory.mktemp("demo") / "run")
+    if not folder.exists():
+        assert cli.main(["demo", "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_the_benchmarks_show_the_fall_that_the_demo_shows(
+    demo: Path, served: JudgeServer, nltk_data: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    load = LmmsTask._load
+
+    def of_the_drawn_world(task: LmmsTask) -> Any:
+        """CHAIR knows the objects of COCO, and asks in words that the demo's model has never read."""
+        found = load(task)
+        if task.name == "chair":
+            known = found.config.process_results.__globals__
+            names = {name: name for name in OBJECTS}
+            known |= {"MSCOCO_OBJECTS": OBJECTS, "DOUBLE_WORD_DICT": names, "INVERSE_SYNONYM_DICT": names}
+            found.config.doc_to_text = lambda doc: DESCRIBE
+        return found
+
+    monkeypatch.setattr(LmmsTask, "_load", of_the_drawn_world)
+    served.reply = truthful_judge
+    copies = write_copies(demo / "data", tmp_path / "copies")
+    words = ["eval", "--model", str(demo / "sft"), "--model", str(demo / "ppo"), "--tasks", "pope,chair,mmhal"]
+    words += ["--base", str(Path(trl_llava.demo.__file__).parent / "base"), "--data", str(copies), "--plain_questions"]
+    words += ["--judge_base_url", served.url, "--judge_model", "knows-the-world", "--max_new_tokens", "32"]
+    assert cli.main([*words, "--batch_size", "64", "--output_dir", str(tmp_path / "out")]) == 0
+    with capsys.disabled():
+        print(capsys.readouterr().out)
+    tasks = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
+    falls = {"chair": ("coco_cap_chair_i", "coco_cap_chair_s"), "mmhal": ("hallucination_rate",)}
+    rises = {"pope": ("yes_no_accuracy", "yes_no_f1"), "mmhal": ("mmhal_score",)}
+    for sign, expected in ((-1, falls), (1, rises)):
+        for task, names in expected.items():
+            for name in names:
+                change = tasks[task]["measures"][name]["differences"]["ppo"]
+                assert sign * change["low"] > 0 and sign * change["high"] > 0, (task, name, change)

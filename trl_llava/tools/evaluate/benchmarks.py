@@ -135,7 +135,7 @@ class LmmsTask:
             saved = (self.folder / "dataset_dict.json").is_file()
             config |= {"dataset_path": str(self.folder), "dataset_kwargs": {"load_from_disk": True} if saved else {}}
             config |= {"dataset_name": None}
-        if self.plain:
+        if self.plain and "lmms_eval_specific_kwargs" in config:  # else nothing stands around a question
             config["lmms_eval_specific_kwargs"] = {"default": {"pre_prompt": "", "post_prompt": ""}}
         if self.name == "hallusion_bench":
             config["metric_list"] = _hallusion_measures()
