@@ -219,7 +219,7 @@ def planned_gib(case: Case, size: Size, folder: Path, response_length: int, fiel
     options += ["--judged_length", str(prompt + response_length)] if case.stage == "ppo" else []
     options += ["--shared_length", str(prompt)] if case.stage == "reward" else []
     words = stage_words(folder, size, {**values, "output_dir": folder / "planned"})
-    known, rest = plan._make_parser().parse_known_args([*options, *words])
+    known, rest = plan.make_parser().parse_known_args([*options, *words])
     return plan.need_of(*plan.read_job(known, rest)).worst.total / 2**30
 
 

@@ -13,7 +13,6 @@ from accelerate.commands.launch import launch_command_parser
 from trl_llava import cli
 from trl_llava.configs.recipe import FIELD_GROUPS, STAGES
 from trl_llava.errors import RecipeError
-from trl_llava.run import launch
 
 ROOT = Path(__file__).parents[1]
 FIELDS = frozenset({"learning_rate", "bf16", "freeze_projector", "debug"})
@@ -62,7 +61,7 @@ def test_a_stage_is_launched_as_a_module(stage: str, recipe: Path, launched: lis
 def test_accelerate_config_by_name_and_by_file(given: str, recipe: Path, launched: list[argparse.Namespace]) -> None:
     assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", given, "--num_processes", "2"]) == 0
     (args,) = launched
-    assert args.config_file == str(ROOT / "accelerate_configs" / "zero2.yaml")
+    assert Path(args.config_file).samefile(ROOT / "accelerate_configs" / "zero2.yaml")
     assert args.num_processes == 2
 
 
@@ -83,14 +82,9 @@ def test_accelerate_config_that_is_not_there(
     recipe: Path,
     launched: list[argparse.Namespace],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: Any,
-    tmp_path: Path,
 ) -> None:
     assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero9"]) == 2
     assert "neither a file nor one of cpu, ddp, fsdp2, multi_node, single_gpu, zero2, zero3" in capsys.readouterr().err
-    monkeypatch.setattr(launch, "config_folder", lambda: tmp_path / "installed")
-    assert cli.main(["sft", "--config", str(recipe), "--accelerate_config", "zero2"]) == 2
-    assert "work in a checkout of trl-llava only; give a file" in capsys.readouterr().err
     assert not launched
 
 

@@ -1,11 +1,16 @@
 """`from trl_llava import ...`: the public names, imported when they are first used."""
 
+import os
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
 import trl_llava
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", trl_llava.__all__)
@@ -23,3 +28,55 @@ def test_the_package_itself_imports_no_library_of_models() -> None:
 def test_a_name_that_is_not_there() -> None:
     with pytest.raises(ImportError, match="cannot import name 'LlavaTrainer'"):
         from trl_llava import LlavaTrainer  # type: ignore[attr-defined]  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel holds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        str(ROOT),
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(folder),
+    ]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_recipes_and_launch_configurations(installed: Path) -> None:
+    for name in ("recipes", "accelerate_configs"):
+        expected = {path.relative_to(ROOT) for path in (ROOT / name).rglob("*") if path.is_file()}
+        found = {path.relative_to(installed / "trl_llava") for path in (installed / "trl_llava" / name).rglob("*.*")}
+        assert {path for path in found if (installed / "trl_llava" / path).is_file()} == expected and expected
+
+
+@pytest.mark.slow
+def test_an_installed_package_finds_its_recipes_from_anywhere(installed: Path, tmp_path: Path) -> None:
+    code = """
+import trl_llava, pathlib, sys
+assert str(pathlib.Path(trl_llava.__file__)).startswith(sys.argv[1]), trl_llava.__file__
+from trl_llava.configs.recipe import make_parser
+from trl_llava.models.chat_templates import set_chat_template
+from trl_llava.run.launch import find_accelerate_config
+print(make_parser("ppo").check(["--config", "recipes/llava-1.5-7b-hf/ppo.yaml"]).values["output_dir"])
+class Processor: tokenizer = None
+set_chat_template(Processor, "recipes/llava-onevision-0.5b/chat_template.jinja")
+for name in ("zero2", "accelerate_configs/zero2.yaml"):
+    print(find_accelerate_config(name).read_text()[:1])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", code, str(installed)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "runs/llava-1.5-7b-hf/ppo"

@@ -25,7 +25,7 @@ from trl_llava.models.load import load_processor
 from trl_llava.models.starts import load_policy_start, load_score_model
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.sft_trainer import LlavaSFTTrainer
-from trl_llava.tools.plan.command import _make_parser, make_plan, need_of, read_job
+from trl_llava.tools.plan.command import make_parser, make_plan, need_of, read_job
 from trl_llava.tools.plan.dry_models import QuantizedLinear, add_adapter, build_policy
 from trl_llava.tools.plan.formulas import (
     cast_as_deepspeed,
@@ -279,7 +279,7 @@ def recipe(folder: Path, name: str = "sft.yaml", **changes: Any) -> str:
 
 def test_settings_that_fit_are_found_without_running_each(tiny_llava_dir, tmp_path):
     path = recipe(tmp_path, model_name_or_path=str(tiny_llava_dir))
-    job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    job, settings = read_job(*make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
     job = replace(job, limit=need_of(job, Settings(2, 2, True, False)).worst.total)
     plan = make_plan(job, settings, need_of(job, settings))
     rows = {choice.checkpointing: choice.rows for choice, _ in plan.fitting}
@@ -293,7 +293,7 @@ def test_settings_that_fit_are_found_without_running_each(tiny_llava_dir, tmp_pa
 def test_a_micro_batch_is_not_advised_by_two_smaller_ones_alone(tiny_llava_dir, tmp_path, monkeypatch):
     """Four rows and eight have another worst moment than one and two: 11, 12, 16 and 30 bytes; 18 were expected."""
     path = recipe(tmp_path, model_name_or_path=str(tiny_llava_dir), per_device_train_batch_size=8)
-    job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    job, settings = read_job(*make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
 
     def need(job: Job, settings: Settings) -> Need:
         rows = settings.rows
@@ -359,7 +359,7 @@ def test_another_stages_recipe_says_what_it_will_write(tiny_llava_dir, tmp_path)
         gradient_checkpointing=False,
         **changes,
     )
-    job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    job, settings = read_job(*make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
     need = need_of(job, settings)
     assert [note.split(":")[1].split(",")[0] for note in need.notes[:2]] == [
         f" planned for an adapter of lora_r {rank} on {tiny_llava_dir}" for rank in (4, 2)
@@ -384,13 +384,13 @@ def test_a_revision_is_looked_up_in_the_cache_and_no_one_is_asked(tiny_llava_dir
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("trl_llava.hub.lookup.snapshot_download", None)
     path = recipe(tmp_path, model_name_or_path="me/llava@v1", max_length=40)
-    job, settings = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    job, settings = read_job(*make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
     here = recipe(tmp_path, model_name_or_path=str(tiny_llava_dir), max_length=40)
-    same, _ = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", here]))
+    same, _ = read_job(*make_parser().parse_known_args(["--gpu-memory", "1", "--config", here]))
     assert need_of(job, settings).totals == need_of(same, settings).totals
     ppo = {"max_length": None, "max_prompt_length": 30, "value_init": "policy", "num_mini_batches": 1}
     path = recipe(tmp_path, "ppo.yaml", sft_model_path="me/llava@v1", **ppo)
-    job, _ = read_job(*_make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
+    job, _ = read_job(*make_parser().parse_known_args(["--gpu-memory", "1", "--config", path]))
     assert (job.args.sft_model_path, job.args.sft_model_revision) == ("me/llava", "v1")
 
 

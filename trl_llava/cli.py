@@ -14,7 +14,7 @@ from trl_llava.errors import ExplainedError, RecipeError
 from trl_llava.run.launch import (
     COMMAND_VARIABLE,
     LEFT_TO_TORCHRUN,
-    config_folder,
+    accelerate_config_names,
     find_accelerate_config,
     signals_passed_on,
     start_all_processes,
@@ -30,6 +30,7 @@ STAGES = {
 }
 TOOLS = {
     "demo": ("trl_llava.demo.run", "all three stages in minutes, on a drawn world"),
+    "init": ("trl_llava.tools.init.command", "recipes for a folder of one's own images and rows"),
     "check-data": ("trl_llava.tools.check_data.check_data", "walk all rows of a recipe, without a model"),
     "families": ("trl_llava.tools.families", "the models that the stages know, as a table"),
     "plan": ("trl_llava.tools.plan.command", "the memory that a recipe will need, and what fits"),
@@ -45,7 +46,7 @@ TOOLS = {
 LAUNCH_HELP = """
 launching:
   --num_processes N            processes (default: one per GPU)
-  --accelerate_config NAME     a file, or one of {names} in accelerate_configs/ of a checkout
+  --accelerate_config NAME     a file, or one of {names}
   Any other option of `accelerate launch` works too.
 """
 
@@ -87,8 +88,7 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     parser = make_parser(stage, f"trl-llava {stage}")
     if {"-h", "--help"} & set(words):
         parser.print_help()
-        names = ", ".join(sorted(path.stem for path in config_folder().glob("*.yaml"))) or "the names"
-        print(LAUNCH_HELP.format(names=names))
+        print(LAUNCH_HELP.format(names=", ".join(accelerate_config_names())))
         return 0
     if not words:
         raise RecipeError(f"give a recipe: `trl-llava {stage} --config recipe.yaml`; --help lists its keys.")

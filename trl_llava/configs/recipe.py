@@ -13,7 +13,6 @@ import os
 import re
 import types
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -22,6 +21,7 @@ from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, TrlParser
 
 from trl_llava.configs.combinations import check_combinations
+from trl_llava.configs.shipped import find_shipped
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import RecipeError
 
@@ -243,7 +243,7 @@ def stages_with(keys: Iterable[str]) -> list[str]:
 def read_recipe(path: str) -> dict[str, Any]:
     """The keys and values of a YAML file."""
     try:
-        recipe = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=RecipeLoader)
+        recipe = yaml.load(find_shipped(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
     except (yaml.YAMLError, RecipeError) as error:

@@ -1,10 +1,9 @@
 """The chat template that a recipe names, in the place of the one that a processor was saved with."""
 
-from pathlib import Path
-
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, ProcessorMixin
 
+from trl_llava.configs.shipped import find_shipped
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
@@ -23,9 +22,10 @@ def set_chat_template(processor: ProcessorMixin, source: str, *, trust_remote_co
     if source == VICUNA_V1:
         template = VICUNA_V1_CHAT_TEMPLATE
     elif source.endswith((".jinja", ".j2")):
-        if not Path(source).is_file():
+        path = find_shipped(source)
+        if not path.is_file():
             raise NotFoundError(f"`chat_template_path`: there is no file {source}.")
-        template = Path(source).read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8")
     else:
         template = _template_of_model(source, trust_remote_code)
     processor.chat_template = template

@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 import yaml
 
-import trl_llava
+from trl_llava.configs.shipped import find_shipped, shipped_folder
 from trl_llava.errors import RecipeError
 
 LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
@@ -26,26 +26,17 @@ COMMAND_VARIABLE = "TRL_LLAVA_COMMAND"
 _OPTION = "--resume_from_checkpoint"
 
 
-def config_folder() -> Path:
-    """Where a checkout has its launch configurations; an installed package has none."""
-    return Path(trl_llava.__file__).parents[1] / "accelerate_configs"
+def accelerate_config_names() -> list[str]:
+    """The names of the launch configurations that come with the package."""
+    return sorted(path.stem for path in shipped_folder("accelerate_configs").glob("*.yaml"))
 
 
 def find_accelerate_config(name: str) -> Path:
-    """The launch configuration of this name: a file, or one in accelerate_configs/ of a checkout."""
-    if Path(name).is_file():
-        return Path(name)
-    folder = config_folder()
-    found = folder / f"{name}.yaml"
-    if found.is_file():
-        return found
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if not known:
-        raise RecipeError(
-            f"--accelerate_config {name}: no such file. The names of accelerate_configs/ work in a checkout of "
-            "trl-llava only; give a file (`accelerate config` writes one)."
-        )
-    raise RecipeError(f"--accelerate_config {name}: neither a file nor one of {', '.join(known)}.")
+    """The launch configuration of this name: a file, or one that came with the package."""
+    for path in (find_shipped(name), shipped_folder("accelerate_configs") / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise RecipeError(f"--accelerate_config {name}: neither a file nor one of {', '.join(accelerate_config_names())}.")
 
 
 def start_all_processes(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trl_llava.configs.recipe import STAGES, read_recipe, stages_with
+from trl_llava.configs.shipped import find_shipped
 from trl_llava.errors import RecipeError
 
 
@@ -12,7 +13,8 @@ def recipe_path(words: Sequence[str]) -> str | None:
     """The file that a command line names with `--config`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
-    return parser.parse_known_args(list(words))[0].config
+    path = parser.parse_known_args(list(words))[0].config
+    return None if path is None else str(find_shipped(path))
 
 
 def find_stage(words: Sequence[str]) -> str:

@@ -71,13 +71,13 @@ def main(argv: Sequence[str]) -> int:
     options, words = _make_parser().parse_known_args(list(argv))
     console = Console(soft_wrap=True)
     try:
-        check = _prepare(options, words)
+        check = prepare(options.stage or find_stage(words), words, options.processor, options.samples)
     except RecipeError:
         raise
     except (ValueError, OSError, ImportError) as error:
         console.print(f"a run would fail: {error}", style="bold red", markup=False)
         return 1
-    reports = [_check_source(check, source) for source in check.sources]
+    reports = [check_source(check, source) for source in check.sources]
     trained_on = reports[: check.train_sources]
     try:
         check_margins([report.name for report in trained_on], [report.has_margin for report in trained_on])
@@ -110,8 +110,8 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
-    stage = options.stage or find_stage(words)
+def prepare(stage: str, words: list[str], processor_name: str | None = None, samples: int = 2) -> Check:
+    """What the rows of a recipe are held against; `processor_name` takes the place of the recipe's processor."""
     # Nothing is trained, so a recipe for GPUs can be checked anywhere.
     here = ["--use_cpu", "--bf16", "false", "--fp16", "false"]
     parser = make_parser(stage, f"trl-llava check-data ({stage})")
@@ -119,9 +119,9 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
     model_args.trust_remote_code = args.trust_remote_code
     sources, eval_source = named_sources(script_args, mixture, args)
     set_limits(script_args.max_image_pixels, script_args.follow_image_links)
-    processor = _load_processor(options.processor, stage, args, model_args)
+    processor = _load_processor(processor_name, stage, args, model_args)
     if stage == "ppo" and args.use_vllm:
-        name = options.processor or args.sft_model_path or model_args.model_name_or_path
+        name = processor_name or args.sft_model_path or model_args.model_name_or_path
         require_served(family_of_processor(processor), name)
     return Check(
         stage=stage,
@@ -133,7 +133,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> Check:
         require_captions=_require_captions(stage, args),
         one_image_for=_one_image_for(stage, args, processor),
         test_split_size=mixture.test_split_size,
-        samples=options.samples,
+        samples=samples,
     )
 
 
@@ -169,7 +169,7 @@ def _one_image_for(stage: str, args: Any, processor: ProcessorMixin) -> str | No
     return "vLLM" if stage == "ppo" and args.use_vllm else None
 
 
-def _check_source(check: Check, source: DatasetConfig) -> SourceReport:
+def check_source(check: Check, source: DatasetConfig) -> SourceReport:
     """Walk one data set."""
     report = SourceReport(source.path if source.split == "train" else f"{source.path} ({source.split})")
     arguments = check.script_args

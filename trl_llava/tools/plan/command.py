@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         InputError: If a model is of a kind that the plan does not know.
         NotFoundError: If the config of a model cannot be read.
     """
-    options, words = _make_parser().parse_known_args(list(argv))
+    options, words = make_parser().parse_known_args(list(argv))
     check_options(options)
     job, settings = read_job(options, words)
     console = Console(soft_wrap=True)
@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
         raise RecipeError(f"command line: {message}. `trl-llava plan --help` shows the options.")
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="trl-llava plan",
         usage="%(prog)s --config recipe.yaml --gpu-memory GIB [--field value ...]",
@@ -156,6 +156,15 @@ def make_plan(job: Job, settings: Settings, own: Need) -> Plan:
     fitting = [(choice, known[choice].worst.total) for choice in found if choice is not None]
     least = min(known, key=lambda tried: known[tried].worst.total)
     return Plan(job, settings, own, fitting, (least, known[least].worst.total))
+
+
+def first_that_fits(job: Job, settings: Settings) -> tuple[Settings, int] | None:
+    """The largest micro-batch with checkpointing, in 4 bits only where 16 do not fit, and its bytes: few dry runs."""
+    known: dict[Settings, Need] = {}
+    for choice in _choices(job, settings):
+        if choice.checkpointing and (found := _largest(job, choice, known)) is not None:
+            return found, known[found].worst.total
+    return None
 
 
 def _choices(job: Job, settings: Settings) -> Iterator[Settings]:

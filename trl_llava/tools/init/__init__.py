@@ -1,0 +1,1 @@
+"""`trl-llava init`: three recipes for a folder of one's own images and rows."""
