@@ -1,4 +1,4 @@
-"""The demo end to end, at a hundredth of its size: every stage, summary.json, charts and a page that needs nothing."""
+"""The demo end to end, at a hundredth of its size: every stage, summary.json and a page that needs nothing."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from trl_llava.demo.data import Sizes
 from trl_llava.demo.evaluate import evaluate
 from trl_llava.demo.make_base import make_base
 from trl_llava.demo.metrics import Truthfulness
+from trl_llava.demo.picture import wrapped
 from trl_llava.demo.run import main, run_demo, table
 from trl_llava.demo.stages import BASE, QUICK, Plan
 from trl_llava.demo.summary import goals, standard_error
@@ -88,16 +89,36 @@ def test_the_page_loads_nothing_from_outside_and_shows_every_answer(demo):
     page = Page(text)
     assert page.open == []
     assert page.loads and all(value.startswith("data:") for value in page.loads)
-    assert "script" not in page.tags and "url(" not in text
-    assert text.count('class="scene"') == 2 * (12 + 4 + 4)
-    assert text.count('class="chart"') == 4
+    assert "script" not in page.tags
+    # The opening example and its blurred copy, and the first questions of each kind.
+    assert text.count('class="picture') == 1 + 1 + (12 + 4 + 4)
+    assert text.index('class="picture') < text.index("<table")
     for stage in summary["stages"].values():
         assert stage["command"].startswith("trl-llava ")
     assert text.count("<pre>trl-llava ") == 7
     assert "weak eyes, on purpose" in text
     assert re.search(r"judging_prompt:", text)
-    for chart in ("outcome", "unseen", "ppo", "training"):
-        assert (folder / f"{chart}.png").stat().st_size > 5000
+    before = summary["ppo"]["plain"]["before"]["chair"]
+    assert f"Invented among mentioned objects: SFT {before:.3f}" in text
+    differences = text[text.index("What differs") : text.index("Made of")]
+    assert "<td>yes_no</td><td>no_only</td><td>no_only</td><td>no_only</td><td>both</td>" in differences
+    assert "<td>correctness_coef</td><td>null</td><td>null</td><td>2.0</td><td>2.0</td>" in differences
+    assert "yes_no: both" in text
+
+
+def test_the_picture_for_a_readme_is_small(demo):
+    file = demo[0] / "before_after.png"
+    assert 5_000 < file.stat().st_size < 200_000
+
+
+def test_marked_text_is_broken_between_words():
+    text = [("I see a red circle, a green cross and a ", False), ("blue cross", True), (".", False)]
+    lines = list(wrapped(text))
+    assert lines == [
+        [("I see a red circle, a ", False)],
+        [("green cross and a ", False), ("blue ", True)],
+        [("cross", True), (".", False)],
+    ]
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, capsys):

@@ -14,7 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "trl_llava"
 FLOORS = (
     ("cli",),
-    ("tools", "demo"),
+    ("demo",),
+    ("tools",),
     ("train_sft", "train_reward", "train_ppo", "train_grpo", "train_rloo", "train_dpo"),
     ("online_rl",),
     ("stage_run", "sft_trainer", "reward_trainer", "ppo_trainer"),

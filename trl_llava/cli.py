@@ -34,6 +34,7 @@ TOOLS = {
     "check-data": ("trl_llava.tools.check_data.check_data", "walk all rows of a recipe, without a model"),
     "families": ("trl_llava.tools.families", "the models that the stages know, as a table"),
     "plan": ("trl_llava.tools.plan.command", "the memory that a recipe will need, and what fits"),
+    "report": ("trl_llava.tools.report.command", "a page that shows what a run did, or how several compare"),
     "push": ("trl_llava.publish.push_later", "push a run that lies in a folder to the Hub"),
     "eval": ("trl_llava.tools.evaluate.command", "how much models invent and how right they are, with intervals"),
     "eval-reward": ("trl_llava.tools.evaluate.eval_reward", "how often a reward model prefers what people prefer"),

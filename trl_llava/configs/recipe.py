@@ -40,6 +40,7 @@ FIELD_GROUPS = {
     "trl": "fields of TRL",
     "transformers": "fields of transformers",
 }
+DEFAULTS_HEADING = "# Defaults, as they were when this ran."
 SECRETS = frozenset({"hub_token", "token", "use_auth_token", "push_to_hub_token"})
 
 
@@ -87,7 +88,7 @@ class Recipe:
 
         return (
             "# The resolved recipe of this run; repeat it with --config. Tokens and `env` are never written.\n"
-            f"{dump(self.given)}\n# Defaults, as they were when this ran.\n{dump(self.defaults)}"
+            f"{dump(self.given)}\n{DEFAULTS_HEADING}\n{dump(self.defaults)}"
         )
 
 

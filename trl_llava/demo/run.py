@@ -1,7 +1,7 @@
 """The demo: `trl-llava demo [--output_dir runs/demo] [--seed 0] [--quick]`.
 
 In:  a seed, and the base model that ships with the package.
-Out: `output_dir` with the rows, the result of each stage, summary.json, charts and report.html.
+Out: `output_dir` with the rows, the result of each stage, summary.json, report.html and before_after.png.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trl_llava.demo import plots
+from trl_llava.demo.picture import draw_before_and_after
 from trl_llava.demo.report import write_report
 from trl_llava.demo.stages import BASE, FULL, QUICK, Plan, Stages, say
 from trl_llava.demo.summary import BONUSES, VARIANTS, summarise
@@ -59,26 +59,9 @@ def run_demo(output_dir: Path, seed: int = 0, plan: Plan = FULL, base: Path = BA
     summary = summarise(stages, seconds, {"data": seed, "stages": seed})
     summary |= {"quick": plan is not FULL, "base": base.name, "threads": torch.get_num_threads()}
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_report(stages, summary, draw_charts(stages, summary), output_dir / "report.html")
+    write_report(stages, summary, output_dir / "report.html")
+    draw_before_and_after(stages, output_dir / "before_after.png")
     return summary
-
-
-def draw_charts(stages: Stages, summary: dict[str, Any]) -> dict[str, Path]:
-    """Draw the charts of the report into the output folder: title -> PNG file."""
-    folder = stages.folder
-    charts = {
-        "Before and after, on unseen images; lines show one standard error.": folder / "outcome.png",
-        "Checkpoints of PPO on unseen images.": folder / "unseen.png",
-        "PPO's own log: what the reward model says of the rollouts.": folder / "ppo.png",
-        "Losses of the first two stages.": folder / "training.png",
-    }
-    outcome, unseen, ppo, training = charts.values()
-    plots.plot_outcome(summary, outcome)
-    plots.plot_unseen(summary, unseen)
-    plots.plot_ppo({variant: stages.records[result] for variant, (_, result) in VARIANTS.items()}, ppo)
-    rewards = {variant: stages.records[result] for variant, (result, _) in VARIANTS.items()}
-    plots.plot_training(stages.records["sft"], rewards, training)
-    return charts
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -1,21 +1,32 @@
-"""The curves of a run as one PNG for its model card."""
+"""The curves of a run: which there are, and the first of them as one PNG for its model card."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-_ONLINE = {"Reward": "reward", "KL to the reference": "kl", "Completion length (tokens)": "completions/mean_length"}
+_TRL_ONLINE = {
+    "Reward": "reward",
+    "KL to the reference": "kl",
+    "Completion length (tokens)": "completions/mean_length",
+    "Share without a stop token": "completions/clipped_ratio",
+    "Clipped ratios": "clip_ratio/region_mean",
+}
+_PPO = {"Reward": "objective/scores", "KL to the reference": "objective/kl", "Clipped ratios": "policy/clipfrac_avg"}
 CURVES = {
     "sft": {"Loss": "loss", "Token accuracy": "mean_token_accuracy"},
     "reward": {"Loss": "loss", "Accuracy": "accuracy", "Margin": "margin"},
-    "ppo": {**_ONLINE, "Reward": "objective/scores", "KL to the reference": "objective/kl"},
+    "ppo": {**_TRL_ONLINE, **_PPO},
     "dpo": {"Loss": "loss", "Accuracy": "rewards/accuracies", "Margin": "rewards/margins"},
-    "grpo": _ONLINE,
-    "rloo": _ONLINE,
+    "grpo": _TRL_ONLINE,
+    "rloo": _TRL_ONLINE,
 }
 """Stage -> panel -> its name in the log, which has `eval_` before it on held-out rows."""
+
+CARD_PANELS = 3
+Points = list[tuple[int, float]]
 
 # Okabe and Ito's palette: colour-blind readers tell the two apart.
 _STYLES: tuple[dict[str, Any], ...] = (
@@ -24,15 +35,21 @@ _STYLES: tuple[dict[str, Any], ...] = (
 )
 
 
-def plot_curves(stage: str, log_history: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw the curves of a stage into a PNG file; whether there was anything to draw."""
-    panels = {
-        title: [
+def curves_of(names: dict[str, str], log_history: Sequence[dict[str, Any]]) -> dict[str, tuple[Points, Points]]:
+    """Panel -> its points in training and on held-out rows, (step, value); panels without any are left out."""
+    panels = {}
+    for title, name in names.items():
+        training, held_out = (
             [(entry["step"], entry[key]) for entry in log_history if key in entry] for key in (name, f"eval_{name}")
-        ]
-        for title, name in CURVES[stage].items()
-    }
-    panels = {title: curves for title, curves in panels.items() if any(curves)}
+        )
+        if training or held_out:
+            panels[title] = (training, held_out)
+    return panels
+
+
+def plot_curves(stage: str, log_history: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw the first curves of a stage into a PNG file; whether there was anything to draw."""
+    panels = dict(islice(curves_of(CURVES[stage], log_history).items(), CARD_PANELS))
     if not panels:
         return False
     figure = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")

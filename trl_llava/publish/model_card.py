@@ -23,8 +23,8 @@ from trl_llava.run.atomic_files import write_atomically
 from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE, versions
 
 CURVES_FILE = "curves.png"
-_TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model"}
-_TITLES |= {name: f"policy after {name.upper()}" for name in ("ppo", "grpo", "rloo", "dpo")}
+TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model"}
+TITLES |= {name: f"policy after {name.upper()}" for name in ("ppo", "grpo", "rloo", "dpo")}
 _POLICY = """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     {peft}
@@ -82,12 +82,17 @@ class CardFacts:
 
 def card_facts(trainer: Any, stage: str, base_model: str, values: dict[str, Any]) -> CardFacts:
     """Collect what a trainer and the fields of its recipe or config know."""
-    sources = [source["path"] for source in values.get("datasets") or []]
-    made_of = {field: values.get(field) for field in _MADE_OF} | {"datasets": sources or None}
-    known = {field: value for field, value in made_of.items() if value is not None}
+    known = made_of(values)
     held_out = trainer.eval_dataset
     rows = 0 if held_out is None or isinstance(held_out, dict) else len(held_out)
-    return CardFacts(stage, base_model, known, _hub_data(sources or [values.get("dataset_name")]), rows)
+    return CardFacts(stage, base_model, known, _hub_data(known.get("datasets") or [known.get("dataset_name")]), rows)
+
+
+def made_of(values: dict[str, Any]) -> dict[str, Any]:
+    """What a model was made of: those fields of a recipe that say it, as far as they are set."""
+    sources = [source["path"] for source in values.get("datasets") or []]
+    found = {field: values.get(field) for field in _MADE_OF} | {"datasets": sources or None}
+    return {field: value for field, value in found.items() if value is not None}
 
 
 def write_card_of(
@@ -126,7 +131,7 @@ def write_model_card(
     numbers = read_numbers(folder)
     title = model_name or (folder.name if hub_id is None else hub_id.split("/")[-1])
     parts = [
-        f"# {title}\n\nA {_TITLES[stage]}, trained from `{shown}` with trl-llava.",
+        f"# {title}\n\nA {TITLES[stage]}, trained from `{shown}` with trl-llava.",
         _loading(stage, shown, hub_id or str(folder), adapter),
         _made_of(without_paths(facts.made_of) if pushed else facts.made_of),
         _how_it_went(log_history, stage, facts.held_out) if has_curves else "",

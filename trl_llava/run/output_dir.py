@@ -31,7 +31,7 @@ FINISHED_FILE = "trainer_state.json"  # written last
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 # Where a run is, how it resumes, what of it is kept, where it reports and what it warns of do not tell one run from
 # another.
-_NOT_COMPARED = {
+NOT_COMPARED = {
     *("output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank", "save_total_limit"),
     *("report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_strategy", "hub_always_push"),
     *(field.name for field in fields(AlarmOptions)),
@@ -123,7 +123,7 @@ def differences(previous: dict[str, Any], now: dict[str, Any], given: Collection
     Versions of TRL, transformers and this package differ in the fields they know: one that only one of the recipes has
     counts only where it is `given` now.
     """
-    keys = sorted(((set(previous) & set(now)) | set(given)) - _NOT_COMPARED)
+    keys = sorted(((set(previous) & set(now)) | set(given)) - NOT_COMPARED)
     return [
         f"`{key}` ({previous.get(key)!r} there, {now.get(key)!r} now)"
         for key in keys
@@ -131,7 +131,8 @@ def differences(previous: dict[str, Any], now: dict[str, Any], given: Collection
     ]
 
 
-def _recipe_in(run_dir: Path) -> dict[str, Any]:
+def recipe_in(run_dir: Path) -> dict[str, Any]:
+    """The resolved recipe of a run, by field; nothing if it has none."""
     file = run_dir / RECIPE_FILE
     return (yaml.load(file.read_text(encoding="utf-8"), Loader=RecipeLoader) if file.is_file() else None) or {}
 
@@ -145,7 +146,7 @@ def _checkpoint(args: TrainingArguments, recipe: Recipe) -> str | None:
         print(f"{folder} holds no checkpoint of this run yet: starting at the first step", file=sys.stderr)
         return None
     checkpoint = checkpoint_to_resume(folder, wanted, recipe.values.get("on_damaged_checkpoint", "error"))
-    check_processes(checkpoint, args, _recipe_in(checkpoint.parent))
+    check_processes(checkpoint, args, recipe_in(checkpoint.parent))
     return str(checkpoint)
 
 
@@ -173,7 +174,7 @@ def _check_owner(folder: Path, recipe: Recipe, resuming: bool) -> None:
             f"`output_dir` {folder} is not empty and no run of trl_llava (it has no {RECIPE_FILE}): choose another "
             f"`output_dir`. {untouched}"
         )
-    if changes := differences(_recipe_in(folder), recipe.values, recipe.given):
+    if changes := differences(recipe_in(folder), recipe.values, recipe.given):
         raise OutputDirError(
             f"`output_dir` {folder} holds another run; its {RECIPE_FILE} differs in {'; '.join(changes[:5])}"
             f"{f' and {len(changes) - 5} more' if len(changes) > 5 else ''}. Choose another `output_dir`"

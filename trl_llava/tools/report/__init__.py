@@ -1,0 +1,1 @@
+"""`trl-llava report`: one page that shows what a run did, or how several compare."""

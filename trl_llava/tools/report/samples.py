@@ -1,0 +1,62 @@
+"""The completions that a run wrote at some of its steps, `completions/completions_STEP.parquet`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from trl_llava.prompts import message_text
+
+FOLDER = "completions"
+_FILE = re.compile(r"completions_(\d+)\.parquet")
+_EARLIER_NAMES = {"query": "prompt", "model response": "completion"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, with what stands beside it in the table."""
+
+    step: int
+    prompt: str
+    completion: str
+    captions: tuple[str, ...]
+    images: tuple[bytes, ...]  # as files
+    scores: dict[str, float]
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What makes it comparable with another one: the same images and prompt."""
+        return self.images, self.prompt, self.captions
+
+
+def read_samples(run: Path, until: int | None = None) -> tuple[list[Sample], list[str]]:
+    """The samples of a run up to a step, by step and row, and a line for each table that cannot be read."""
+    samples, problems = [], []
+    for file in sorted((run / FOLDER).glob("*.parquet")):
+        match = _FILE.fullmatch(file.name)
+        if match is None or (until is not None and int(match[1]) > until):
+            continue
+        try:
+            table = pd.read_parquet(file).rename(columns=_EARLIER_NAMES)
+            samples += [_sample(int(match[1]), row) for row in table.to_dict("records")]
+        except (OSError, ValueError, KeyError) as error:  # cut short by a kill, or of another program
+            problems.append(f"{FOLDER}/{file.name} is left out: it cannot be read ({type(error).__name__})")
+    return samples, problems
+
+
+def _sample(step: int, row: dict[str, Any]) -> Sample:
+    scores = {name: float(value) for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+    images = (image["bytes"] for image in _listed(row.get("images")) if image.get("bytes"))
+    captions = tuple(_listed(row.get("captions")))
+    return Sample(step, _text(row["prompt"]), _text(row["completion"]), captions, tuple(images), scores)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None or isinstance(value, float) else list(value)  # a gap in a column is NaN
+
+
+def _text(value: Any) -> str:
+    """A text, or the last message of TRL's conversations."""
+    return value if isinstance(value, str) else message_text(list(value)[-1])
