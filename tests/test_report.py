@@ -59,7 +59,7 @@ def folder(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     question = {"images": ["red.png"], "prompt": [{"role": "user", "content": "what is it?"}]}
     said = {"completion": [{"role": "assistant", "content": "a square"}]}
     (folder / "sft.json").write_text(json.dumps([{**question, **said}] * 4))
-    (folder / "ppo.json").write_text(json.dumps([{**question, "captions": ["a red square"]}] * 8))
+    (folder / "ppo.json").write_text(json.dumps([{**question, "captions": [f"red {i}"]} for i in range(8)]))
     adapter = make_adapter(tiny_llava_dir, folder / "adapter")
 
     def words(rows: str, out: str, *more: str) -> list[str]:
@@ -70,7 +70,16 @@ def folder(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     train_sft.main(words("sft", "sft", *base, *held_out, "--use_peft", "--lora_r", "2", "--save_strategy", "no"))
     own = ["--value_init", "policy", "--reward_funcs", "test_report:even", "--length_coef", "-1"]
     own += ["--total_episodes", "8", "--response_length", "4", "--stop_token", "eos", "--num_ppo_epochs", "1"]
-    saved = ["--save_strategy", "steps", "--save_steps", "2", "--num_sample_generations", "0"]
+    saved = [
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--num_sample_generations",
+        "2",
+        "--test_split_size",
+        "2",
+    ]
     train_ppo.main(words("ppo", "ppo", "--sft_model_path", str(adapter), *own, *saved))
     group = ["--num_generations", "2", "--max_completion_length", "4", "--log_completions", "true", "--use_peft"]
     grpo = ["--reward_funcs", "test_report:even", "--save_strategy", "no", "--beta", "0.1", "--lora_r", "2"]
@@ -79,8 +88,9 @@ def folder(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def copy(folder: Path, name: str, without: tuple[str, ...] = ()) -> Path:
-    """A run that a test may change, beside the original's name."""
-    return Path(shutil.copytree(folder / "ppo", folder / name, ignore=shutil.ignore_patterns(*without)))
+    """A run that a test may change, without its tables of completions."""
+    ignored = shutil.ignore_patterns("completions", *without)
+    return Path(shutil.copytree(folder / "ppo", folder / name, ignore=ignored))
 
 
 def write_samples(run: Path, step: int, completions: list[str], scores: list[float]) -> None:
@@ -138,8 +148,15 @@ def history(run: Path) -> list[dict[str, Any]]:
 def test_the_numbers_of_a_ppo_run_are_those_of_its_log(folder: Path) -> None:
     text = report(folder / "ppo")
     told = Page(text).told
-    log = history(folder / "ppo")
+    log = [entry for entry in history(folder / "ppo") if "objective/kl" in entry]
     assert len(log) == 4
+    held_out = [
+        charts.number(entry[name])
+        for entry in history(folder / "ppo")
+        for name in entry
+        if name[5:] == "objective/scores"
+    ]
+    assert f"ppo, held out: {held_out[0]} → {held_out[2]}" in plain(text)
     for title, name in {
         "Reward": "objective/scores",
         "Reward: even": "rewards/even/mean",
@@ -152,7 +169,7 @@ def test_the_numbers_of_a_ppo_run_are_those_of_its_log(folder: Path) -> None:
         values = [entry[name] for entry in log]
         first, last = charts.number(values[0]), charts.number(values[-1])
         between = f"between {charts.number(min(values))} and {charts.number(max(values))}"
-        assert f"{title}: ppo from {first} at step 1 to {last} at step 4, {between}." in told
+        assert f"{title}: ppo from {first} at step 1 to {last} at step 4, {between}" in " ".join(told)
         assert f"ppo: {first} → {last}" in plain(text)
 
 
@@ -178,7 +195,7 @@ def test_a_run_of_another_stage_has_its_own_curves_and_what_was_held_out(folder:
 
 
 def test_what_a_run_was_made_of(folder: Path, tiny_llava_dir: Path) -> None:
-    shown = plain(report(folder / "ppo"))
+    shown = plain(report(copy(folder, "plain")))
     assert f"base {tiny_llava_dir} " in shown
     assert f"dataset_name {folder}/ppo.json " in shown
     assert f"sft_model_path {folder}/adapter " in shown
@@ -186,7 +203,7 @@ def test_what_a_run_was_made_of(folder: Path, tiny_llava_dir: Path) -> None:
     assert "total_episodes: 8" in shown and "whiten_rewards: false" in shown
     assert "finished (step 4 of 4)" in shown
     for missing in ("no completions of held-out prompts", "no evaluation: there is no evaluation_results.json"):
-        assert f"ppo: {missing}" in shown
+        assert f"plain: {missing}" in shown
 
 
 def test_the_same_prompts_before_and_after(folder: Path) -> None:
@@ -204,18 +221,34 @@ def test_the_same_prompts_before_and_after(folder: Path) -> None:
     assert "step 2 a cat" in shown
     assert "What is <b>blue</b>?" in shown  # text, no markup
     told = Page(text).told
-    assert told.count("a red square; red") == 1 and told.count("image of this prompt") == 1
+    assert told.count("a red square; red") == 1 and told.count("blue.jpg") == 1
     sampled = "Each of the last sample completions: sampled, step 4, 2 points, mean words 1.5, mean reward 2"
     assert f"{sampled}, correlation +1.00." in told
     one = report(run, "--examples", "1")
     assert "What is red?" in one and "blue" not in plain(one)
 
 
+def test_the_completions_that_ppo_wrote(folder: Path) -> None:
+    text = report(folder / "ppo")
+    table = {
+        step: pd.read_parquet(folder / "ppo" / "completions" / f"completions_0000{step}.parquet") for step in (0, 4)
+    }
+    for row in range(2):
+        said = {step: " ".join(table[step]["completion"][row].split()) or "empty" for step in table}
+        score = {step: charts.number(table[step]["score"][row]) for step in table}
+        caption = table[0]["captions"][row][0]
+        assert Page(text).told.count(caption) == 1
+        section = plain(text[text.index(f"Captions: {caption}<") :])
+        assert section.startswith(f"Captions: {caption} start {said[0]} score {score[0]}, even ")
+        assert f" step 4 {said[4]} score {score[4]}, even " in section[: section.index("more")]
+    assert "no completions" not in plain(text)
+
+
 def test_a_checkpoint_shows_the_run_as_it_was(folder: Path) -> None:
     run = copy(folder, "then")
     for step in (0, 2, 4):
         write_samples(run, step, ["a dog", f"step {step}"], [0.0, 1.0])
-    (run / "alarms.json").write_text(json.dumps([{"step": 4, "alarm": "length", "message": "too late"}]))
+    (run / "alarms.json").write_text(json.dumps([{"step": 4, "alarm": "kl", "message": "too late"}]))
     shown = plain(report(run / "checkpoint-2"))
     assert "as it was at checkpoint-2 (step 2 of 4)" in shown
     assert f"{charts.number(history(run)[1]['objective/scores'])} " in shown
@@ -251,7 +284,7 @@ def test_a_run_of_an_earlier_version(folder: Path) -> None:
 
 def test_completions_that_trls_grpo_wrote(folder: Path) -> None:
     shown = plain(report(folder / "grpo"))
-    assert "what is it? step 2" in shown and "advantage" in shown
+    assert "what is it? Image: red.png Captions: red " in shown and "step 2" in shown and "advantage" in shown
     first, *_, last = [entry["reward"] for entry in history(folder / "grpo") if "reward" in entry]
     assert f"grpo: {charts.number(first)} → {charts.number(last)}" in shown
     assert "no images beside the completions" in shown

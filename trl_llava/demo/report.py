@@ -101,7 +101,7 @@ def _asked(stages: Stages, index: int) -> tuple[Any, ...]:
 def _sample(stages: Stages, index: int, result: str, step: int) -> Sample:
     row, answer = stages.unseen[index], stages.evaluations[result].answers[index]
     image = (stages.folder / "data" / IMAGES / row["images"][0]).read_bytes()
-    return Sample(step, row["prompt"][-1]["content"], answer.text, tuple(row["captions"]), (image,), {})
+    return Sample(step, row["prompt"][-1]["content"], answer.text, tuple(row["captions"]), (image,), (), {})
 
 
 def _with_answers(stages: Stages, run: Run, result: str, indices: list[int]) -> Run:

@@ -12,6 +12,7 @@ _TRL_ONLINE = {
     "KL to the reference": "kl",
     "Completion length (tokens)": "completions/mean_length",
     "Share without a stop token": "completions/clipped_ratio",
+    "Share of empty completions": "completions/empty_ratio",
     "Clipped ratios": "clip_ratio/region_mean",
 }
 _PPO = {"Reward": "objective/scores", "KL to the reference": "objective/kl", "Clipped ratios": "policy/clipfrac_avg"}

@@ -161,7 +161,7 @@ def _examples(runs: Sequence[Run], count: int, judge: Judge) -> tuple[list[dict[
 
 def example_of(asked: tuple[Any, ...], runs: Sequence[Run], judge: Judge) -> dict[str, Any]:
     """One prompt: the start (once, if all runs start and score alike), the end of each run, and what lies between."""
-    images, prompt, captions = asked
+    images, image_names, prompt, captions = asked
     starts, ends, rest = [], [], []
     for place, run in enumerate(runs):
         own = [sample for sample in run.samples if sample.asked == asked]
@@ -175,6 +175,7 @@ def example_of(asked: tuple[Any, ...], runs: Sequence[Run], judge: Judge) -> dic
     return {
         "prompt": prompt,
         "captions": captions,
+        "image_names": image_names,
         "images": [picture(image) for image in images],
         "answers": [_answer(*one, judge, named=len(runs) > 1 and not (alike and one in starts)) for one in answers],
         "between": [_answer(*one, judge, named=len(runs) > 1) for one in rest],

@@ -10,14 +10,15 @@ import yaml
 
 from trl_llava.configs.recipe import DEFAULTS_HEADING, RecipeLoader
 from trl_llava.errors import InputError, RecipeError
+from trl_llava.ppo.samples import FOLDER
 from trl_llava.publish.card_numbers import NUMBERS_FILE, Number, read_numbers
 from trl_llava.publish.model_card import made_of
 from trl_llava.publish.shareable import FACTS_FILE
+from trl_llava.run.alarms import ALARMS_FILE, Alarm
 from trl_llava.run.checkpoint_folders import checkpoints, step_of
 from trl_llava.run.output_dir import FINISHED_FILE, RECIPE_FILE, VERSIONS_FILE, recipe_in
-from trl_llava.tools.report.samples import FOLDER, Sample, read_samples
+from trl_llava.tools.report.samples import Sample, read_samples
 
-ALARMS_FILE = "alarms.json"
 _FIELD_OF = {
     "ppo": "num_ppo_epochs",
     "grpo": "scale_rewards",
@@ -49,7 +50,7 @@ class Run:
     log: list[dict[str, Any]]
     progress: str
     samples: list[Sample]
-    alarms: list[dict[str, Any]]
+    alarms: list[Alarm]
     numbers: list[Number]
     missing: list[str]
 
@@ -67,7 +68,7 @@ def read_run(path: Path, name: str) -> Run:
         raise InputError(f"{path}: its stage is in neither {FACTS_FILE} nor {RECIPE_FILE}: it cannot be shown")
     state, progress = _state(folder, path.absolute(), checkpoint)
     samples, problems = read_samples(folder, checkpoint)
-    alarms = [alarm for alarm in _json(folder / ALARMS_FILE, []) if checkpoint is None or alarm["step"] <= checkpoint]
+    alarms: list[Alarm] = _json(folder / ALARMS_FILE, [])
     log, numbers = state.get("log_history", []), read_numbers(folder)
     return Run(
         name=name,
@@ -81,7 +82,7 @@ def read_run(path: Path, name: str) -> Run:
         log=log,
         progress=progress,
         samples=samples,
-        alarms=alarms,
+        alarms=[alarm for alarm in alarms if checkpoint is None or alarm["step"] <= checkpoint],
         numbers=numbers,
         missing=[*problems, *_missing(folder, stage, log, samples, numbers)],
     )

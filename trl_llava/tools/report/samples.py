@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from trl_llava.ppo.samples import FOLDER
 from trl_llava.prompts import message_text
 
-FOLDER = "completions"
 _FILE = re.compile(r"completions_(\d+)\.parquet")
 _EARLIER_NAMES = {"query": "prompt", "model response": "completion"}
 
@@ -23,12 +23,13 @@ class Sample:
     completion: str
     captions: tuple[str, ...]
     images: tuple[bytes, ...]  # as files
+    image_names: tuple[str, ...]
     scores: dict[str, float]
 
     @property
     def asked(self) -> tuple[Any, ...]:
         """What makes it comparable with another one: the same images and prompt."""
-        return self.images, self.prompt, self.captions
+        return self.images, self.image_names, self.prompt, self.captions
 
 
 def read_samples(run: Path, until: int | None = None) -> tuple[list[Sample], list[str]]:
@@ -48,9 +49,17 @@ def read_samples(run: Path, until: int | None = None) -> tuple[list[Sample], lis
 
 def _sample(step: int, row: dict[str, Any]) -> Sample:
     scores = {name: float(value) for name, value in row.items() if isinstance(value, int | float) and name != "step"}
-    images = (image["bytes"] for image in _listed(row.get("images")) if image.get("bytes"))
-    captions = tuple(_listed(row.get("captions")))
-    return Sample(step, _text(row["prompt"]), _text(row["completion"]), captions, tuple(images), scores)
+    images = _listed(row.get("images"))
+    names = _listed(row.get("image_names")) or [image["path"] for image in images]
+    return Sample(
+        step=step,
+        prompt=_text(row["prompt"]),
+        completion=_text(row["completion"]),
+        captions=tuple(_listed(row.get("captions"))),
+        images=tuple(image["bytes"] for image in images),
+        image_names=tuple(name for name in names if name),
+        scores=scores,
+    )
 
 
 def _listed(value: Any) -> list[Any]:
