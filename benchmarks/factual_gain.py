@@ -40,6 +40,7 @@ TERMS: dict[str, tuple[str, ...]] = {
     "captions, length penalty": ("--length_coef", "-2.0"),
     "captions, bonus for No": (*BONUS, "no_only"),
     "captions, bonus for Yes and No": (*BONUS, "both"),
+    "captions, length penalty, bonus for No": ("--length_coef", "-2.0", *BONUS, "no_only"),
 }
 """What each row of the ablation says to PPO; the first is what the others are compared with."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}

@@ -1,6 +1,8 @@
 """The documents build into a site without a broken link, with every key of every stage; their commands are real."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +43,16 @@ def test_the_reference_has_what_users_call(site: Path) -> None:
     text = (site / "api" / "index.html").read_text()
     for name in ("LlavaSFTTrainer", "LlavaPPOTrainer", "FactualReward.from_pretrained", "load_rows", "ppo_math.gae"):
         assert f'{name}"' in text, name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path) -> None:
+    notebook = json.loads((ROOT / "docs" / "demo.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "cells.py").write_text("\n".join(cells))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "cells.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"mentioned, but not in the picture: ([\d.]+)% -> ([\d.]+)%", done.stdout)[0]
+    assert float(after) < float(before)

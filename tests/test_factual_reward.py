@@ -213,7 +213,7 @@ def test_round_trip_is_bit_equal(kind: str, tiny_llava_dir, red_image, blue_imag
         trained.model = trained.model.merge_and_unload()
     trained.processing_class.image_processor.do_pad = True
     trained.save_pretrained(tmp_path)
-    loaded = FactualReward.from_pretrained(str(tmp_path), batch_size=3)
+    loaded = FactualReward.from_pretrained(tmp_path, batch_size=3)
     assert loaded.judging_prompt == trained.judging_prompt
     assert loaded.processing_class.image_processor.do_pad
     assert loaded.processing_class.chat_template == trained.processing_class.chat_template

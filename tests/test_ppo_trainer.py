@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,9 @@ def test_what_a_step_logs(tiny_llava_dir, adapter_dir, tmp_path):
     for name in ("time/generation", "time/forward", "time/score", "time/update", "tokens_per_second", "grad_norm"):
         assert first[name] > 0
     assert steps[1]["objective/kl"] != 0.0
+    explained = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    shown = {re.sub("^rewards/[^/]+", "rewards/<name>", name) for name in first} - {"step", "epoch"}
+    assert {name for name in shown if f"`{name}`" not in explained} == set()
 
 
 def test_a_reference_that_is_not_the_start_stops_the_run(tiny_llava_dir, adapter_dir, tmp_path):

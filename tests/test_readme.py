@@ -45,10 +45,7 @@ def test_contributing_shows_every_room() -> None:
     assert shown == rooms - {"__init__.py", "__pycache__", "card_samples.py"}
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in DOCS)],
-)
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", *PAGES])
 def test_every_file_named_in_the_text_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     named = set(re.findall(r"`((?:trl_llava|recipes|tests|benchmarks|accelerate_configs|docs)/[\w./-]+\.\w+)`", text))
@@ -65,6 +62,8 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("words", OURS)
 def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    # What `init` writes for a reader's own photos has the keys of a recipe that is here.
+    words = [word.replace("photos/recipes/", "recipes/llava-1.5-7b-hf/") for word in words]
     ran = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", ran.append)
     if words[0] in cli.STAGES:

@@ -4,6 +4,7 @@ It is a reward function in TRL's sense, so PPO here and `GRPOTrainer` and `RLOOT
 that the model was trained with, its captions' format and its image processor are saved with its adapter and head.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ class FactualReward:
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | os.PathLike[str],
         *,
         judging_prompt: JudgingPrompt | None = None,
         base_model: str | None = None,
@@ -242,7 +243,7 @@ class FactualReward:
             OSError: If there is no such model.
         """
         model_args = LlavaModelConfig(dtype=dtype) if model_args is None else model_args
-        name, revision = split_revision("reward model", name, revision)
+        name, revision = split_revision("reward model", os.fspath(name), revision)
         check_there("reward model", name, revision)
         expected = ("adapter_config.json", "config.json")
         files = {file: find_file(name, file, revision) for file in expected}
