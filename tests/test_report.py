@@ -299,17 +299,27 @@ def test_several_runs_are_compared(folder: Path) -> None:
     (second / "recipe.yaml").write_text(changed)
     write_samples(first, 0, ["a dog", "blue"], [0.0, 0.0])
     write_samples(first, 4, ["one", "one"], [0.0, 0.0])
-    write_samples(second, 0, ["a dog", "red"], [0.0, 0.0])
+    write_samples(second, 0, ["a dog", "red"], [1.0, 1.0])
     write_samples(second, 4, ["two", "two"], [0.0, 0.0])
     text = report(first, second, folder / "sft")
     shown = plain(text)
     table = shown[shown.index("What differs") : shown.index("Made of")]
     assert table == "What differs field first second length_coef -1.0 -3.0 kl_coef 0.05 0.5 "
-    assert "start a dog score 0, even 0 first, step 4 one score 0, even 0 second, step 4 two" in shown
-    assert "first, start blue score 0, even 0 second, start red" in shown
+    assert "start a dog first: score 0, even 0 second: score 1, even 1 first, step 4 one score 0" in shown
+    assert "second, step 4 two score 0" in shown
+    assert "first, start blue score 0, even 0 second, start red score 1" in shown
     (kl,) = [told for told in Page(text).told if told.startswith("KL to the reference")]
     assert "first from" in kl and "second from" in kl and "sft" not in kl
     assert shown.index("PPO: first, second") < shown.index("SFT: sft")
+
+
+def test_a_run_without_completions_beside_one_that_has_some(folder: Path) -> None:
+    silent, killed = copy(folder, "silent"), copy(folder, "killed")
+    write_samples(killed, 0, ["a dog", "blue"], [float("nan"), 0.0])
+    shown = plain(report(silent, killed))
+    assert "killed, start a dog score nan, even nan" in shown and shown.count("a dog") == 1
+    assert "killed, step 0: correlation undefined" in shown
+    assert "silent: no completions of held-out prompts" in shown
 
 
 def test_runs_without_a_common_prompt(folder: Path) -> None:

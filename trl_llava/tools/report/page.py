@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,10 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["number"] = number
     stages = [_stage(stage, runs, examples, judge or unjudged) for stage in dict.fromkeys(run.stage for run in runs)]
     page = environment.get_template(template).render(
         generator=GENERATOR,
-        title=" and ".join(run.name for run in runs),
+        title=", ".join(run.name for run in runs),
         runs=runs,
         stages=stages,
         evaluation=evaluation_table(runs, evaluation),
@@ -139,60 +139,73 @@ def _reward_and_length(stage: str, runs: Sequence[Run]) -> list[Chart]:
         reward, length = CURVES[stage].get("Reward", ""), CURVES[stage].get("Completion length (tokens)", "")
         steps += [Series(run.name, [(entry[length], entry[reward]) for entry in logged], place)] * bool(logged)
         for step in sorted({sample.step for sample in run.samples})[-1:]:
-            points = [(len(s.completion.split()), _score(s)) for s in run.samples if s.step == step and s.scores]
-            samples += [Series(f"{run.name}, step {step}", points, place)] * bool(points)
+            table = [sample for sample in run.samples if sample.step == step and sample.scores]
+            points = [(len(sample.completion.split()), _reward(sample)) for sample in table]
+            known = [point for point in points if math.isfinite(point[1])]
+            samples += [Series(f"{run.name}, step {step}", known, place)] * bool(known)
     charts = [scatter("Each step of training", steps, "tokens", "reward")] if steps else []
     return charts + ([scatter("Each of the last sample completions", samples, "words", "reward")] if samples else [])
 
 
-def _score(sample: Sample) -> float:
-    """The whole reward: PPO's `score`, which stands first, or what TRL's tables have first."""
+def _reward(sample: Sample) -> float:
+    """PPO's `score`; of TRL's tables, which have no sum, the first reward."""
     return sample.scores.get("score", next(iter(sample.scores.values())))
 
 
 def _examples(runs: Sequence[Run], count: int, judge: Judge) -> tuple[list[dict[str, Any]], bool]:
     """The first prompts that all runs were asked at last, and whether there were none, so that each is on its own."""
-    with_samples = [run for run in runs if run.samples]
-    asked = [dict.fromkeys(s.asked for s in run.samples if s.step == run.samples[-1].step) for run in with_samples]
+    asked = [dict.fromkeys(s.asked for s in run.samples if s.step == run.samples[-1].step) for run in runs]
     every = list(dict.fromkeys(key for own in asked for key in own))
-    shared = [key for key in every if all(key in own for own in asked)]
-    return [example_of(key, with_samples, judge) for key in (shared or every)[:count]], bool(every and not shared)
+    shared = [key for key in every if all(key in own for own in asked if own)]
+    return [example_of(key, runs, judge) for key in (shared or every)[:count]], bool(every and not shared)
 
 
 def example_of(asked: tuple[Any, ...], runs: Sequence[Run], judge: Judge) -> dict[str, Any]:
-    """One prompt: the start (once, if all runs start and score alike), the end of each run, and what lies between."""
+    """One prompt: the start (once, if all runs start alike), the end of each run, and what lies between."""
     images, image_names, prompt, captions = asked
     starts, ends, rest = [], [], []
     for place, run in enumerate(runs):
         own = [sample for sample in run.samples if sample.asked == asked]
-        last = next((sample for sample in own if sample.step == run.samples[-1].step), None)
+        last = next((sample for sample in own if sample.step == run.samples[-1].step > 0), None)
         first = next((sample for sample in own if sample.step == 0), None)
         starts += [(place, run.name, first)] if first else []
         ends += [(place, run.name, last)] if last else []
         rest += [(place, run.name, sample) for sample in own if sample is not first and sample is not last]
-    alike = len({(sample.completion, *sample.scores.items()) for _, _, sample in starts}) == 1
-    answers = [*(starts[:1] if alike else starts), *ends]
+    groups = [[one] for one in starts]
+    if len({sample.completion for _, _, sample in starts}) == 1:
+        groups = [starts]
     return {
         "prompt": prompt,
         "captions": captions,
         "image_names": image_names,
         "images": [picture(image) for image in images],
-        "answers": [_answer(*one, judge, named=len(runs) > 1 and not (alike and one in starts)) for one in answers],
-        "between": [_answer(*one, judge, named=len(runs) > 1) for one in rest],
+        "answers": [_answer(one, judge, len(runs)) for one in (*groups, *([end] for end in ends))],
+        "between": [_answer([one], judge, len(runs)) for one in rest],
     }
 
 
-def _answer(place: int, name: str, sample: Sample, judge: Judge, *, named: bool) -> dict[str, Any]:
+def _answer(alike: list[tuple[int, str, Sample]], judge: Judge, runs: int) -> dict[str, Any]:
+    """A completion, which several of the runs may have given, with the scores that it got from each."""
+    place, name, sample = alike[0]
     pieces, remark = judge(sample)
     when = "start" if sample.step == 0 else f"step {sample.step}"
+    scores = {name: _named(sample.scores) for _, name, sample in alike}
+    if len(set(scores.values())) == 1:
+        scores = {"": next(iter(scores.values()))}
     return {
-        "label": f"{name}, {when}" if named else when,
+        "label": f"{name}, {when}" if runs > 1 and len(alike) == 1 else when,
         "place": place,
         "start": sample.step == 0,
         "pieces": [piece for piece in pieces if piece[0]],
         "remark": remark,
-        "scores": {name.removeprefix("rewards/"): value for name, value in sample.scores.items()},
+        "scores": scores,
     }
+
+
+def _named(scores: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name.removeprefix('rewards/')}\N{NO-BREAK SPACE}{number(value)}" for name, value in scores.items()
+    )
 
 
 def picture(image: bytes) -> dict[str, Any]:
