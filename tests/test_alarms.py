@@ -92,6 +92,8 @@ def test_a_log_is_read_by_the_names_of_its_trainer(stage: str, tmp_path: Path):
     assert list(crossed(log(stage, empty_ratio=0.2), bounds)) == ["empty"]
     assert list(crossed(log(stage, kl=9.0), bounds)) == ["kl"]
     assert list(crossed(log(stage, held_out=-1.0, reward=2.0), bounds)) == ["held_out"]
+    odd = [{"reward": None, "kl": float("nan"), "objective/kl": float("nan"), "completions/mean_length": float("nan")}]
+    assert crossed([*log(stage), *odd], bounds) == {}
     off = {"alarm_length": None, "alarm_empty": None, "alarm_held_out": None, "alarm_kl": None}
     none = LlavaPPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **off)
     assert crossed(log(stage, mean_length=1.0, empty_ratio=1.0, kl=99.0, held_out=-9.0, reward=2.0), none) == {}

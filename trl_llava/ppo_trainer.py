@@ -504,9 +504,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
             return
         if self.accelerator.is_main_process:
             report_samples(table, self.args, step)
-        scores = table["score"]
-        spread = float(scores.std(ddof=0))
-        self.log({"eval_objective/scores": float(scores.mean()), "eval_objective/scores_std": spread})
+        if sampling:
+            scores = {"": table["score"].mean(), "_std": table["score"].std(ddof=0)}
+            self.log({f"eval_objective/scores{end}": float(value) for end, value in scores.items()})
 
     def complete_greedily(self, batch: dict[str, Any]) -> Rollout:
         """Complete a batch greedily and score it; log-probabilities and values of the rollout stay empty."""

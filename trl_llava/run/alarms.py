@@ -101,7 +101,10 @@ def held_out_alarm(held_out: Sequence[tuple[float, float]], rewards: Sequence[fl
 def crossed(history: Sequence[dict[str, Any]], bounds: AlarmOptions) -> dict[str, str]:
     """The alarms of a log by name, each with its message."""
     held_out = [
-        (entry[name], entry[f"{name}_std"]) for entry in history for name in _HELD_OUT if f"{name}_std" in entry
+        (entry[name], entry[f"{name}_std"])
+        for entry in history
+        for name in _HELD_OUT
+        if _known(entry, name) and _known(entry, f"{name}_std")
     ]
     found = {
         "length": bounds.alarm_length and length_alarm(_series(history, _LENGTH), bounds.alarm_length),
@@ -114,7 +117,12 @@ def crossed(history: Sequence[dict[str, Any]], bounds: AlarmOptions) -> dict[str
 
 
 def _series(history: Sequence[dict[str, Any]], names: tuple[str, ...]) -> list[float]:
-    return [entry[name] for entry in history for name in names if entry.get(name) is not None]
+    return [entry[name] for entry in history for name in names if _known(entry, name)]
+
+
+def _known(entry: dict[str, Any], name: str) -> bool:
+    """Whether a metric is there; TRL logs None where no reward function has an opinion."""
+    return entry.get(name) is not None and math.isfinite(entry[name])
 
 
 def read_alarms(folder: Path) -> list[Alarm]:
