@@ -126,7 +126,8 @@ def test_the_base_has_a_word_for_all_it_reads(package: None) -> None:
         assert lessons.tokenizer.unk_token_id not in batch["input_ids"]
         first = lessons.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
         assert first.startswith("USER: - a ") and " ASSISTANT: " in first
-    assert lessons.tokenizer.unk_token_id not in lessons.tokenizer("Is it true? \n- a red circle\n ASSISTANT: True:")
+    judging = lessons.tokenizer("USER: Is it true? \n- a red circle\n ASSISTANT: True:")["input_ids"]
+    assert lessons.tokenizer.unk_token_id not in judging
 
 
 def test_table_has_the_base_and_the_spread_over_the_seeds() -> None:
