@@ -83,6 +83,6 @@ def _bars(axes: Axes, stages: Stages, name: str, title: str) -> None:
     drawn = axes.bar(["SFT", "PPO"], heights, color=[WRONG, RIGHT], width=0.6, yerr=errors, capsize=4, ecolor=INK)
     axes.bar_label(drawn, [f"{height:.1%}" for height in heights], fontsize=11, padding=3)
     axes.set_title(title, fontsize=11, color=INK)
-    axes.set_ylim(0, 1.25 * max(heights))
+    axes.set_ylim(0, 1.1)  # both panels on one scale, so that bars can be compared
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
