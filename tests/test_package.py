@@ -62,6 +62,13 @@ def test_the_wheel_brings_recipes_and_launch_configurations(installed: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_wheel_brings_what_pages_are_made_of(installed: Path) -> None:
+    for kind in ("*.j2", "*.css"):
+        expected = {path.relative_to(ROOT) for path in (ROOT / "trl_llava").rglob(kind)}
+        assert {path.relative_to(installed) for path in installed.rglob(kind)} == expected and expected
+
+
+@pytest.mark.slow
 def test_an_installed_package_finds_its_recipes_from_anywhere(installed: Path, tmp_path: Path) -> None:
     code = """
 import trl_llava, pathlib, sys

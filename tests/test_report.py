@@ -174,6 +174,8 @@ def test_the_numbers_of_a_ppo_run_are_those_of_its_log(folder: Path) -> None:
 
 
 def test_the_text_of_a_chart_has_literal_numbers() -> None:
+    shown = [charts.number(value) for value in (0.123456, 12345.6, 40.0, -1.341e-07, -0.0, float("inf"))]
+    assert shown == ["0.1235", "12,346", "40", "-1.3e-07", "0", "inf"]
     series = [charts.Series("a", [(1, 0.25), (2, -3.0), (30, 1234.5)]), charts.Series("b", [(2, 0.5)], 1)]
     assert charts.lines("Loss", series).alt == (
         "Loss: a from 0.25 at step 1 to 1,234 at step 30, between -3 and 1,234; b 0.5 at step 2."
@@ -293,6 +295,7 @@ def test_completions_that_trls_grpo_wrote(folder: Path) -> None:
 def test_several_runs_are_compared(folder: Path) -> None:
     first, second = copy(folder, "first"), copy(folder, "second")
     recipe = (second / "recipe.yaml").read_text()
+    recipe = recipe.replace(f"output_dir: {folder}/ppo", f"output_dir: {second}")
     changed = recipe.replace("length_coef: -1.0", "length_coef: -3.0")
     changed = changed.replace("kl_coef: 0.05", "kl_coef: 0.5").replace("\ngamma:", "\nnew_field: 1\ngamma:")
     assert changed.count("-3.0") == 1 and changed.count("0.5\n") >= 1

@@ -3,11 +3,10 @@
 import base64
 import io
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from trl_llava.data.images import ImageRef, load_image
@@ -33,10 +32,10 @@ def write_page(
         for result in results
     ]
     # Texts of models and data are text: whatever they hold is escaped.
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    loader = PackageLoader("trl_llava.tools", ".")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"shown": shown, "missing_numbers": missing_numbers}
-    source = files("trl_llava.tools.evaluate").joinpath("page.html.j2").read_text(encoding="utf-8")
-    write_atomically(path, environment.from_string(source).render(tasks=tasks, about=about))
+    write_atomically(path, environment.get_template("evaluate/page.html.j2").render(tasks=tasks, about=about))
 
 
 def _example(result: TaskResult, number: int) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 SERIES = 7
 """How many series have a colour of their own; the next ones repeat the colours with other dashes."""
+DOTS = 500
+"""How many points of a series a scatter chart draws; of more every second, third ... one."""
 _DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
 # Stand-ins in matplotlib's SVG for the variables of the page's style, which defines them for light and dark.
 _TEXT, _LINE = "#010101", "#020202"
@@ -92,7 +94,8 @@ def scatter(title: str, series: Sequence[Series], x_label: str, y_label: str) ->
         xs, ys = zip(*one.points, strict=True)
         colour = _COLOURS[one.colour]
         face = colour if one.filled else "none"
-        axes.plot(xs, ys, "o", markersize=4.5, color=colour, markerfacecolor=face, alpha=0.8)
+        every = slice(None, None, math.ceil(len(xs) / DOTS))
+        axes.plot(xs[every], ys[every], "o", markersize=4.5, color=colour, markerfacecolor=face, alpha=0.8)
         note = f"correlation {correlation(one.points)}"
         shown.append(replace(one, marked=True, lined=False, note=note))
         means = f"mean {x_label} {number(sum(xs) / len(xs))}, mean {y_label} {number(sum(ys) / len(ys))}"

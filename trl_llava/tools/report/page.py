@@ -37,7 +37,7 @@ def write_page(
     examples: int = 8,
     evaluation: dict[str, Any] | None = None,
     judge: Judge | None = None,
-    template: str = "report.html.j2",
+    template: str = "report/report.html.j2",
     loader: BaseLoader | None = None,
     **more: Any,
 ) -> None:
@@ -48,7 +48,7 @@ def write_page(
     """
     if path.is_file() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise OccupiedError(f"--output: {path} is no page of {GENERATOR}; choose another name")
-    own = PackageLoader("trl_llava.tools.report", ".")
+    own = PackageLoader("trl_llava.tools", ".")
     environment = Environment(
         loader=own if loader is None else ChoiceLoader([loader, own]),
         autoescape=True,  # texts of models and data are text, whatever they hold
