@@ -57,7 +57,9 @@ def soak(base: Path, folder: Path, steps: int, every: int) -> list[dict[str, int
     checkpoints = sorted(path.name for path in (folder / "run").glob("checkpoint-*"))
     assert len(checkpoints) == 2 and f"checkpoint-{steps}" in checkpoints
     logged = json.loads((folder / "run" / f"checkpoint-{steps}" / "trainer_state.json").read_text())["log_history"]
-    assert len(logged) == steps
+    assert (
+        len(logged) == steps + 1 + steps // every
+    )  # the scores of samples too: of the start, and every so many steps
     return held.found
 
 
@@ -69,7 +71,7 @@ def test_a_short_run_holds_on_to_nothing(tiny_llava_dir: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_two_thousand_steps_hold_on_to_nothing(tiny_llava_dir: Path, tmp_path: Path) -> None:
-    """What does grow is the log: one entry a step in `log_history` and in each trainer_state.json."""
+    """What does grow is the log: an entry a step, and one for each table of samples, in `log_history` and in each trainer_state.json."""
     found = soak(tiny_llava_dir, tmp_path, 2000, 100)
     for held in found:
         print(held)
