@@ -71,7 +71,7 @@ def test_a_short_run_holds_on_to_nothing(tiny_llava_dir: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_two_thousand_steps_hold_on_to_nothing(tiny_llava_dir: Path, tmp_path: Path) -> None:
-    """What does grow is the log: an entry a step, and one for each table of samples, in `log_history` and in each trainer_state.json."""
+    """What does grow is the log: an entry for each step and table of samples, here and in each trainer_state.json."""
     found = soak(tiny_llava_dir, tmp_path, 2000, 100)
     for held in found:
         print(held)
