@@ -10,7 +10,8 @@ PYTEST := CI=true OMP_NUM_THREADS=1 $$ENV/bin/python -m pytest -n 2 --dist loadg
 .PHONY: demo docs test test-oldest test-gpu test-vllm test-eval families check install
 
 demo: .venv/.installed
-	$(BIN)/trl-llava demo --output_dir runs/demo
+	@folder=runs/demo; n=2; while [ -e $$folder ]; do folder=runs/demo-$$n; n=$$((n + 1)); done; \
+		$(BIN)/trl-llava demo --output_dir $$folder
 
 test: .venv/.installed
 	@ENV=.venv; $(PYTEST) $(PYTEST_ARGS)

@@ -1,6 +1,7 @@
 """The `trl-llava` command: what goes to the launcher, what to the stage, and what is said when neither knows it."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from trl_llava import cli
-from trl_llava.configs.recipe import FIELD_GROUPS, STAGES
+from trl_llava.configs.recipe import FIELD_GROUPS, STAGES, make_parser
 from trl_llava.errors import RecipeError
+from trl_llava.models.load import load_processor
 
 ROOT = Path(__file__).parents[1]
 FIELDS = frozenset({"learning_rate", "bf16", "freeze_projector", "debug"})
@@ -135,14 +137,79 @@ def test_help_ends_well(words: list[str], capsys: pytest.CaptureFixture[str]) ->
     )
 
 
-def test_help_of_a_stage_names_recipe_and_launcher(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["ppo", "--help"]) == 0
+def test_help_of_a_stage_is_what_it_does_and_what_recipes_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ppo", "-h"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("usage: trl-llava ppo --config recipe.yaml [--field value ...]")
+    assert out.startswith("Stage 3: PPO with the factual reward") and "Out: `output_dir`" in out
+    assert "  --kl_coef VALUE       Weight of the KL penalty against the reference." in out
+    assert "(default: 0.05)" in out and "--accelerate_config NAME" in out and "more keys: --help-all" in out
+    assert "--cudnn_attention" not in out and "--no_" not in out and len(out.splitlines()) < 300
+
+
+def test_all_keys_of_a_stage_and_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ppo", "--help-all"]) == 0
+    out = capsys.readouterr().out
+    assert "usage: trl-llava ppo --config recipe.yaml [--field value ...]" in out
     own, trl, transformers = (out.index(f"{title}:") for title in FIELD_GROUPS.values())
     assert out.index("Every field below") < own < out.index("--correctness_coef CORR") < trl < transformers
     assert trl < out.index("--dataset_train_split DATASET") < transformers < out.index("--save_steps SAVE")
     assert "one of cpu, ddp, fsdp2, multi_node, single_gpu, zero2, zero3" in out
+    assert "The same as `--share_base false`." in out
+
+
+def test_help_into_a_pipe_that_closes_has_no_traceback() -> None:
+    command = f"{sys.executable} -m trl_llava.cli sft --help-all | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.startswith("Stage 1:") and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("evn", "env"), ("rewards", "reward"), ("train_ppo", "ppo"), ("check_data", "check-data")]
+)
+def test_a_misspelt_command_is_met_with_the_nearest(word: str, meant: str, capsys: Any) -> None:
+    assert cli.main([word, "--config", "x.yaml"]) == 2
+    assert capsys.readouterr().err == f"error: there is no command `{word}`; did you mean `{meant}`?\n"
+
+
+def test_a_recipe_of_another_stage_is_called_that(tmp_path: Path, capsys: Any) -> None:
+    for name, text in (("ppo.yaml", "kl_coef: 0.1\nlerning_rate: 1\n"), ("mine.yaml", "kl_coef: 0.1\nvf_coef: 1.0\n")):
+        (tmp_path / name).write_text(text)
+        assert cli.main(["sft", "--config", str(tmp_path / name)]) == 2
+        assert "this is a recipe for ppo, not for sft, which has no field `kl_coef`" in capsys.readouterr().err
+
+
+def test_several_trackers_fit_on_the_command_line(recipe: Path, launched: list[argparse.Namespace]) -> None:
+    assert cli.main(["sft", "--config", str(recipe), "--report_to", "wandb", "tensorboard", "--seed", "1"]) == 0
+    values = make_parser("sft").check(launched[0].training_script_args).values
+    assert values["report_to"] == ["wandb", "tensorboard"]
+    assert make_parser("sft").check(["--config", str(recipe), "--report_to", "none"]).values["report_to"] == "none"
+
+
+def test_four_bits_without_an_adapter_are_refused(recipe: Path, capsys: Any) -> None:
+    assert cli.main(["sft", "--config", str(recipe), "--load_in_4bit"]) == 2
+    assert "`load_in_4bit` needs an adapter" in capsys.readouterr().err
+    make_parser("sft").check(["--config", str(recipe), "--load_in_4bit", "--use_peft"])
+
+
+def test_env_reports_also_where_torch_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HF_TOKEN": "hf_secret"}
+    command = [sys.executable, "-m", "trl_llava.cli", "env"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "torch cannot be imported: OSError: libcudart.so.12: cannot open shared object file" in done.stdout
+    assert "transformers: " in done.stdout and "HF_TOKEN=(set)" in done.stdout and "hf_secret" not in done.stdout
+    whole = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "torch is built " in whole and "trl_llava: " in whole
+
+
+def test_assemble_makes_a_llava(tmp_path: Path, tiny_llava_dir: Path, tiny_llama_dir: Path, capsys: Any) -> None:
+    words = ["assemble", "--tower", str(tiny_llava_dir), "--language_model"]
+    assert cli.main([*words, str(tiny_llama_dir), str(tmp_path / "made")]) == 0
+    assert "--freeze_projector false" in capsys.readouterr().out
+    processor = load_processor(str(tmp_path / "made"))
+    assert processor.patch_size == 7 and "USER" in processor.chat_template
+    assert cli.main([*words, str(tmp_path / "gone"), str(tmp_path / "other")]) == 1
+    assert "--language_model: cannot load" in capsys.readouterr().err
 
 
 def test_a_launch_option_that_cannot_be_read_is_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,14 +258,36 @@ def test_nothing_to_learn_from(work: Work, policy: Path) -> None:
     ("path", "message"),
     [
         ("no_colon", "'no_colon' must be 'package.module:function'"),
-        ("no.such.module:f", "cannot import 'no.such.module'"),
-        ("math:no_such", "module 'math' has no function 'no_such'"),
-        ("math:pi", "module 'math' has no function 'pi'"),
+        ("no.such.module:f", "no.such.module of 'no.such.module:f' cannot be imported: ModuleNotFoundError"),
+        ("math:no_such", "math has no function 'no_such'"),
+        ("math:pi", "'pi' of math is 3.14159"),
+        ("gone.py:f", "there is no file gone.py of 'gone.py:f'; a relative path is seen from "),
     ],
 )
 def test_reward_function_that_is_not_there(path: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         find_function(path)
+
+
+def test_a_reward_function_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_words.py").write_text("WORD = 'red'\n")
+    text = "from own_words import WORD\n\ndef says_it(completions, **columns):\n"
+    (tmp_path / "own.py").write_text(text + "    return [float(WORD in one[0]['content']) for one in completions]\n")
+    function = find_function("own.py:says_it")
+    assert function(completions=[[{"content": "a red dog"}], [{"content": "a dog"}]]) == [1.0, 0.0]
+    assert find_function(f"{tmp_path}/own.py:says_it") is function
+    with pytest.raises(RecipeError, match=r"own.py has no function 'says_that'"):
+        find_function("own.py:says_that")
+    with pytest.raises(RecipeError, match=r"'WORD' of own.py is 'red', expected a function"):
+        find_function("own.py:WORD")
+    (tmp_path / "broken.py").write_text("import math\n\nmath.pie\n")
+    with pytest.raises(RecipeError, match=r"broken.py .* AttributeError: .* \(.*broken.py, line 3\)"):
+        find_function("broken.py:f")
+    (tmp_path / "torn.py").write_text("def f(:\n")
+    with pytest.raises(RecipeError, match=r"torn.py .* SyntaxError: invalid syntax \(.*torn.py, line 1\)"):
+        find_function("torn.py:f")
 
 
 @pytest.mark.slow

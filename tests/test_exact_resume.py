@@ -1,16 +1,25 @@
 """SFT and reward training resumed from any checkpoint are the uninterrupted run, bit for bit: numbers and weights."""
 
+import dataclasses
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stage_runs
 import test_reward_trainer
 import test_sft_trainer
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import Trainer
+
+from trl_llava.configs.ppo import LlavaPPOConfig
+from trl_llava.configs.recipe import make_parser
+from trl_llava.run.output_dir import NOT_COMPARED, differences
 
 TIMED = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": r".*language_model\..*\.(q_proj|v_proj|down_proj)"}
@@ -85,3 +94,63 @@ def test_so_it_is_with_data_loader_workers(make: Callable[..., Trainer], tiny_ll
 @pytest.mark.parametrize("make", [sft, reward])
 def test_so_it_is_without_an_adapter(make: Callable[..., Trainer], tiny_llava_dir: Path, tmp_path: Path):
     check(make, tiny_llava_dir, tmp_path, [4], peft_config=None)
+
+
+FREE = {
+    "dataloader_num_workers": 1,
+    "dataloader_pin_memory": False,
+    "logging_steps": 1,
+    "logging_first_step": True,
+    "logging_strategy": "no",
+    "save_steps": 2,
+    "save_total_limit": 1,
+    "report_to": "tensorboard",
+    "run_name": "another",
+    "log_level": "error",
+    "disable_tqdm": True,
+    "dataset_num_proc": 2,
+    "ddp_timeout": 7,
+    "hub_model_id": "me/other",
+    "card_samples": 0,
+}
+"""Another value for a field that changes no result."""
+
+
+def test_what_changes_no_result_is_tested() -> None:
+    assert set(FREE) <= NOT_COMPARED
+    config = {field.name for field in dataclasses.fields(LlavaPPOConfig)} | set(make_parser("sft").field_names)
+    assert set(FREE) <= config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_resumed_run_may_log_load_and_save_otherwise(stage: str, tiny_llava_dir: Path, tmp_path: Path) -> None:
+    """One run to its end; one resumed with each field changed, one after the other, and with all; the same weights."""
+    stage_runs.write_rows(tmp_path)
+    words = stage_runs.run_words(tmp_path, tiny_llava_dir, tmp_path / "whole", stage, 1)
+    if stage == "ppo":
+        for earlier in ("sft", "reward"):
+            start = stage_runs.run_words(tmp_path, tiny_llava_dir, tmp_path / "start", earlier, 1, "--max_steps", "1")
+            stage_runs.run(earlier, start)
+    stage_runs.run(stage, words)
+    expected = load_file(tmp_path / "whole" / stage / "adapter_model.safetensors")
+    changes = {name: value for name, value in FREE.items() if name != "report_to" or find_spec("tensorboard")}
+    one_by_one: list[dict[str, Any]] = [{name: value} for name, value in changes.items()]
+    for change in [*(one_by_one if stage == "sft" else []), changes]:
+        folder = tmp_path / "-".join(change)[:40]
+        shutil.copytree(tmp_path / "whole" / stage, folder)
+        given = [word for name, value in change.items() for word in (f"--{name}", str(value))]
+        checkpoint = str(folder / "checkpoint-1")
+        stage_runs.run(stage, [*words, "--output_dir", str(folder), "--resume_from_checkpoint", checkpoint, *given])
+        actual = load_file(folder / "adapter_model.safetensors")
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(value, actual[name]) for name, value in expected.items()), change
+        shutil.rmtree(folder)
+
+
+def test_what_does_change_a_result_is_refused() -> None:
+    now = {"learning_rate": 1.0, "logging_steps": 1, "save_steps": 5}
+    before = {"learning_rate": 2.0, "logging_steps": 9, "save_steps": 1}
+    assert differences(before, now, now) == ["`learning_rate` (2.0 there, 1.0 now)"]
+    chooses = {**now, "load_best_model_at_end": True}
+    assert differences({**before, **chooses, "save_steps": 1}, chooses, chooses) == ["`save_steps` (1 there, 5 now)"]

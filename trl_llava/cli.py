@@ -1,9 +1,12 @@
 """The `trl-llava` command: the stages through `accelerate launch`, and tools around their checkpoints."""
 
 import argparse
+import ast
 import difflib
 import importlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +45,8 @@ TOOLS = {
     "chat": ("trl_llava.tools.evaluate.chat", "talk with a model about an image, in the terminal"),
     "score": ("trl_llava.tools.score", "score one completion, or every row of a data set, with a reward model"),
     "convert": ("trl_llava.tools.convert.command", "the paper's or LLaVA's own checkpoint -> one that loads anywhere"),
+    "assemble": ("trl_llava.tools.assemble", "a vision tower and a language model -> a LLaVA to train"),
+    "env": ("trl_llava.tools.env", "versions, cards and settings of this machine, for a bug report"),
     "merge": ("trl_llava.tools.convert.merge_command", "an adapter and its base -> one model with dense weights"),
 }
 LAUNCH_HELP = """
@@ -62,20 +67,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 2 if the command line or recipe cannot be used, 1 for anything else that went wrong. A stage
             that has been launched and fails ends this process with 1, whatever was the matter: the launcher does.
     """
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="trl-llava", description=trl_llava.__doc__)
     parser.add_argument("--version", action="version", version=f"trl-llava {trl_llava.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in {**STAGES, **{name: text for name, (_, text) in TOOLS.items()}}.items():
         commands.add_parser(name, help=text, add_help=False)
-    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    command = parser.parse_known_args(words[:1])[0].command
+    words = list(argv) or ["--help"]
     try:
+        _check_command(words[0])
+        command = parser.parse_known_args(words[:1])[0].command
         if command in STAGES:
             return launch_stage(command, words[1:])
         return importlib.import_module(TOOLS[command][0]).main(words[1:]) or 0
     except ExplainedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def _check_command(word: str) -> None:
+    """Name what a misspelt command may have meant, instead of all of them."""
+    commands = (*STAGES, *TOOLS)
+    if word in commands or word.startswith("-"):
+        return
+    close = difflib.get_close_matches(word.lower().removeprefix("train_").replace("_", "-"), commands, n=1, cutoff=0.5)
+    meant = f"; did you mean `{close[0]}`?" if close else "; `trl-llava --help` lists them."
+    raise RecipeError(f"there is no command `{word}`{meant}")
 
 
 def launch_stage(stage: str, words: Sequence[str]) -> int:
@@ -85,10 +112,12 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     signal after SIGTERM or Ctrl-C, once the processes have saved.
     """
     from trl_llava.configs.recipe import make_parser
+    from trl_llava.configs.stage_help import short_help
 
     parser = make_parser(stage, f"trl-llava {stage}")
-    if {"-h", "--help"} & set(words):
-        parser.print_help()
+    if {"-h", "--help", "--help-all", "--help_all"} & set(words):
+        print(_what_it_does(stage))
+        print(short_help(parser) if {"-h", "--help"} & set(words) else parser.format_help())
         print(LAUNCH_HELP.format(names=", ".join(accelerate_config_names())))
         return 0
     if not words:
@@ -120,6 +149,12 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
                 print(f"error: {stage} ended, because its process {rank} did ({status})", file=sys.stderr)
                 return 1
     return 128 + received[0] if received else 0
+
+
+def _what_it_does(stage: str) -> str:
+    """What the stage's entry point says of itself; read, as importing it takes seconds."""
+    source = Path(__file__).with_name(f"train_{stage}.py").read_text(encoding="utf-8")
+    return f"{ast.get_docstring(ast.parse(source))}\n"
 
 
 def split_arguments(

@@ -59,6 +59,7 @@ from trl_llava.ppo.setup import (
     rounds_alike,
     warm_up_above_zero,
 )
+from trl_llava.ppo.terminal import shorten_lines
 from trl_llava.ppo.update import Updater
 from trl_llava.ppo.vllm_prompts import require_served
 from trl_llava.publish.trainer import PushesSafely
@@ -194,6 +195,7 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         if args.num_sample_generations > 0:
             steps = self.args.num_total_batches
             self.sample_generations_freq = max(1, steps // args.num_sample_generations)
+        shorten_lines(self)
         self.clock = PhaseClock(self.callback_handler, self.accelerator.device)
         self._batches_from(0)  # raises now where an epoch has less than a batch
         self._prepare()

@@ -1,6 +1,7 @@
 """What every entry point does before its models are loaded, and with its trainer."""
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,10 +90,21 @@ def begin(stage: str, args: Sequence[str] | None) -> StageRun:
     choose_attention_kernels(model_args.cudnn_attention)
     model_args.trust_remote_code = training_args.trust_remote_code
     quiet_libraries(training_args)
+    _keep_to_cpus(training_args)
     checkpoint = output_dir.claim(training_args, recipe)
     resuming = output_dir.wants_resume(training_args)  # also from the first step, if it was killed before it had more
     repository = claim_repository(training_args, script_args, model_args, recipe, resuming=resuming)
     return StageRun(stage, *parsed, checkpoint, repository)
+
+
+def _keep_to_cpus(args: TrainingArguments) -> None:
+    """No more loading processes than CPUs, of which torch would warn in every epoch; they change no result."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if args.dataloader_num_workers > here:
+        if args.process_index == 0:
+            found = f"{args.dataloader_num_workers} of the recipe, as there are so many CPUs"
+            print(f"dataloader_num_workers: {here} instead of the {found}", file=sys.stderr)
+        args.dataloader_num_workers = here
 
 
 def _check_packages(args: TrainingArguments) -> None:

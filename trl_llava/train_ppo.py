@@ -50,8 +50,8 @@ def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
 
 def load_all(args: LlavaPPOConfig, model_args: LlavaModelConfig) -> tuple[Policy, Value, list[RewardFunction]]:
     """Loads policy with reference, value model and rewards, and prints what they take in memory."""
-    policy = load_policy_roles(args, model_args)
     check_rewards(args)
+    policy = load_policy_roles(args, model_args)
     value = load_value_model(args, model_args, policy)
     rewards = load_rewards(args, model_args, [*policy.shared, *value.shared])
     models = {"policy": policy.model, "reference": policy.reference or policy.model, "value": value.model}

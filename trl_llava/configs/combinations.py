@@ -30,6 +30,9 @@ def _training(values: dict[str, Any]) -> str | None:
     if values.get("label_smoothing_factor") and values.get("loss_type") == "chunked_nll":
         found = values["label_smoothing_factor"]
         return f"`label_smoothing_factor` must stay 0 with `loss_type: chunked_nll` (found {found}); choose `nll`"
+    bits = next((name for name in ("load_in_4bit", "load_in_8bit") if values.get(name)), None)
+    if bits and not any(values.get(name) for name in ("use_peft", "adapter_name_or_path", "sft_model_path")):
+        return f"`{bits}` needs an adapter, as weights of so few bits are not trained: set `use_peft: true`"
     if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
         return "`dataloader_persistent_workers` needs `dataloader_num_workers` above 0"
     return None

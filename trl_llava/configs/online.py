@@ -21,7 +21,8 @@ class OnlineArguments(AlarmOptions):
     reward_model_revision: str | None = option(None, "Branch, tag or commit of `reward_model_path`.")
     reward_funcs: list[str] | None = option(
         None,
-        "Reward functions 'package.module:function' with TRL's signature, besides or instead of the reward model; "
+        "Reward functions with TRL's signature, 'package.module:function' or 'file.py:function' (a path from the "
+        "current directory), besides or instead of the reward model; "
         "`reward_weights` weighs the reward model first.",
     )
     length_coef: float | None = option(

@@ -178,7 +178,8 @@ class LlavaPPOConfig(VLLMOptions, AlarmOptions, _BaseConfig):
     # The score of a response
     reward_funcs: list[str] | None = option(
         None,
-        "Reward functions 'package.module:function' with TRL's signature, besides or instead of the reward model.",
+        "Reward functions with TRL's signature, 'package.module:function' or 'file.py:function' (a path from the "
+        "current directory), besides or instead of the reward model.",
     )
     reward_weights: list[float] | None = option(
         None, "Weight of each reward: the reward model (if any), then `reward_funcs`. None: 1."

@@ -13,6 +13,7 @@ import os
 import re
 import types
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -130,6 +131,10 @@ class RecipeParser(TrlParser):
         for action in self._actions:
             if action.default is None and bool in get_args(self._hints.get(action.dest)):
                 action.nargs, action.const = "?", True  # `--disable_tqdm` alone, like every other flag
+            elif {str, list[str]} <= set(_parts(self._hints.get(action.dest))):
+                action.nargs = "+"  # `--report_to wandb tensorboard`
+            elif action.option_strings[0].startswith("--no_"):
+                action.help = f"The same as `--{action.dest} false`."
         self.field_names = frozenset(self._hints)
         self._group_fields()
 
@@ -171,7 +176,9 @@ class RecipeParser(TrlParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if arg_strings in (["null"], ["None"]) and type(None) in get_args(self._hints.get(action.dest)):
             return None  # argparse has no other place where a list or one of several choices can be unset
-        return super()._get_values(action, arg_strings)
+        values = super()._get_values(action, arg_strings)
+        several = str in _parts(self._hints.get(action.dest)) and isinstance(values, list) and len(values) == 1
+        return values[0] if several else values  # where a text may stand for a list of one, as a recipe has it
 
     def _read(self, args: Sequence[str]) -> tuple[dict[str, Any], Recipe, str]:
         """The value of every field, the recipe, and where they come from for error messages."""
@@ -199,15 +206,18 @@ class RecipeParser(TrlParser):
             raise RecipeError(f"{path}: `env` must be a mapping, found {environment!r}.")
         for key, value in recipe.items():
             if key not in self._hints:
-                raise RecipeError(f"{path}: {self._unknown(str(key), recipe)}")
+                raise RecipeError(f"{path}: {self._unknown(str(key), recipe, path)}")
             recipe[key] = _checked(f"{path}: `{key}`", value, self._hints[key])
         os.environ.update({str(key): str(value) for key, value in environment.items()})
         return recipe
 
-    def _unknown(self, key: str, recipe: dict[str, Any]) -> str:
+    def _unknown(self, key: str, recipe: dict[str, Any], path: str) -> str:
         if key in LAUNCHER_KEYS:
             return f"`{key}` belongs to the launcher; give it as --{key} on the command line."
-        if fitting := stages_with(recipe):
+        fitting = stages_with(recipe)
+        if not fitting and (named := stage_in_name(path)) not in (None, self.stage) and key in _known(str(named)):
+            fitting = [str(named)]
+        if fitting:
             return f"this is a recipe for {' or '.join(fitting)}, not for {self.stage}, which has no field `{key}`."
         return f"unknown key `{key}`{nearest(key, self._hints)}"
 
@@ -230,15 +240,21 @@ def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
 
 def stages_with(keys: Iterable[str]) -> list[str]:
     """The stages that have all these fields; none whose upstream this TRL does not have."""
-    fitting = []
-    for stage in STAGES:
-        try:
-            known = {field.name for kind in _dataclasses(stage) for field in _fields(kind)}
-        except ImportError:
-            continue
-        if set(keys) <= {*known, "env"}:
-            fitting.append(stage)
-    return fitting
+    return [stage for stage in STAGES if set(keys) <= {*_known(stage), "env"}]
+
+
+def stage_in_name(path: str) -> str | None:
+    """The stage that is the first word of a recipe's file name, as in `ppo_no_length.yaml`."""
+    first = Path(path).name.partition(".")[0].partition("_")[0]
+    return first if first in STAGES else None
+
+
+def _known(stage: str) -> set[str]:
+    """The fields of a stage; none of one whose upstream this TRL does not have."""
+    try:
+        return {field.name for kind in _dataclasses(stage) for field in _fields(kind)}
+    except ImportError:
+        return set()
 
 
 def read_recipe(path: str) -> dict[str, Any]:

@@ -93,7 +93,11 @@ class LlavaScriptArguments(ScriptArguments):
         ValueError: If a field is set that cannot work with checked rows.
     """
 
-    image_folder: str | None = option(None, "Folder that the image names in the rows are relative to.")
+    image_folder: str | None = option(
+        None,
+        "Folder that the image names in the rows are relative to. None (`--image_folder null` unsets a recipe's): the "
+        "folder of their .json or .jsonl file.",
+    )
     captions_file: str | None = option(
         None, "JSON file {image name: [captions]} whose captions are joined to the rows by image name."
     )

@@ -6,7 +6,7 @@ from typing import Any
 from trl_llava.demo.metrics import Truthfulness, known, measure
 from trl_llava.demo.stages import WEAK_EYES, Stages
 from trl_llava.demo.world import SIZE
-from trl_llava.run.output_dir import versions
+from trl_llava.run.versions import versions
 
 VARIANTS = {"with_captions": ("reward", "ppo"), "plain": ("reward_plain", "ppo_plain")}
 """Variant -> results of stage 2 and stage 3."""

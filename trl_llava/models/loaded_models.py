@@ -26,11 +26,14 @@ def describe_models(roles: Mapping[str, nn.Module]) -> str:
         beside = bytes_of([tensor for name, tensor in tensors if _beside_the_base(name)], counted)
         total += base + beside
         inner = base_of(model)
-        adapters = f" + {beside / GIB:.2f} GiB of adapters and heads" if beside else ""
-        lines.append(
-            f"  {inner.name_or_path} ({type(inner).__name__}) {base / GIB:.2f} GiB{adapters}: {', '.join(names)}"
-        )
-    return "\n".join([f"{len(models)} base model{'s' * (len(models) > 1)} loaded, {total / GIB:.2f} GiB", *lines])
+        adapters = f" + {_size(beside)} of adapters and heads" if beside else ""
+        lines.append(f"  {inner.name_or_path} ({type(inner).__name__}) {_size(base)}{adapters}: {', '.join(names)}")
+    return "\n".join([f"{len(models)} base model{'s' * (len(models) > 1)} loaded, {_size(total)}", *lines])
+
+
+def _size(number: int) -> str:
+    """Bytes in GiB, few of them in MiB."""
+    return f"{number / GIB:.2f} GiB" if number >= 0.01 * GIB else f"{number / 2**20:.2g} MiB"
 
 
 def bytes_of(tensors: list[torch.Tensor], counted: set[int]) -> int:

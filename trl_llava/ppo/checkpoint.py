@@ -22,6 +22,11 @@ from trl_llava.run.safe_checkpoints import SafeCheckpoints, load_full_weights
 
 STATE_FILE = "ppo_state.json"
 VALUE_FOLDER = "value_model"
+VALUE_README = """# Value model
+
+The value model (critic) of the PPO run in the folder above, as it was when that was saved: it estimates the return of
+the policy's completions, token by token, and is no reward model. `value_model_path` lets another run start from it.
+"""
 ROLES = {"policy": ".", "value_model": VALUE_FOLDER}
 """Attribute of `PolicyAndValue` -> folder inside a checkpoint."""
 _KEPT = ("global_step", "episode", "epoch", "log_history", "best_metric", "best_model_checkpoint")
@@ -78,6 +83,9 @@ def save_roles(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -
             own |= {key.removeprefix("policy."): value for key, value in state.items() if key.startswith("policy.")}
         adapters = {"selected_adapters": [_ADAPTER]} if isinstance(part, PeftModel) else {}
         part.save_pretrained(folder / place, state_dict=own, **adapters)
+        readme = folder / VALUE_FOLDER / "README.md"
+        if place == VALUE_FOLDER and readme.is_file():  # PEFT's, a form that nobody fills in
+            readme.write_text(VALUE_README, encoding="utf-8")
 
 
 def load_roles(model: nn.Module, folder: Path) -> None:

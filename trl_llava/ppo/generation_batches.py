@@ -7,6 +7,7 @@ Whatever the split, the completions are the same in float32: a draw depends on s
 import torch
 from accelerate import Accelerator
 from torch import nn
+from tqdm.std import tqdm
 from transformers import PreTrainedConfig
 
 from trl_llava.configs.ppo import LlavaPPOConfig
@@ -62,11 +63,12 @@ class GenerationBatches:
             counts = self.accelerator.gather(torch.tensor([found], device=self.accelerator.device))
             found = int(counts.min())
         if first:
-            self.accelerator.print(
-                f"Generation completes up to {found} prompts at once: {row / GIB:.3g} GiB of keys and values each, "
-                f"{self.bound / GIB:.3g} GiB for all (generation_cache_gib), "
-                f"{self.args.local_rollout_forward_batch_size} at most (local_rollout_forward_batch_size)"
-            )
+            with tqdm.external_write_mode():  # above the progress bar
+                self.accelerator.print(
+                    f"Generation completes up to {found} prompts at once: {row / GIB:.3g} GiB of keys and values "
+                    f"each, {self.bound / GIB:.3g} GiB for all (generation_cache_gib), "
+                    f"{self.args.local_rollout_forward_batch_size} at most (local_rollout_forward_batch_size)"
+                )
         return found
 
     def _find_bound(self) -> float:

@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_llava.configs.ppo import LlavaPPOConfig
@@ -80,7 +81,8 @@ def report_samples(table: pd.DataFrame, args: LlavaPPOConfig, step: int) -> None
     shown = Table(*numbers.columns, title=title, show_lines=True)
     for row in numbers.head(5).round(3).astype(str).itertuples(index=False):
         shown.add_row(*map(escape, row))
-    Console().print(shown)
+    with tqdm.external_write_mode():  # above the progress bar, not through it
+        Console().print(shown)
     folder = Path(args.output_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"completions_{step:05d}.parquet", table.to_parquet())

@@ -20,7 +20,8 @@ from trl_llava.publish.card_plots import plot_curves
 from trl_llava.publish.shareable import FACTS_FILE, SAMPLES, without_paths
 from trl_llava.run.alarms import Alarm, read_alarms
 from trl_llava.run.atomic_files import write_atomically
-from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE, versions
+from trl_llava.run.output_dir import RECIPE_FILE, VERSIONS_FILE
+from trl_llava.run.versions import versions
 
 CURVES_FILE = "curves.png"
 TITLES = {"sft": "policy after supervised fine-tuning", "reward": "factual reward model"}
@@ -92,6 +93,8 @@ def made_of(values: dict[str, Any]) -> dict[str, Any]:
     """What a model was made of: those fields of a recipe that say it, as far as they are set."""
     sources = [source["path"] for source in values.get("datasets") or []]
     found = {field: values.get(field) for field in _MADE_OF} | {"datasets": sources or None}
+    if found["correctness_coef"] is None:
+        found["yes_no"] = None  # it says how that term counts
     return {field: value for field, value in found.items() if value is not None}
 
 

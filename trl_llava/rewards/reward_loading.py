@@ -1,7 +1,13 @@
 """The rewards that a recipe names: the factual reward, and functions of the user's own."""
 
+import functools
 import importlib
+import importlib.util
+import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -17,7 +23,9 @@ from trl_llava.rewards.functions import RewardFunction
 
 
 def check_rewards(args: LlavaPPOConfig) -> None:
-    """Refuse a recipe without any reward, before a model is loaded."""
+    """Refuse a recipe without any reward, or with a function that is not there, before a model is loaded."""
+    for path in args.reward_funcs or []:
+        find_function(path)
     if not any((args.reward_model_path, args.reward_funcs)) and args.correctness_coef is args.length_coef is None:
         raise RecipeError(
             "nothing to learn from: set `reward_model_path`, `reward_funcs`, `correctness_coef` or `length_coef`."
@@ -54,7 +62,7 @@ def load_reward_functions(
     Args:
         reward_model: `FactualReward` checkpoint.
         revision: Branch, tag or commit of it.
-        functions: Paths "package.module:function".
+        functions: Paths "package.module:function" or "file.py:function".
         model_args: dtype, quantisation and attention of the reward model.
         shared: Loaded models, one of whose bases the reward model may use.
         **settings: `batch_size`, `max_tokens` and `share_prefix` of the factual reward.
@@ -62,6 +70,7 @@ def load_reward_functions(
     Returns:
         Reward functions.
     """
+    own = [find_function(path) for path in functions or []]  # before anything large is loaded
     rewards: list[RewardFunction] = []
     if reward_model is not None:
         check_there("reward_model_path", reward_model, revision)
@@ -73,20 +82,49 @@ def load_reward_functions(
                     reward_model, revision=revision, model_args=model_args, shared=bases, **settings
                 )
             )
-    return rewards + [find_function(path) for path in functions or []]
+    return rewards + own
 
 
 def find_function(path: str) -> RewardFunction:
-    """Import a reward function by its path "package.module:function"."""
-    module_name, _, name = path.partition(":")
-    if not name:
-        raise RecipeError(f"`reward_funcs`: {path!r} must be 'package.module:function'.")
+    """Import a reward function by its path: "package.module:function", or "file.py:function" from here."""
+    place, _, name = path.rpartition(":")
+    if not name or not place:
+        raise RecipeError(f"`reward_funcs`: {path!r} must be 'package.module:function' or 'file.py:function'.")
+    is_file = place.endswith(".py")
+    if is_file and not Path(place).expanduser().is_file():
+        raise RecipeError(
+            f"`reward_funcs`: there is no file {place} of {path!r}; a relative path is seen from {Path.cwd()}."
+        )
     try:
-        function: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"`reward_funcs`: cannot import {module_name!r} of {path!r}: {error}.") from error
+        found: Any = _load_file(Path(place).expanduser().resolve()) if is_file else importlib.import_module(place)
+    except Exception as error:  # whatever the user's own code raises
+        raise RecipeError(f"`reward_funcs`: {place} of {path!r} cannot be imported: {_where(error)}.") from error
     for part in name.split("."):
-        function = getattr(function, part, None)
-    if not callable(function):
-        raise RecipeError(f"`reward_funcs`: module {module_name!r} has no function {name!r}.")
-    return function
+        found = getattr(found, part, None)
+    if found is None:
+        raise RecipeError(f"`reward_funcs`: {place} has no function {name!r}.")
+    if not callable(found):
+        raise RecipeError(f"`reward_funcs`: {name!r} of {place} is {found!r:.80}, expected a function.")
+    return found
+
+
+@functools.cache
+def _load_file(path: Path) -> ModuleType:
+    """The module of a file, once for all of its functions; what lies beside it can be imported from it."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"reward_functions_in_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _where(error: Exception) -> str:
+    """What an import raised, with the line where."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    at = "" if file is None or file.startswith("<frozen") else f" ({file}, line {line})"
+    return f"{type(error).__name__}: {text[:300]}{at}"

@@ -49,6 +49,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def checkpoint_to_resume(run_dir: Path, wanted: str | bool, on_damaged: OnDamaged = "error") -> Path:
     """The checkpoint that `resume_from_checkpoint` names (`True`: the last one in `run_dir`), found safe to load."""
     checkpoint = find_checkpoint(run_dir, on_damaged) if wanted is True else Path(str(wanted))
+    if not checkpoint.is_dir():
+        raise NoCheckpointError(f"`resume_from_checkpoint`: there is no folder {checkpoint}")
     if not (checkpoint / "trainer_state.json").is_file():
         raise NoCheckpointError(
             f"`resume_from_checkpoint`: {checkpoint} is not a checkpoint (it has no trainer_state.json)"

@@ -1,5 +1,6 @@
 """What an entry point shows at the terminal, besides the training itself."""
 
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,14 @@ from trl_llava.errors import ExplainedError
 
 SECONDS_FOR_THE_LAUNCHER = 2.0
 """How long a process that has lost another waits to be ended, so that the launcher sees the other's failure first."""
+
+
+def _is_no_guess(record: logging.LogRecord) -> bool:
+    """Keep out what DeepSpeed says on every machine without a GPU, where nobody has asked for DeepSpeed."""
+    return "Setting accelerator to CPU" not in str(record.msg)
+
+
+logging.getLogger("DeepSpeed").addFilter(_is_no_guess)  # before anything imports it
 
 
 def quiet_libraries(args: TrainingArguments) -> None:

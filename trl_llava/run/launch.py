@@ -80,6 +80,8 @@ def signals_passed_on() -> Iterator[list[int]]:
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
+        if signum == signal.SIGTERM:  # a run that is starting up says nothing; no `print`: see signals.py
+            os.write(2, b"\nSIGTERM: ending the run\n")
         for child in psutil.Process().children():
             # The terminal has already sent Ctrl-C to those of our own group; once more would mean to stop at once.
             # SIGTERM reaches them too if it was this process alone that was interrupted.

@@ -1,9 +1,6 @@
 """The folder of one run: refused when it holds another run, filled with what repeats and explains this one."""
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -15,7 +12,6 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-import trl_llava
 from trl_llava.configs.alarms import AlarmOptions
 from trl_llava.configs.recipe import Recipe, RecipeLoader
 from trl_llava.errors import InputError
@@ -24,18 +20,30 @@ from trl_llava.run.checkpoint_folders import checkpoint_to_resume, checkpoints, 
 from trl_llava.run.disk_full import explain_full_disk
 from trl_llava.run.finished_model import being_written, move_in, room_for_model
 from trl_llava.run.process_counts import check_processes
+from trl_llava.run.versions import versions
 
 RECIPE_FILE = "recipe.yaml"
 VERSIONS_FILE = "versions.json"
 FINISHED_FILE = "trainer_state.json"  # written last
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
-# Where a run is, how it resumes, what of it is kept, where it reports and what it warns of do not tell one run from
-# another.
 NOT_COMPARED = {
-    *("output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank", "save_total_limit"),
-    *("report_to", "run_name", "disable_tqdm", "log_level", "push_to_hub", "hub_strategy", "hub_always_push"),
+    # where it is, how it resumes, when it is saved and what of it is kept
+    *("output_dir", "resume_from_checkpoint", "on_damaged_checkpoint", "local_rank", "save_steps", "save_total_limit"),
+    # what is logged, when, and where to
+    *("report_to", "run_name", "project", "trackio_space_id", "logging_dir", "disable_tqdm"),
+    *("log_level", "log_level_replica", "log_on_each_node", "skip_memory_metrics"),
+    *("logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter"),
+    *("log_completions", "num_completions_to_print"),
+    # what goes to the Hub
+    *("push_to_hub", "hub_strategy", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision"),
+    *("hub_onto_existing", "card_samples"),
+    # how rows reach the model
+    *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
+    *("dataloader_pin_memory", "dataset_num_proc"),
+    # when it gives up, and what it warns of
+    "ddp_timeout",
     *(field.name for field in fields(AlarmOptions)),
 }
+"""Fields in which a run that resumes may differ from what it was: its weights are the same, bit for bit."""
 
 
 class OutputDirError(InputError):
@@ -93,25 +101,6 @@ def finish(trainer: Any, dataset_name: str | None) -> None:
         print(f"finished after step {trainer.state.global_step}; all of it is in {folder}", flush=True)
 
 
-def versions() -> dict[str, str]:
-    """Package -> installed version, and the commit of trl_llava where it is a git checkout."""
-    found = {"python": platform.python_version(), "trl_llava": trl_llava.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # the optional ones
-    root = Path(trl_llava.__file__).parents[1]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-            found["trl_llava_commit"] = done.stdout.strip()
-        except (OSError, subprocess.SubprocessError) as error:
-            found["trl_llava_commit"] = f"unknown ({type(error).__name__})"
-    return found
-
-
 def wants_resume(args: TrainingArguments) -> bool:
     """Whether to resume: from a checkpoint, or from the first step if the run was killed before it had one."""
     return args.resume_from_checkpoint not in (None, False, "false", "False")
@@ -123,7 +112,10 @@ def differences(previous: dict[str, Any], now: dict[str, Any], given: Collection
     Versions of TRL, transformers and this package differ in the fields they know: one that only one of the recipes has
     counts only where it is `given` now.
     """
-    keys = sorted(((set(previous) & set(now)) | set(given)) - NOT_COMPARED)
+    free = NOT_COMPARED
+    if now.get("load_best_model_at_end"):  # which is chosen among those that are saved
+        free = free - {"save_steps"}
+    keys = sorted(((set(previous) & set(now)) | set(given)) - free)
     return [
         f"`{key}` ({previous.get(key)!r} there, {now.get(key)!r} now)"
         for key in keys

@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from trl_llava.configs.recipe import STAGES, read_recipe, stages_with
+from trl_llava.configs.recipe import STAGES, read_recipe, stage_in_name, stages_with
 from trl_llava.configs.shipped import find_shipped
 from trl_llava.errors import RecipeError
 
@@ -21,8 +20,8 @@ def find_stage(words: Sequence[str]) -> str:
     """Which stage a recipe is for: the first word of the file's name, or the only stage that has all of its fields."""
     path = recipe_path(words)
     recipe = read_recipe(path) if path else {}
-    if (first := Path(path or "").name.partition(".")[0].partition("_")[0]) in STAGES:
-        return first
+    if (named := stage_in_name(path or "")) is not None:
+        return named
     overridden = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     fitting = stages_with({*recipe, *overridden} - {"config"})
     if len(fitting) != 1:

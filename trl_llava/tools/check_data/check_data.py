@@ -37,6 +37,7 @@ from trl_llava.models.starts import load_recipe_processor
 from trl_llava.ppo.roles import load_policy_processor
 from trl_llava.ppo.vllm_prompts import require_served
 from trl_llava.prompts import render
+from trl_llava.rewards.reward_loading import find_function
 from trl_llava.rewards.reward_settings import shows_captions
 from trl_llava.tools.check_data.check_report import SourceReport, print_report
 from trl_llava.tools.check_data.row_check import FOUND, RowCheck
@@ -118,6 +119,8 @@ def prepare(stage: str, words: list[str], processor_name: str | None = None, sam
     script_args, args, model_args, mixture, _ = parser.parse([*words, *here])
     model_args.trust_remote_code = args.trust_remote_code
     sources, eval_source = named_sources(script_args, mixture, args)
+    for path in getattr(args, "reward_funcs", None) or []:
+        find_function(path)
     set_limits(script_args.max_image_pixels, script_args.follow_image_links)
     processor = _load_processor(processor_name, stage, args, model_args)
     if stage == "ppo" and args.use_vllm:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_llava.run.atomic_files import write_atomically
-from trl_llava.run.output_dir import versions
+from trl_llava.run.versions import versions
 from trl_llava.tools.evaluate.results import TaskResult
 from trl_llava.tools.evaluate.statistics import Estimate
 

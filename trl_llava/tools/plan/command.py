@@ -75,7 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpu-memory", "--gpu_memory", type=float, required=True, help="of one GPU, in GiB")
     parser.add_argument("--stage", choices=STAGES, help="the recipe's stage, if its file name does not say")
-    parser.add_argument("--reserve", type=float, default=1.0, help="GiB for CUDA itself and fragments (default: 1)")
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=1.0,
+        help="GiB of --gpu-memory that stay free, for CUDA itself and fragmentation (default: 1)",
+    )
     parser.add_argument("--length", type=int, help="tokens of the longest row (PPO: prompt) instead of the recipe's")
     parser.add_argument("--images_per_row", type=int, default=1, help="images per row (default: 1)")
     parser.add_argument("--base", help="base model where one is not there yet: Hub ID or folder")

@@ -43,7 +43,7 @@ def print_need(console: Console, job: Job, settings: Settings, need: Need, gpu_m
     console.print(table)
     limit = int((gpu_memory - reserve) * GIB)
     verdict = "fits" if need.worst.total <= limit else "does not fit"
-    room = f"{gpu_memory:g} GiB, of which {reserve:g} for CUDA itself and fragments"
+    room = f"{gpu_memory:g} GiB, of which {reserve:g} stay free for CUDA itself and fragmentation (--reserve)"
     console.print(f"It {verdict}: {_gib(need.worst.total)} GiB ({need.worst.phase}) in {room}.", markup=False)
     if need.host:
         made = _gib(need.host["image features of a step"])
@@ -60,7 +60,7 @@ def print_fitting(console: Console, plan: Plan) -> None:
         return
     console.print("Largest micro-batches that fit, with the same rows per step:", markup=False)
     for settings, need in plan.fitting:
-        console.print(f"  {need / GIB:6.2f} GiB  {describe(settings)}", markup=False)
+        console.print(f"  {_gib(need):>6} GiB  {describe(settings)}", markup=False)
     if not plan.fits:
         settings, need = best(plan)
         console.print(f"For the recipe, {_gib(need)} GiB:", markup=False)
@@ -92,9 +92,9 @@ def describe(settings: Settings) -> str:
 
 
 def _gib(size: int) -> str:
-    if size >= 0.005 * GIB or not size:
-        return f"{size / GIB:.2f}" if size else "0"
-    return "0.00" if size < 1e-4 * GIB else f"{size / GIB:.1g}"
+    if size >= 0.005 * GIB:
+        return f"{size / GIB:.2f}"
+    return "<0.01" if size else "0"
 
 
 def as_dict(plan: Plan, gpu_memory: float, reserve: float) -> dict[str, Any]:
