@@ -193,7 +193,7 @@ def test_a_moved_folder_is_still_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["true", "nowhere"])
 def test_missing_checkpoint_is_named(tmp_path: Path, value: str) -> None:
-    with pytest.raises(NoCheckpointError, match=r"`resume_from_checkpoint`: .*(holds no|is not a) checkpoint"):
+    with pytest.raises(NoCheckpointError, match=r"`resume_from_checkpoint`: .*(holds no|there is no)"):
         claim(*parse(tmp_path / "run", "--resume_from_checkpoint", value))
 
 
