@@ -75,7 +75,10 @@ def test_each_stage_gets_the_rows_made_for_it(tmp_path: Path, tiny_llava_dir: Pa
     assert recipes["ppo"]["reward_model_path"] == recipes["reward"]["output_dir"]
     said = capsys.readouterr().out
     assert "64 images, 3 files of rows" in said
-    assert "llava.json: 40 rows: completions (sft), prompts (ppo); captions from the file -> sft" in said
+    assert (
+        "llava.json: 40 rows: completions (sft), prompts (ppo); captions from the file; images of photos -> sft"
+        in said
+    )
     assert "captions.json: captions of 128 images" in said
     assert "not used: test.jsonl: by its name it is not for training" in said
     for stage, recipe in recipes.items():
@@ -87,6 +90,24 @@ def test_each_stage_gets_the_rows_made_for_it(tmp_path: Path, tiny_llava_dir: Pa
 
 def recipe_rows(recipe: dict[str, Any]) -> int:
     return 40 if recipe["dataset_name"].endswith("llava.json") else 64 - recipe.get("test_split_size", 0)
+
+
+def test_images_of_equal_names_are_those_beside_the_rows_or_nobodys(
+    tmp_path: Path, tiny_llava_dir: Path, capsys: Any
+) -> None:
+    mine = tmp_path / "mine"
+    records = photos(mine)
+    shutil.copytree(mine / "photos", mine / "augmented" / "photos")
+    write(mine / "rows.jsonl", records)
+    (mine / "rows").mkdir()
+    write(mine / "rows" / "other.jsonl", records)
+    recipes = init(mine, tiny_llava_dir)
+    assert recipes["sft"]["dataset_name"] == str(mine / "rows.jsonl")
+    assert "image_folder" not in recipes["sft"]
+    alike = (
+        f"rows/other.jsonl: its images are in {mine} and in {mine / 'augmented'} alike: put it beside the right ones"
+    )
+    assert alike in capsys.readouterr().out
 
 
 def test_without_preferences_it_says_what_is_missing(tmp_path: Path, tiny_llava_dir: Path, capsys: Any) -> None:

@@ -120,7 +120,9 @@ def _print_found(found: Found, chosen: Mapping[str, RowFile]) -> None:
     for file in found.files:
         reads = ", ".join(text for stage, text in READ_AS.items() if stage in file.usable)
         captions = {"own": "; with captions", "joined": "; captions from the file", None: ""}[file.captions]
-        print(f"  {file.name}: {file.rows} rows: {reads}{captions} -> {', '.join(used[file.name]) or 'not used'}")
+        images = f"; images of {file.image_folder.relative_to(found.folder)}" if file.image_folder is not None else ""
+        into = ", ".join(used[file.name]) or "not used"
+        print(f"  {file.name}: {file.rows} rows: {reads}{captions}{images} -> {into}")
         looked_at = min(file.rows, LOOKED_AT)
         for stage, usable in file.usable.items():
             if usable < looked_at and used[file.name]:

@@ -121,21 +121,33 @@ class _Places:
         for path in images:
             self.by_name.setdefault(path.name, []).append(path.as_posix())
 
-    def folder_of(self, names: Sequence[str]) -> Path | None:
-        """The folder that most of these image names are relative to."""
+    def folder_of(self, names: Sequence[str], own: str | None) -> Path | None:
+        """The folder that most of these image names are relative to; `own`, where rows look by themselves, goes first.
+
+        Two others that have as many of them are an `InputError`: the pictures may differ.
+        """
         places: Counter[str] = Counter()
         for name in names:
             for path in self.by_name.get(PurePosixPath(name).name, ()):
                 if path.endswith(f"/{name}"):
                     places[path.removesuffix(f"/{name}")] += 1
-        return Path(places.most_common(1)[0][0]) if places else None
+        if not places:
+            return None
+        most = [place for place, count in places.items() if count == max(places.values())]
+        if own is not None and own in most:
+            return Path(own)
+        if len(most) == 1:
+            return Path(most[0])
+        raise InputError(
+            f"its images are in {' and in '.join(sorted(most))} alike: move it beside the right ones, or the others away"
+        )
 
 
 def _row_file(path: Path, found: Found, places: _Places) -> RowFile:
     raw = read_source(path)
     records = raw.dataset.with_format("arrow")[: min(LOOKED_AT, len(raw.dataset))].to_pylist()
     file = RowFile(path, str(path.relative_to(found.folder)), len(raw.dataset))
-    folder = places.folder_of(list(_image_names(raw, records)))
+    folder = places.folder_of(list(_image_names(raw, records)), raw.image_folder)
     if folder is not None and str(folder) != raw.image_folder:
         file.image_folder = folder
     for stage in get_args(Stage):
