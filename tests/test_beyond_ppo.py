@@ -121,6 +121,8 @@ def test_tables_of_completions_say_which_images_and_captions(world: World, stage
     extra = trainer._logs["extra"]
     assert list(extra["captions"]) == [["Red."]] * 4 and list(extra["image_names"]) == [["big.png"]] * 4
     assert [[image.size for image in images] for images in trainer._logs["images"]] == [[(256, 128)]] * 4
+    texts = [*trainer._logs["prompt"], *trainer._logs["completion"]]
+    assert len(texts) == 8 and all(isinstance(text, str) for text in texts)  # W&B's tables refuse messages
     if stage == "grpo":  # RLOO's tables go to trackers only
         table = pd.read_parquet(world.folder / "grpo_tables" / "completions" / "completions_00002.parquet")
         assert [list(names) for names in table["image_names"]] == [["big.png"]] * 4

@@ -92,6 +92,10 @@ class SampleLogs:
         """Upstream's, which also fills the tables."""
         for place, images in enumerate(self._logs["images"]):
             self._logs["images"][place] = [made_small(image) for image in images or []]
+        for column in ("prompt", "completion"):
+            for place, logged in enumerate(self._logs[column]):
+                if isinstance(logged, list):  # since TRL 1.16 messages with image parts, which W&B's tables refuse
+                    self._logs[column][place] = message_text(logged[-1])
         super().log(logs, start_time)  # type: ignore[misc]
 
 
