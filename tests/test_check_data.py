@@ -213,6 +213,7 @@ def test_several_images_where_each_is_read_alone(
     for name in ("load_recipe_processor", "load_policy_processor"):
         monkeypatch.setattr(check_data, name, lambda *_, **__: processor)
     path = files.recipe(stage, dataset_name=str(rows), captions_file=None)
+    words = [*words, *(["--per_device_train_batch_size", "2"] if stage == "ppo" else [])]  # there are four rows
     assert run(path, *words) == (1 if reader else 0)
     found = f"2 of 4 rows of {rows} cannot be used, first rows.jsonl[2]: it has 2 images, and {reader} would process"
     assert (found in " ".join(capsys.readouterr().out.split())) == bool(reader)
@@ -246,3 +247,43 @@ def test_histogram_has_ranges_of_one_width() -> None:
     assert list(table.columns[0].cells)[:2] == ["1-100", "101-200"]
     assert list(table.columns[1].cells)[0::11] == ["4", "1"]
     assert table.caption == "shortest 1, median 30, 95 % 1190, 99 % 1190, longest 1190"
+
+
+def test_ppo_before_stage_1_names_the_way(files: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    start = {"model_name_or_path": None, "sft_model_path": "runs/sft", "reward_model_path": "runs/reward"}
+    path = files.recipe("ppo", **start, reward_funcs=None)
+    assert run(path) == 1
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "`sft_model_path`: runs/sft is not there" in said and "`reward_model_path`: runs/reward is" in said
+    assert "name the base's processor with --processor" in said
+    assert run(path, "--processor", str(files.base), "--per_device_train_batch_size", "2") == 0
+    assert "note: `reward_model_path`: runs/reward is not there" in capsys.readouterr().out
+    assert run(files.recipe("ppo", **{**start, "sft_model_path": str(files.base)})) == 1
+    assert "a run would fail: `reward_model_path`: runs/reward is not there" in capsys.readouterr().out
+
+
+def test_rows_fewer_than_a_step(files: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "4"]
+    assert run(files.recipe("ppo"), *words) == 1
+    assert "a step takes 256 prompts, and there are 100: lower" in capsys.readouterr().out
+    assert run(files.recipe("ppo"), *words, "--num_generations_per_prompt", "4") == 0
+    assert run(files.recipe("ppo", test_split_size=50), *words, "--num_generations_per_prompt", "4") == 1
+    assert "a step takes 64 prompts, and there are 50: lower" in capsys.readouterr().out
+    assert run(files.recipe("grpo"), *words, "--num_generations", "2") == 1
+    assert "a step takes 128 prompts, and there are 100" in capsys.readouterr().out
+    assert run(files.recipe("sft"), *words) == 0
+    assert "note: 100 rows are fewer than the 256 of one optimizer step" in capsys.readouterr().out
+
+
+def test_long_paths_stay_whole_and_a_missing_function_is_found(files: Published, capsys: Any) -> None:
+    deep = files.folder / ("a_folder_with_a_long_name_" * 4)
+    deep.mkdir()
+    gone = [{"image": "gone/" + "x" * 90 + ".jpg", "prompt": "What is it?"}]
+    (deep / "rows_with_a_rather_long_name_of_their_own.json").write_text(json.dumps(gone))
+    path = str(deep / "rows_with_a_rather_long_name_of_their_own.json")
+    assert run(files.recipe("ppo", dataset_name=path, captions_file=None)) == 1
+    shown = capsys.readouterr().out
+    assert path in shown and "gone/" + "x" * 90 + ".jpg" in shown
+    assert shown.count("rows_with_a_rather_long_name_of_their_own.json ") >= 1
+    assert run(files.recipe("ppo", reward_funcs=["nowhere.py:f"])) == 2
+    assert "there is no file nowhere.py" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The `trl-llava` command: what goes to the launcher, what to the stage, and what is said when neither knows it."""
 
 import argparse
+import doctest
 import os
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from transformers import TrainerState
 
 from trl_llava import cli
 from trl_llava.configs.recipe import FIELD_GROUPS, STAGES, make_parser
 from trl_llava.errors import RecipeError
 from trl_llava.models.load import load_processor
+from trl_llava.ppo import terminal
 
 ROOT = Path(__file__).parents[1]
 FIELDS = frozenset({"learning_rate", "bf16", "freeze_projector", "debug"})
@@ -227,3 +230,18 @@ def test_score_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_stage_without_anything_asks_for_its_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sft"]) == 2
     assert "give a recipe: `trl-llava sft --config recipe.yaml`" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there_is_missed_at_once() -> None:
+    code = "import sys; from trl_llava.cli import main; s = main(sys.argv[1:]); print(s, 'torch' in sys.modules)"
+    words = ["ppo", "--config", "gone.yaml"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == "error: cannot read the recipe gone.yaml: No such file or directory.\n"
+    assert done.stdout == "2 False\n"
+
+
+def test_the_line_of_a_ppo_step_is_short() -> None:
+    assert doctest.testmod(terminal).failed == 0
+    state = TrainerState(global_step=3, max_steps=18)
+    logs = {"objective/scores": 0.25, "objective/kl": 1.5, "completions/mean_length": 31.75, "policy/entropy_avg": 6.2}
+    assert terminal.line_of(logs, state) == "step 3/18: score 0.25, KL 1.5, tokens 31.8"

@@ -206,8 +206,8 @@ def test_missing_torchvision(work: Work, said: Any, monkeypatch: pytest.MonkeyPa
 def test_fewer_rows_than_a_batch(work: Work, said: Any) -> None:
     start = ["--model_name_or_path", str(work.base), "--value_init", "policy", "--length_coef", "-1"]
     status, line = said(lambda: work.ppo("none", *start, "--per_device_train_batch_size", "8"))
-    assert status == 1
-    assert "train_dataset has 6 usable rows, fewer than the 8 of one batch" in line
+    assert status == 2
+    assert "a step takes 8 prompts, and there are 6: lower" in line
 
 
 def test_reward_that_is_no_number(work: Work, said: Any, tmp_path: Path) -> None:

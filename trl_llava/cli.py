@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import trl_llava
+from trl_llava.configs.shipped import find_shipped
 from trl_llava.errors import ExplainedError, RecipeError
 from trl_llava.run.launch import (
     COMMAND_VARIABLE,
@@ -111,6 +112,7 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
     Returns 0; 1 if one of several processes failed (a single one that fails ends this process, with 1 too); 128 +
     signal after SIGTERM or Ctrl-C, once the processes have saved.
     """
+    _check_recipe_is_there(words)
     from trl_llava.configs.recipe import make_parser
     from trl_llava.configs.stage_help import short_help
 
@@ -149,6 +151,15 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
                 print(f"error: {stage} ended, because its process {rank} did ({status})", file=sys.stderr)
                 return 1
     return 128 + received[0] if received else 0
+
+
+def _check_recipe_is_there(words: Sequence[str]) -> None:
+    """Miss a recipe at once: what reads it imports for seconds."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", nargs="?")
+    path = parser.parse_known_args(list(words))[0].config
+    if path is not None and not find_shipped(path).exists():
+        raise RecipeError(f"cannot read the recipe {path}: No such file or directory.")
 
 
 def _what_it_does(stage: str) -> str:

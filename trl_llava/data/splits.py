@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
@@ -104,14 +105,30 @@ def check_held_out(size: float, rows: int) -> None:
 
 
 def check_batch(args: TrainingArguments, rows: int) -> None:
-    """Refuse a batch of which `dataloader_drop_last` would leave nothing."""
-    size, processes = args.per_device_train_batch_size, args.world_size
+    """Refuse rows that are fewer than a batch, where only whole batches are trained on."""
+    size, processes = args.per_device_train_batch_size, PartialState().num_processes
     if args.dataloader_drop_last and rows < size * processes:
         across = f" on each of {processes} processes" if processes > 1 else ""
         raise RecipeError(
             f"`dataloader_drop_last` leaves nothing of {rows} rows with `per_device_train_batch_size: {size}`{across}"
             ": lower the batch, or set `dataloader_drop_last` to false."
         )
+    step = prompts_of_a_step(args, processes)
+    if step is not None and rows < step:
+        raise RecipeError(
+            f"a step takes {step} prompts, and there are {rows}: lower `per_device_train_batch_size` ({size}) or "
+            f"`gradient_accumulation_steps` ({args.gradient_accumulation_steps})."
+        )
+
+
+def prompts_of_a_step(args: Any, processes: int) -> int | None:
+    """How many prompts all processes together take at once where completions are generated; None elsewhere."""
+    if hasattr(args, "num_generations_per_prompt"):  # PPO
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        return int(rows // args.num_generations_per_prompt)
+    if hasattr(args, "generation_batch_size"):  # GRPO, RLOO
+        return int(args.generation_batch_size // args.num_generations)
+    return None
 
 
 def _seed(training_args: TrainingArguments) -> int:

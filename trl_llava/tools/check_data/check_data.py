@@ -6,6 +6,7 @@ Exit status: 0 if a run could start, 1 if it would fail, 2 if the command line o
 """
 
 import argparse
+import math
 import os
 import random
 import re
@@ -29,7 +30,8 @@ from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
 from trl_llava.data.row_maker import RowMaker
 from trl_llava.data.sources import RawRows, read_source
 from trl_llava.data.splits import check_batch, check_held_out, check_margins, named_sources
-from trl_llava.errors import RecipeError
+from trl_llava.errors import NotFoundError, RecipeError
+from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
 from trl_llava.models.families import family_of_processor
 from trl_llava.models.model_inputs import counts_images
@@ -65,6 +67,7 @@ class Check:
     test_split_size: float | None
     samples: int  # how many prompts of each data set are shown
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what stops no run, but may surprise
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,12 +89,15 @@ def main(argv: Sequence[str]) -> int:
         check.failures.append(str(error))
     left = sum(report.usable - report.over_limit for report in reports)
     try:
+        rows = sum(report.usable - report.over_limit for report in trained_on)
         if check.test_split_size is not None and left:
             check_held_out(check.test_split_size, left)
-        check_batch(check.args, sum(report.usable - report.over_limit for report in trained_on))
+            rows -= math.ceil(check.test_split_size * (rows if check.test_split_size < 1 else 1))
+        check_batch(check.args, rows)
+        _note_short_epoch(check, rows)
     except RecipeError as error:
         check.failures.append(str(error))
-    print_report(console, reports, check.failures, check.collator)
+    print_report(console, reports, check.failures, check.collator, check.notes)
     return 1 if check.failures else 0
 
 
@@ -122,6 +128,12 @@ def prepare(stage: str, words: list[str], processor_name: str | None = None, sam
     for path in getattr(args, "reward_funcs", None) or []:
         find_function(path)
     set_limits(script_args.max_image_pixels, script_args.follow_image_links)
+    missing = _not_there_yet(args, model_args)
+    if processor_name is None and any("sft_model_path" in problem for problem in missing):
+        raise NotFoundError(
+            f"{'; '.join(missing)}. To check the rows before stage 1 has run, name the base's processor with "
+            "--processor, and its --chat_template_path if stage 1's recipe has one"
+        )
     processor = _load_processor(processor_name, stage, args, model_args)
     if stage == "ppo" and args.use_vllm:
         name = processor_name or args.sft_model_path or model_args.model_name_or_path
@@ -137,7 +149,31 @@ def prepare(stage: str, words: list[str], processor_name: str | None = None, sam
         one_image_for=_one_image_for(stage, args, processor),
         test_split_size=mixture.test_split_size,
         samples=samples,
+        failures=missing if processor_name is None else [],
+        notes=missing if processor_name is not None else [],
     )
+
+
+def _not_there_yet(args: Any, model_args: LlavaModelConfig) -> list[str]:
+    """What a run starts from and an earlier stage has yet to write."""
+    problems = []
+    for owner, name in (
+        *((args, name) for name in ("sft_model_path", "reward_model_path", "value_model_path")),
+        (model_args, "adapter_name_or_path"),
+    ):
+        path, revision = getattr(owner, name, None), name.replace("_path", "_revision").replace("_name_or", "")
+        try:
+            if path is not None:
+                check_there(f"`{name}`", path, getattr(owner, revision, None))
+        except NotFoundError:
+            problems.append(f"`{name}`: {path} is not there (has the stage run that writes it?)")
+    return problems
+
+
+def _note_short_epoch(check: Check, rows: int) -> None:
+    step = check.args.per_device_train_batch_size * check.args.gradient_accumulation_steps
+    if ROWS_OF[check.stage] != "prompt" and 0 < rows < step:
+        check.notes.append(f"{rows} rows are fewer than the {step} of one optimizer step: an epoch is one small step")
 
 
 def _load_processor(given: str | None, stage: str, args: Any, model_args: LlavaModelConfig) -> ProcessorMixin:

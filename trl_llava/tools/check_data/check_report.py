@@ -1,6 +1,7 @@
 """What `trl-llava check-data` prints: tables of rows, problems and lengths."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,18 +35,29 @@ class SourceReport:
     text_tokens: list[int] = field(default_factory=list)  # of each row without image tokens
     samples: list[tuple[str, str]] = field(default_factory=list)  # names of rows, with what the model reads of them
 
+    @property
+    def short_name(self) -> str:
+        """The last part of its path, with the split."""
+        return self.name.rstrip("/").rpartition("/")[2]
+
     def count(self, reasons: tuple[str, ...]) -> int:
         """How many rows cannot be used for these reasons."""
         return sum(self.reasons[reason] for reason in reasons)
 
 
-def print_report(console: Console, reports: list[SourceReport], failures: list[str], collator: Any) -> None:
+def print_report(
+    console: Console, reports: list[SourceReport], failures: list[str], collator: Any, notes: Sequence[str] = ()
+) -> None:
     """Print all tables, samples, and whether a run would fail."""
-    console.print(_row_table(reports))
+    for report in reports:
+        if report.name != report.short_name:  # tables would break it
+            console.print(f"{report.short_name}: {report.name}", markup=False, highlight=False)
+    room = 72 + max(len(report.short_name) for report in reports)  # names are to be found again, so none is broken
+    console.print(_row_table(reports), width=max(console.width, room))
     if any(report.answer_types for report in reports):
         console.print(_type_table(reports))
     if any(report.reasons for report in reports):
-        console.print(_problem_table(reports))
+        _print_problems(console, reports)
     for report in reports:
         if report.unread:
             console.print(f"columns of {report.name} that are not read: {', '.join(report.unread)}", markup=False)
@@ -63,6 +75,8 @@ def print_report(console: Console, reports: list[SourceReport], failures: list[s
             console.rule(f"{name}, as the model reads it")
             console.print(text, markup=False, highlight=False)
     console.rule()
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
     for failure in failures:
         console.print(f"a run would fail: {failure}", style="bold red", markup=False, highlight=False)
     if not failures:
@@ -105,10 +119,10 @@ def _row_table(reports: list[SourceReport]) -> Table:
     table = Table("data set", title="Rows")
     for column in columns:
         table.add_column(column.replace(" ", "\n").replace("_", " "), justify="right", no_wrap=True)
-    table.columns[0].overflow = "fold"
+    table.columns[0].no_wrap = True
     for report in reports:
         numbers = (report.rows, report.usable, report.text_only, report.count(MISSING), report.count(UNREADABLE))
-        table.add_row(report.name, *map(str, (*numbers, report.without_captions, report.over_limit)))
+        table.add_row(report.short_name, *map(str, (*numbers, report.without_captions, report.over_limit)))
     return table
 
 
@@ -116,13 +130,14 @@ def _type_table(reports: list[SourceReport]) -> Table:
     types = sorted({kind for report in reports for kind in report.answer_types})
     table = Table("data set", *types, title="Usable rows by answer type")
     for report in reports:
-        table.add_row(report.name, *(str(report.answer_types[kind]) for kind in types))
+        table.add_row(report.short_name, *(str(report.answer_types[kind]) for kind in types))
     return table
 
 
-def _problem_table(reports: list[SourceReport]) -> Table:
-    table = Table("data set", "problem", "rows", "first", title="Rows that cannot be used")
+def _print_problems(console: Console, reports: list[SourceReport]) -> None:
+    """One line for each reason, whole: paths in it are to be copied."""
+    console.print("Rows that cannot be used:", markup=False)
     for report in reports:
         for reason, count in report.reasons.most_common():
-            table.add_row(report.name, reason, str(count), report.examples[reason])
-    return table
+            line = f"  {report.short_name}: {count} {reason}; first {report.examples[reason]}"
+            console.print(line, markup=False, highlight=False)
