@@ -2,14 +2,19 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import pytest
+import torch
 from PIL import Image
 
 from trl_llava.data import images
 from trl_llava.data.contract import RowError
+from trl_llava.data.image_tensors import expand_images, small_enough_to_pad
 from trl_llava.data.images import image_size, load_image, load_images, open_image, path_inside
+from trl_llava.models.vision_tower import set_square_padding
 
 
 def encoded(image, format="PNG", **options):
@@ -170,9 +175,18 @@ def test_a_strip_is_refused_before_it_is_resized(size):
     assert open_image(Image.new("1", (200, 1)), "a[0]").size == (200, 1)
 
 
-def test_a_picture_is_refused_that_padding_would_make_huge():
-    with pytest.raises(RowError, match="20000x200 pixels, padded to a square 400000000, expected at most 357913940"):
-        open_image(encoded(Image.new("1", (20_000, 200))), "a[0]")
+def test_a_strip_is_made_smaller_before_it_is_padded_to_a_square(tiny_processor, monkeypatch):
+    strip = Image.radial_gradient("L").resize((400, 40)).convert("RGB")
+    set_square_padding(tiny_processor, True)
+    whole = expand_images(tiny_processor, [[strip]]).tensors["pixel_values"]
+    monkeypatch.setattr(images, "MAX_PIXELS", 200 * 200)
+    assert small_enough_to_pad(strip, tiny_processor).size == (200, 20)
+    assert small_enough_to_pad(strip.resize((200, 199)), tiny_processor).size == (200, 199)
+    smaller = expand_images(tiny_processor, [[strip]]).tensors["pixel_values"]
+    assert not torch.equal(smaller, whole)
+    torch.testing.assert_close(smaller, whole, atol=0.1, rtol=0)
+    set_square_padding(tiny_processor, False)
+    assert small_enough_to_pad(strip, tiny_processor) is strip
 
 
 @pytest.mark.parametrize("name", ["../a.png", "b/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png", "", "b/.."])
@@ -233,3 +247,11 @@ def test_the_limit_is_the_recipes(monkeypatch):
     assert (Image.MAX_IMAGE_PIXELS, images.FOLLOW_LINKS) == (15, True)
     images.set_limits(16, False)
     assert load_image(Image.new("RGB", (4, 4)), "a[0]").size == (4, 4)
+
+
+def test_worker_processes_that_are_spawned_have_the_recipes_limit(monkeypatch):
+    for place, name in ((images, "MAX_PIXELS"), (images, "FOLLOW_LINKS"), (Image, "MAX_IMAGE_PIXELS")):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    images.set_limits(15, True)
+    seen = "from trl_llava.data import images as i; print(i.MAX_PIXELS, i.FOLLOW_LINKS, i.Image.MAX_IMAGE_PIXELS)"
+    assert subprocess.check_output([sys.executable, "-c", seen], text=True).split() == ["15", "True", "15"]

@@ -1,13 +1,17 @@
 """What a processor makes of the images of a batch: a text for each image token, and tensors cut into rows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_llava.data import images as limits
 from trl_llava.errors import InputError
+from trl_llava.models.vision_tower import can_pad_to_square
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ def expand_images(
     processor: ProcessorMixin | PreTrainedTokenizerBase, images: Sequence[Sequence[Image.Image]]
 ) -> ImageTensors:
     """Prepare the images of a batch, and find what each image token stands for in the text."""
-    with_images = [list(row) for row in images if row]
+    with_images = [[small_enough_to_pad(image, processor) for image in row] for row in images if row]
     if not with_images:
         return ImageTensors([[] for _ in images])
     kind = type(processor).__name__
@@ -54,6 +58,19 @@ def expand_images(
         for name, tensor in tensors.items()
     }
     return ImageTensors(replacements, tensors, counts)
+
+
+def small_enough_to_pad(image: Image.Image, processor: Any) -> Image.Image:
+    """The image, made smaller where the square that the processor pads it to would have more pixels than are allowed.
+
+    Of a strip of 18000x100 pixels that square takes 4 GB, and the model sees some hundred pixels a side of it.
+    """
+    image_processor, longest = getattr(processor, "image_processor", None), math.isqrt(limits.MAX_PIXELS)
+    if max(image.size) <= longest or not can_pad_to_square(image_processor) or not image_processor.do_pad:
+        return image
+    scale = longest / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height))
 
 
 def entries_of_rows(

@@ -15,14 +15,17 @@ from PIL import ExifTags, Image
 from trl_llava.data.contract import RowError
 from trl_llava.data.fetch import check_is_a_name
 
-MAX_PIXELS = 89_478_485
+MAX_PIXELS = int(os.environ.get("TRL_LLAVA_MAX_IMAGE_PIXELS", 89_478_485))
 """An image of more pixels is refused as a decompression bomb (Pillow's own limit: 256 MiB at 3 bytes a pixel)."""
 
 MAX_ASPECT = 200
 """A strip longer than so many times its width is refused: resized by its short side it would fill gigabytes."""
 
-FOLLOW_LINKS = False
+FOLLOW_LINKS = os.environ.get("TRL_LLAVA_FOLLOW_IMAGE_LINKS") == "true"
 """Whether a symbolic link may lead out of the image folder."""
+
+if "TRL_LLAVA_MAX_IMAGE_PIXELS" in os.environ:
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 ImageRef = Image.Image | str | os.PathLike[str] | bytes | dict[str, Any] | torch.Tensor | np.ndarray
 """A decoded image, a path, the bytes of a file, `{"bytes": bytes | None, "path": str | None}`, or pixels.
@@ -98,11 +101,6 @@ def open_image(ref: ImageRef, row_name: str) -> Image.Image:
     if long > MAX_ASPECT * short:
         problem = f"the image has {width}x{height} pixels, its sides differ more than {MAX_ASPECT} to 1"
         raise RowError(row_name, problem, "Crop it or leave the row out", "image too large")
-    if long**2 > 4 * MAX_PIXELS:
-        problem = (
-            f"the image has {width}x{height} pixels, padded to a square {long**2}, expected at most {4 * MAX_PIXELS}"
-        )
-        raise _too_large(row_name, problem)
     return image
 
 
@@ -150,6 +148,9 @@ def set_limits(max_pixels: int, follow_links: bool) -> None:
     global MAX_PIXELS, FOLLOW_LINKS
     MAX_PIXELS, FOLLOW_LINKS = max_pixels, follow_links
     Image.MAX_IMAGE_PIXELS = max_pixels
+    # Worker processes that are spawned import this file anew.
+    os.environ["TRL_LLAVA_MAX_IMAGE_PIXELS"] = str(max_pixels)
+    os.environ["TRL_LLAVA_FOLLOW_IMAGE_LINKS"] = "true" if follow_links else "false"
 
 
 def path_inside(folder: str | Path, name: str, row_name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_llava.data.image_tensors import small_enough_to_pad
 from trl_llava.errors import InputError
 from trl_llava.models.families import FAMILIES, Family
 from trl_llava.models.vision_tower import can_pad_to_square
@@ -105,6 +106,7 @@ def as_seen(image: Image.Image, processor: ProcessorMixin | PreTrainedTokenizerB
     image_processor: Any = getattr(processor, "image_processor", None)
     if not (can_pad_to_square(image_processor) and image_processor.do_pad):
         return image
+    image = small_enough_to_pad(image, processor)
     mean, side = image_processor.image_mean, max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(part * 255) for part in mean) if mean else 0)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
