@@ -1,6 +1,7 @@
 """Pictures of every kind become 8-bit RGB, or an error that names the row."""
 
 import io
+import random
 import struct
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import zlib
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from trl_llava.data import images
 from trl_llava.data.contract import RowError
@@ -104,6 +105,30 @@ def test_metadata_that_cannot_be_read_stop_nobody():
     assert not load_image(photo, "a[0]").info
     cut = encoded(Image.new("RGB", (40, 20), "red"), "JPEG", exif=exif[:20])
     assert load_image(cut, "a[0]").size == image_size(cut, "a[0]") == (40, 20)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it cannot read
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_whatever_metadata_hold_the_orientation_is_applied(format):
+    """Entries of any tag, type, count and value, before orientation 6 and behind it."""
+    draw = random.Random(0)
+    tags = [tag for tag in (*ExifTags.TAGS, 0, 65535) if tag != ExifTags.Base.Orientation]
+    for _ in range(300):
+        entries = [struct.pack("<HHIHH", ExifTags.Base.Orientation, 3, 1, 6, 0)]
+        for _ in range(2):
+            count, value = draw.choice([0, 1, 4, 2**31]), draw.choice([0, 1, 26, 2**32 - 1])
+            entries.append(struct.pack("<HHII", draw.choice(tags), draw.randrange(15), count, value))
+        draw.shuffle(entries)
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3) + b"".join(entries) + bytes(24)
+        photo = encoded(Image.new("RGB", (40, 20), "red"), format, exif=exif)
+        assert load_image(photo, "a[0]").size == image_size(photo, "a[0]") == (20, 40), entries
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_turned_tiff_is_that_of_its_pixels(orientation):
+    scan = encoded(Image.new("RGB", (40, 20), "red"), "TIFF", tiffinfo={ExifTags.Base.Orientation: orientation})
+    size = (20, 40) if orientation > 4 else (40, 20)
+    assert load_image(scan, "a[0]").size == image_size(scan, "a[0]") == size
 
 
 def test_exif_orientation_is_applied():

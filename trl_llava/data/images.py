@@ -126,7 +126,7 @@ def image_size(ref: ImageRef, row_name: str) -> tuple[int, int]:
     """Width and height in pixels, read from the header, as they are after the EXIF orientation is applied."""
     image = open_image(ref, row_name)
     width, height = image.size
-    if image.format == "PNG":  # its orientation may stand behind its pixels
+    if image.format in ("PNG", "TIFF"):  # one has it behind its pixels, the other is turned when it is loaded
         try:
             image.load()
         except _DAMAGED as error:
@@ -139,8 +139,25 @@ def _orientation(image: Image.Image) -> int:
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's parsers of EXIF and XMP raise nearly anything
-        return 1
-    return found if isinstance(found, int) else 1
+        found = None
+    # Pillow also stops, without a word, at the first entry that it cannot read.
+    return found if isinstance(found, int) else _entry_of_orientation(image.info.get("exif"))
+
+
+def _entry_of_orientation(exif: Any) -> int:
+    """The orientation in the bytes of EXIF metadata, whatever the other entries of its first directory are; else 1."""
+    data = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    order = ">" if data.startswith(b"MM") else "<"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, place)
+            if (tag, kind) == (ExifTags.Base.Orientation, 3):
+                return value
+    except struct.error:
+        pass
+    return 1
 
 
 def set_limits(max_pixels: int, follow_links: bool) -> None:
