@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trl_llava.configs.stages import LlavaModelConfig
+from trl_llava.errors import InputError
 from trl_llava.models.adapter_switching import active_adapter
 from trl_llava.models.adapters import load_adapter, lora_config
 from trl_llava.models.load import load_policy, load_sequence_classifier
@@ -95,6 +96,21 @@ def test_targets_in_a_frozen_tower_or_nowhere_are_refused(tiny_llava_dir: Path) 
     assert lora_config(args, base, task="CAUSAL_LM").target_modules == r".*\.q_proj"
     with pytest.raises(ValueError, match="matches nothing"):
         lora_config(args_for(tiny_llava_dir, lora_target_modules=["c_attn"]), base, task="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    ("field", "names", "problem"),
+    [
+        ("lora_target_modules", ["q_proj", "vproj"], "the model has no 'vproj'; did you mean `v_proj`?"),
+        ("lora_modules_to_save", ["lm_heads"], "the model has no 'lm_heads'; did you mean `lm_head`?"),
+        ("lora_target_parameters", ["mlp.experts.gate_up_proj"], "the model has no 'mlp.experts.gate_up_proj'."),
+    ],
+)
+def test_a_name_that_the_model_has_not_is_not_left_out(
+    tiny_llava_dir: Path, field: str, names: list[str], problem: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(f"`{field}`: {problem}")):
+        lora_config(args_for(tiny_llava_dir, **{field: names}), policy(tiny_llava_dir), task="CAUSAL_LM")
 
 
 def test_what_is_trained_whole_beside_the_adapter(tiny_llava_dir: Path) -> None:

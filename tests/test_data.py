@@ -233,6 +233,10 @@ def test_folder_by_split(folder):
 def test_split_slices_keep_their_row_names(folder):
     path = written(folder, [preference()] * 5)
     assert load_rows(path, "preference", split="train[3:]")["row_name"][:] == ["train.json[3]", "train.json[4]"]
+    with pytest.raises(
+        ValueError, match=r"train\.json is a file, which has no configuration 'small': leave `dataset_c"
+    ):
+        load_rows(folder / "train.json", "sft", name="small")
     with pytest.raises(ValueError, match="has no split 'test'"):
         load_rows(path, "preference", split="test")
 

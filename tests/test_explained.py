@@ -127,7 +127,7 @@ def test_without_network_the_program_ends_soon(work: Work, tmp_path: Path) -> No
 def test_adapter_that_does_not_exist(work: Work, said: Any, stage: str) -> None:
     status, line = said(lambda: getattr(work, stage)("none", "--adapter_name_or_path", "nobody/no-such-adapter"))
     assert status == 1
-    assert "adapter: cannot load 'nobody/no-such-adapter'" in line
+    assert ": cannot load 'nobody/no-such-adapter'" in line
 
 
 @pytest.mark.parametrize("field", ["sft_model_path", "reward_model_path", "value_model_path"])
@@ -237,6 +237,13 @@ def test_picture_found_damaged_when_its_batch_is_made(work: Work, said: Any, wor
     assert status == 1
     assert line.startswith("error: cut.json[0]: the image ") and "cut.jpg cannot be read (" in line
     assert line.endswith("Replace the file; on_bad_row `skip` leaves such rows out.")
+
+
+def test_what_a_library_finds_wrong_with_a_field_names_it(work: Work, said: Any) -> None:
+    wrong = ["--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"nonsense": 1}']
+    status, line = said(lambda: work.sft("kwargs", *wrong))
+    assert status == 1
+    assert "`gradient_checkpointing_kwargs: " in line and "ValueError: Unexpected keyword arguments: nonsense" in line
 
 
 def test_the_recipe_itself_is_status_2(work: Work, said: Any) -> None:

@@ -215,6 +215,13 @@ def test_more_image_tokens_than_features_are_refused(tiny_llava_dir: Path, tmp_p
         models.load_processor(str(full))
 
 
+@pytest.mark.parametrize("layer", [-4, 3, [-2, 7]])
+def test_a_layer_that_the_tower_has_not_is_refused(tiny_llava_dir: Path, tmp_path: Path, layer: int | list) -> None:
+    folder = changed(tiny_llava_dir, tmp_path / "deep", "config.json", vision_feature_layer=layer)
+    with pytest.raises(InputError, match=r"is .*, but its tower has 2 layers: expected -3 to 2"):
+        models.load_processor(str(folder))
+
+
 def test_tokens_without_an_embedding_are_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "added"
     shutil.copytree(tiny_llava_dir, folder)

@@ -136,12 +136,12 @@ def test_resolved_recipe_repeats_the_run(tmp_path: Path, stage: str) -> None:
 def test_token_is_used_but_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "old")
     _, args, *_, recipe = parse(
-        tmp_path, "--hub_token", "hf_secret", stage="sft", model_init_kwargs={"token": "hf_secret", "a": 1}
+        tmp_path, "--hub_token", "hf_secret", stage="sft", lr_scheduler_kwargs={"token": "hf_secret", "a": 1}
     )
     assert os.environ["HF_TOKEN"] == "hf_secret"
     assert args.hub_token is None  # the trainer pickles its arguments
     assert "hf_secret" not in recipe.to_yaml()
-    assert recipe.values["model_init_kwargs"] == {"a": 1}
+    assert recipe.values["lr_scheduler_kwargs"] == {"a": 1}
 
 
 def test_number_like_text_survives_the_dialect() -> None:
@@ -185,6 +185,15 @@ def test_a_stage_needs_no_upstream_of_another(tmp_path: Path) -> None:
         ({"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}, "is 'accuracy', but evaluation gives"),
         ({"eval_on_start": True}, "`eval_on_start` needs evaluation rows"),
         ({"dataloader_persistent_workers": True}, "`dataloader_persistent_workers` needs `dataloader_num_workers`"),
+        ({"max_grad_norm": -1}, "`max_grad_norm` must not be negative, found -1.0"),  # each gradient turned round
+        ({"lora_alpha": 0}, "`lora_alpha` must be above 0, found 0"),  # an adapter without effect
+        ({"adam_beta1": 2}, "`adam_beta1` must be from 0 to 1, found 2.0"),
+        ({"seed": -1}, "`seed` must be from 0 to 2**32 - 1, found -1"),
+        ({"optim_args": "fast"}, "`optim_args` must be like `name=value,name=value`, found 'fast'"),
+        ({"lr_scheduler_kwargs": "fast"}, "`lr_scheduler_kwargs` must be a mapping, found 'fast'"),
+        ({"model_init_kwargs": '{"dtype": "float32"}'}, "`model_init_kwargs` is not read: set `dtype`"),
+        ({"captions_file": ""}, "`captions_file` is an empty text: leave it out"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "needs `dataloader_num_workers` above 0"),
     ],
 )
 def test_combinations_of_upstreams_fields_that_cannot_work(fields, problem):
@@ -214,3 +223,18 @@ def test_a_home_directory_is_found_in_every_path(tmp_path, monkeypatch):
     script_args, args, model_args, _, _ = make_parser("sft").parse(words)
     assert (model_args.model_name_or_path, args.output_dir) == (f"{tmp_path}/llava", f"{tmp_path}/run")
     assert script_args.image_folder == f"{tmp_path}/"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"accelerator_config": {"nonsense": 1}}, "`accelerator_config: {'nonsense': 1}` cannot be used ("),
+        ({"accelerator_config": "no.json"}, "`accelerator_config: 'no.json'` cannot be used ("),
+        ({"ddp_backend": "gloo"}, "`ddp_backend: 'gloo'` cannot be used (Default process group"),
+        ({"pad_to_multiple_of": "eight"}, "`pad_to_multiple_of: 'eight'` cannot be used ("),
+    ],
+)
+def test_a_field_that_upstream_does_not_name_is_found(tmp_path, fields, problem):
+    with pytest.raises(RecipeError, match=re.escape(problem)) as caught:
+        make_parser("sft").parse(["--config", str(write(tmp_path, use_cpu=True, bf16=False, **fields))])
+    assert "\n" not in str(caught.value)

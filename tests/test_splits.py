@@ -24,11 +24,11 @@ def write(folder: Path, name: str, count: int) -> str:
     return str(folder / f"{name}.json")
 
 
-def load(folder: Path, *args: str, **recipe: Any) -> tuple[list[str], list[str] | None]:
+def load(folder: Path, *args: str, stage: str = "sft", **recipe: Any) -> tuple[list[str], list[str] | None]:
     (folder / "recipe.yaml").write_text(json.dumps({"output_dir": "unused", "bf16": False, "use_cpu": True, **recipe}))
-    parser = make_parser("sft")
+    parser = make_parser(stage)
     script_args, training_args, _, mixture, _ = parser.parse(["--config", str(folder / "recipe.yaml"), *args])
-    train, held_out = load_splits(script_args, mixture, training_args, "sft")
+    train, held_out = load_splits(script_args, mixture, training_args, "sft" if stage == "sft" else "prompt")
     return prompts(train), None if held_out is None else prompts(held_out)
 
 
@@ -63,6 +63,7 @@ def test_a_mixture_has_margins_everywhere_or_nowhere(tmp_path: Path) -> None:
     [
         ({"test_split_size": 0.99}, "`test_split_size: 0.99` leaves none of 4 rows for training"),
         ({"per_device_train_batch_size": 5, "dataloader_drop_last": True}, "leaves nothing of 4 rows"),
+        ({"per_device_train_batch_size": 5, "dataloader_drop_last": True, "stage": "ppo"}, "leaves nothing of 4 rows"),
     ],
 )
 def test_rows_must_be_left_to_train_on(tmp_path: Path, recipe: dict[str, Any], problem: str) -> None:

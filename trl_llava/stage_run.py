@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +15,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DatasetMixtureConfig
 
 from trl_llava.card_samples import write_samples
+from trl_llava.configs.faulty_field import OF_VALUES, about_a_field
 from trl_llava.configs.recipe import Recipe, make_parser
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.configs.vllm import require_vllm
 from trl_llava.data.contract import Stage
 from trl_llava.data.splits import load_splits
-from trl_llava.errors import InputError, MissingPackageError
+from trl_llava.errors import ExplainedError, InputError, MissingPackageError
 from trl_llava.models.gpu_kernels import check_gpu_kernels, choose_attention_kernels
 from trl_llava.publish.model_card import card_facts, write_card_of
 from trl_llava.publish.repository import Repository, claim_repository
@@ -34,6 +35,7 @@ OWN_PACKAGE = frozenset(
 """Values of `report_to` that are the name of the package they need."""
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+Main = TypeVar("Main", bound=Callable[..., Any])
 
 
 @dataclass
@@ -105,6 +107,28 @@ def _keep_to_cpus(args: TrainingArguments) -> None:
             found = f"{args.dataloader_num_workers} of the recipe, as there are so many CPUs"
             print(f"dataloader_num_workers: {here} instead of the {found}", file=sys.stderr)
         args.dataloader_num_workers = here
+
+
+def explains(stage: str) -> Callable[[Main], Main]:
+    """Decorates a stage's `main`: an error that a library raises about a field of the recipe is one line."""
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def explaining(args: Sequence[str] | None = None) -> Any:
+            try:
+                return main(args)
+            except ExplainedError:
+                raise
+            except OF_VALUES as error:
+                recipe = make_parser(stage).check(sys.argv[1:] if args is None else args)
+                text = about_a_field(error, recipe.given)
+                if text is None:
+                    raise
+                raise InputError(text) from error
+
+        return explaining  # type: ignore[return-value]  # the same signature
+
+    return decorate
 
 
 def _check_packages(args: TrainingArguments) -> None:

@@ -17,7 +17,7 @@ from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.run.console import run_as_program
 from trl_llava.run.safe_checkpoints import SafeCheckpoints
-from trl_llava.stage_run import begin
+from trl_llava.stage_run import begin, explains
 
 
 class LlavaDPOTrainer(SafeCheckpoints, PushesSafely, DPOTrainer):
@@ -26,6 +26,7 @@ class LlavaDPOTrainer(SafeCheckpoints, PushesSafely, DPOTrainer):
     stage = "dpo"
 
 
+@explains("dpo")
 def main(args: Sequence[str] | None = None) -> DPOTrainer:
     """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
     run = begin("dpo", args)

@@ -13,8 +13,10 @@ from trl import GRPOTrainer
 
 from trl_llava.online_rl import run_online
 from trl_llava.run.console import run_as_program
+from trl_llava.stage_run import explains
 
 
+@explains("grpo")
 def main(args: Sequence[str] | None = None) -> GRPOTrainer:
     """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
     return run_online("grpo", GRPOTrainer, args)

@@ -24,9 +24,10 @@ from trl_llava.rewards.functions import RewardFunction
 from trl_llava.rewards.reward_loading import check_rewards, load_rewards
 from trl_llava.rewards.reward_settings import shows_captions
 from trl_llava.run.console import run_as_program
-from trl_llava.stage_run import begin
+from trl_llava.stage_run import begin, explains
 
 
+@explains("ppo")
 def main(args: Sequence[str] | None = None) -> LlavaPPOTrainer:
     """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
     run = begin("ppo", args)

@@ -13,9 +13,10 @@ from trl_llava.models.adapters import lora_config
 from trl_llava.models.starts import load_recipe_processor, load_score_model
 from trl_llava.reward_trainer import LlavaRewardTrainer
 from trl_llava.run.console import run_as_program
-from trl_llava.stage_run import begin
+from trl_llava.stage_run import begin, explains
 
 
+@explains("reward")
 def main(args: Sequence[str] | None = None) -> LlavaRewardTrainer:
     """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
     run = begin("reward", args)

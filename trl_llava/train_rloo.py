@@ -13,8 +13,10 @@ from trl import RLOOTrainer
 
 from trl_llava.online_rl import run_online
 from trl_llava.run.console import run_as_program
+from trl_llava.stage_run import explains
 
 
+@explains("rloo")
 def main(args: Sequence[str] | None = None) -> RLOOTrainer:
     """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
     return run_online("rloo", RLOOTrainer, args)

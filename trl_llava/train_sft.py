@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.run.console import run_as_program
 from trl_llava.sft_trainer import LlavaSFTTrainer
-from trl_llava.stage_run import begin
+from trl_llava.stage_run import begin, explains
 
 
+@explains("sft")
 def main(args: Sequence[str] | None = None) -> LlavaSFTTrainer:
     """Runs the stage and returns its trainer; `args` is the command line without the program's name."""
     run = begin("sft", args)

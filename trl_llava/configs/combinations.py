@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from trl_llava.configs.limits import beyond_limits
 from trl_llava.errors import RecipeError
 
 EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")
@@ -17,7 +18,7 @@ NEEDED_KWARGS = {
 
 def check_combinations(values: dict[str, Any], source: str) -> None:
     """Refuse the first combination that cannot work; `values` are all fields as a recipe has them."""
-    for problem in (_training(values), _evaluation(values)):
+    for problem in (beyond_limits(values), _training(values), _evaluation(values)):
         if problem is not None:
             raise RecipeError(f"{source}: {problem}.")
 
@@ -33,8 +34,9 @@ def _training(values: dict[str, Any]) -> str | None:
     bits = next((name for name in ("load_in_4bit", "load_in_8bit") if values.get(name)), None)
     if bits and not any(values.get(name) for name in ("use_peft", "adapter_name_or_path", "sft_model_path")):
         return f"`{bits}` needs an adapter, as weights of so few bits are not trained: set `use_peft: true`"
-    if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
-        return "`dataloader_persistent_workers` needs `dataloader_num_workers` above 0"
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if values.get(name) and not values.get("dataloader_num_workers"):
+            return f"`{name}` needs `dataloader_num_workers` above 0"
     return None
 
 

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, TrlParser
 
 from trl_llava.configs.combinations import check_combinations
+from trl_llava.configs.faulty_field import OF_VALUES, mentions
 from trl_llava.configs.shipped import find_shipped
 from trl_llava.configs.stages import LlavaModelConfig, LlavaScriptArguments
 from trl_llava.errors import RecipeError
@@ -280,10 +281,27 @@ def expand_home(value: Any) -> Any:
 
 
 def _build(kind: Any, values: dict[str, Any], source: str) -> Any:
+    fields = _fields(kind)
+    given = {field.name: values[field.name] for field in fields}
     try:
-        return kind(**{field.name: values[field.name] for field in _fields(kind)})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{source}: {error}") from error
+        return kind(**given)
+    except OF_VALUES as error:
+        said = " ".join(str(error).split())
+        changed = {field.name: field.default for field in fields if given[field.name] != field.default}
+        if not any(mentions(said, name) for name in changed):
+            for name, default in changed.items():
+                if _can_build(kind, {**given, name: default}):
+                    said = f"`{name}: {given[name]!r}` cannot be used ({said})"
+                    break
+        raise RecipeError(f"{source}: {said}") from error
+
+
+def _can_build(kind: Any, values: dict[str, Any]) -> bool:
+    try:
+        kind(**values)
+    except OF_VALUES:
+        return False
+    return True
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:

@@ -182,6 +182,7 @@ class LlavaModelConfig(ModelConfig):
     trust_remote_code: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        refuse(self, {"lora_task_type": ("CAUSAL_LM", "the stage decides it")})
         split_fields(self, model_name_or_path="model_revision", adapter_name_or_path="adapter_revision")
         require_positive(self, "lora_r")
         super().__post_init__()

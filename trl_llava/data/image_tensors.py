@@ -65,7 +65,8 @@ def small_enough_to_pad(image: Image.Image, processor: Any) -> Image.Image:
 
     Of a strip of 18000x100 pixels that square takes 4 GB, and the model sees some hundred pixels a side of it.
     """
-    image_processor, longest = getattr(processor, "image_processor", None), math.isqrt(limits.MAX_PIXELS)
+    image_processor: Any = getattr(processor, "image_processor", None)
+    longest = math.isqrt(limits.MAX_PIXELS)
     if max(image.size) <= longest or not can_pad_to_square(image_processor) or not image_processor.do_pad:
         return image
     scale = longest / max(image.size)

@@ -59,6 +59,8 @@ def read_source(
     if path.is_dir() and not any(options.values()):
         raw = _read_folder(path, name, split)
     elif path.is_file():
+        if name:
+            raise InputError(f"{path} is a file, which has no configuration {name!r}: leave `dataset_config` out.")
         raw = _read_file(path, split)
     elif path.suffix in (".json", ".jsonl", ".parquet") or str(source).startswith((".", "/", "~")):
         raise NotFoundError(f"The data set {source} does not exist. Expected a Hub ID, a file or a folder.")
@@ -225,6 +227,9 @@ def _slice(dataset: Dataset, split: str, splitname: str, path: Path) -> Dataset:
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({splitname: len(dataset)})
     except ValueError as error:
-        raise InputError(f"{path} has no split {split!r}: it is {splitname!r} ({error}).") from error
+        raise InputError(
+            f"{path} has no split {split!r}, which `dataset_train_split`, `dataset_test_split` or an entry's `split` "
+            f"names: it is {splitname!r} ({error})."
+        ) from error
     wanted = [i for part in parts for i in range(part.from_ or 0, len(dataset) if part.to is None else part.to)]
     return dataset if len(wanted) == len(dataset) else dataset.select(wanted)

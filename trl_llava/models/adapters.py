@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import get_peft_config
 
+from trl_llava.configs.recipe import nearest
 from trl_llava.configs.stages import LlavaModelConfig
 from trl_llava.errors import InputError, NotFoundError
 from trl_llava.hub.lookup import check_there, find_file, not_found
@@ -47,6 +49,15 @@ def lora_config(
             "linear layers, or set freeze_vision_tower or freeze_projector to false"
         )
     whole = [*(model_args.lora_modules_to_save or [])]
+    modules, parameters = (dict(found()) for found in (model.named_modules, model.named_parameters))
+    for field, names, known in (
+        ("lora_target_modules", model_args.lora_target_modules, modules),
+        ("lora_modules_to_save", whole, modules),
+        ("lora_target_parameters", model_args.lora_target_parameters, parameters),
+    ):
+        for name in names if isinstance(names, list) else ():
+            if not any(path == name or path.endswith(f".{name}") for path in known):
+                raise InputError(f"`{field}`: the model has no {name!r}{nearest(name, _last_names(known))}")
     if task == "SEQ_CLS":
         whole.append(HEAD)
     adapted = {part_of(name) for name in matched}
@@ -62,13 +73,14 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool,
     revision: str | None = None,
+    field: str = "adapter",
 ) -> PeftModel:
     """Put a trained adapter on a base model, or one more on a PEFT model; every weight must have its place.
 
     The first adapter of a model becomes the active one. What is trainable in adapters that are there already, and
-    whether the model is in train mode, stays as it was.
+    whether the model is in train mode, stays as it was. `field` is the recipe's that names it, for the message.
     """
-    check_there("adapter", name, revision)
+    check_there(field, name, revision)
     check_safe_adapter(name, revision)
     if find_file(name, "adapter_config.json", revision) is None:
         raise InputError(f"'{name}' is no adapter: it has no adapter_config.json. Is it a whole model?")
@@ -108,6 +120,10 @@ def check_safe_adapter(name: str, revision: str | None = None) -> None:
             f"adapter '{name}' has its weights as a pickle only (adapter_model.bin), which may run code when it is "
             f"loaded. Convert it, which reads nothing but tensors: `trl-llava convert {name} DST --base BASE{at}`"
         )
+
+
+def _last_names(paths: Iterable[str]) -> set[str]:
+    return {path.rpartition(".")[2] for path in paths}
 
 
 def freeze_as_configured(

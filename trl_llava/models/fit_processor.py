@@ -34,6 +34,7 @@ def fit_to_model(processor: ProcessorMixin, name: str, revision: str | None, tru
     except (OSError, ValueError):
         return  # the model's own loading says it
     _check_embeddings(processor, config, name)
+    _check_feature_layers(config, name)
     if all(hasattr(processor, field) for field in (PATCHES, STRATEGY, ADDITIONAL)):
         _fit_image_tokens(processor, config, name, _saved_fields(name, revision))
     for field, found, right in _of_other_families(processor, config):
@@ -51,6 +52,19 @@ def _check_embeddings(processor: ProcessorMixin, config: PreTrainedConfig, name:
             f"the tokenizer of {name} has {tokens} tokens, the model {embeddings} embeddings: resize them "
             "(model.resize_token_embeddings) and save, or remove the added tokens"
         )
+
+
+def _check_feature_layers(config: PreTrainedConfig, name: str) -> None:
+    given, layers = (
+        getattr(config, "vision_feature_layer", None),
+        getattr(getattr(config, "vision_config", None), "num_hidden_layers", None),
+    )
+    for layer in given if isinstance(given, (list, tuple)) else [given]:
+        if isinstance(layer, int) and isinstance(layers, int) and not -layers - 1 <= layer <= layers:
+            raise InputError(
+                f"`vision_feature_layer` in config.json of {name} is {given}, but its tower has {layers} layers: "
+                f"expected {-layers - 1} to {layers}"
+            )
 
 
 def _fit_image_tokens(processor: ProcessorMixin, config: PreTrainedConfig, name: str, saved: dict[str, Any]) -> None:

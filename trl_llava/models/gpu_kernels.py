@@ -35,6 +35,8 @@ def check_gpu_kernels(args: TrainingArguments, attn_implementation: str | None) 
         raise InputError(
             f"`attn_implementation: {attn_implementation}` needs a GPU, and this run is on the CPU: use sdpa"
         )
+    if getattr(args, "activation_offloading", False) and on_cpu:
+        raise InputError("`activation_offloading: true` needs a GPU, and this run is on the CPU: leave it out")
     if args.use_liger_kernel and on_cpu:
         raise InputError(
             "`use_liger_kernel: true` needs a GPU, and this run is on the CPU: leave it out. It changes no result"

@@ -34,7 +34,7 @@ def load_policy_start(model_args: LlavaModelConfig) -> tuple[PreTrainedModel | P
     if model_args.adapter_name_or_path is None:
         return model, lora_config(model_args, model, task="CAUSAL_LM")
     adapter, revision = model_args.adapter_name_or_path, model_args.adapter_revision
-    model = load_adapter(model, adapter, is_trainable=True, revision=revision)
+    model = load_adapter(model, adapter, is_trainable=True, revision=revision, field="adapter_name_or_path")
     return freeze_as_configured(model, adapter, model_args), None
 
 
