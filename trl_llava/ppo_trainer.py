@@ -499,9 +499,9 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         if self.eval_dataset is None:
             return
         step = self.state.global_step
-        table = completions_table(
-            self.get_eval_dataloader(), self.complete_greedily, self.tokenizer, step, first_only=sampling
-        )
+        gather = partial(self.accelerator.gather_for_metrics, use_gather_object=True)
+        batches = self.get_eval_dataloader()
+        table = completions_table(batches, self.complete_greedily, self.tokenizer, step, gather, first_only=sampling)
         if table is None:
             return
         if self.accelerator.is_main_process:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from accelerate.utils import gather_object
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -55,23 +54,25 @@ def completions_table(
     complete: Callable[[dict[str, Any]], Rollout],
     tokenizer: PreTrainedTokenizerBase,
     step: int,
+    gather: Callable[[list[Any]], list[Any]],
     *,
     first_only: bool,
 ) -> pd.DataFrame | None:
     """Generate for batches of prompts, and put the completions of all processes into one `sample_table`.
 
-    `None` if there is no batch; `first_only` stops after one.
+    `gather` collects what each process has, without what a loader repeats so that they all have as many rows. `None`
+    if there is no batch; `first_only` stops after one.
     """
-    tables = []
+    found: list[dict[str, Any]] = []
     for batch in batches:
         names = batch.pop("image_names")
         rollout = complete(batch)
         ids = [row[mask] for row, mask in zip(rollout.responses, rollout.mask, strict=True)]
         texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        tables += gather_object([sample_table(rollout, texts, names, step)])
+        found += gather(sample_table(rollout, texts, names, step).to_dict("records"))
         if first_only:
             break
-    return pd.concat(tables, ignore_index=True) if tables else None
+    return pd.DataFrame(found) if found else None
 
 
 def report_samples(table: pd.DataFrame, args: LlavaPPOConfig, step: int) -> None:

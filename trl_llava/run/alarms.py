@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_llava.configs.alarms import AlarmOptions
@@ -144,8 +145,8 @@ class Alarms(TrainerCallback):
         self.stopping: str | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Reads what was said before a resume."""
-        self.said = read_alarms(Path(args.output_dir))
+        """Reads what was said before a resume; on all processes what the first one finds, or one would stop alone."""
+        self.said = broadcast_object_list([read_alarms(Path(args.output_dir))])[0]
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Looks at the log, which is the same on all processes."""
