@@ -139,7 +139,7 @@ class _Places:
         if len(most) == 1:
             return Path(most[0])
         raise InputError(
-            f"its images are in {' and in '.join(sorted(most))} alike: move it beside the right ones, or the others away"
+            f"its images are in {' and in '.join(sorted(most))} alike: move it beside the right ones, or others away"
         )
 
 
