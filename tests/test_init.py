@@ -108,6 +108,25 @@ def test_images_of_equal_names_are_those_beside_the_rows_or_nobodys(
     assert alike in capsys.readouterr().out
 
 
+def test_links_that_lead_back_up_are_not_followed(tmp_path: Path, tiny_llava_dir: Path, capsys: Any) -> None:
+    write(tmp_path / "rows.jsonl", photos(tmp_path / "mine"))
+    (tmp_path / "rows.jsonl").rename(tmp_path / "mine" / "rows.jsonl")
+    for name in ("self", "again"):
+        (tmp_path / "mine" / name).symlink_to(tmp_path / "mine")
+    init(tmp_path / "mine", tiny_llava_dir)
+    assert "mine: 8 images, 1 files of rows" in capsys.readouterr().out
+
+
+def test_sizes_count_the_rows_that_can_be_used(tmp_path: Path, tiny_llava_dir: Path) -> None:
+    records = photos(tmp_path / "mine", 64)
+    for record in records[4:]:
+        record["images"] = ["lost.jpg"]
+    write(tmp_path / "mine" / "rows.jsonl", records)
+    recipe = init(tmp_path / "mine", tiny_llava_dir)["ppo"]
+    assert "test_split_size" not in recipe
+    assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 2
+
+
 def test_without_preferences_it_says_what_is_missing(tmp_path: Path, tiny_llava_dir: Path, capsys: Any) -> None:
     talks = [
         {"images": record["images"], "prompt": record["prompt"], "completion": record["chosen"]}

@@ -246,6 +246,27 @@ def test_the_completions_that_ppo_wrote(folder: Path) -> None:
     assert "no completions" not in plain(text)
 
 
+@pytest.mark.parametrize(
+    "damage", [{"images": [[{"bytes": b"no image", "path": "a.jpg"}]] * 2}, {"completion": [None] * 2}]
+)
+def test_a_table_that_holds_something_else_is_left_out(folder: Path, damage: dict[str, Any]) -> None:
+    run = copy(folder, f"strange-{'-'.join(damage)}")
+    write_samples(run, 4, ["a dog", "a cat"], [0.0, 1.0])
+    file = run / "completions" / "completions_00004.parquet"
+    pd.read_parquet(file).assign(**damage).to_parquet(file)
+    assert "completions/completions_00004.parquet is left out: it cannot be read" in plain(report(run))
+
+
+def test_a_number_that_a_step_does_not_have_is_a_gap_in_its_curve(folder: Path) -> None:
+    run = copy(folder, "gaps")
+    state = json.loads((run / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "objective/scores" in entry]
+    steps[0]["objective/scores"] = None  # as TRL's GRPO logs a reward that no function gave
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    first, last = (charts.number(steps[i]["objective/scores"]) for i in (1, -1))
+    assert f"{first} \N{RIGHTWARDS ARROW} {last}" in plain(report(run))
+
+
 def test_a_checkpoint_shows_the_run_as_it_was(folder: Path) -> None:
     run = copy(folder, "then")
     for step in (0, 2, 4):

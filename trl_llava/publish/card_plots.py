@@ -41,7 +41,8 @@ def curves_of(names: dict[str, str], log_history: Sequence[dict[str, Any]]) -> d
     panels = {}
     for title, name in names.items():
         training, held_out = (
-            [(entry["step"], entry[key]) for entry in log_history if key in entry] for key in (name, f"eval_{name}")
+            [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+            for key in (name, f"eval_{name}")
         )
         if training or held_out:
             panels[title] = (training, held_out)

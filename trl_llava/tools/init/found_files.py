@@ -36,6 +36,10 @@ class RowFile:
     image_folder: Path | None = None  # None where images are within the file, or beside it
     completions: list[str] = field(default_factory=list)  # texts of rows that SFT can learn
 
+    def rows_for(self, stage: Stage) -> int:
+        """How many rows a stage can use, if those that were not looked at are like those that were."""
+        return max(1, round(self.rows * self.usable[stage] / min(self.rows, LOOKED_AT)))
+
 
 @dataclass
 class Found:
@@ -92,15 +96,16 @@ def look_into(folder: Path) -> Found:
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files, but for hidden ones and what `init` and the stages write."""
+def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files, but for hidden ones and what `init` and the stages write; no link leads back up."""
+    above |= {folder.resolve()}
     for path in folder.iterdir():
         if path.name.startswith(".") or (path.is_dir() and path.name in OWN_FOLDERS):
             continue
-        if path.is_dir():
-            yield from _walk(path)
-        else:
+        if not path.is_dir():
             yield path
+        elif path.resolve() not in above:
+            yield from _walk(path, above)
 
 
 def _captions_in(path: Path) -> dict[str, list[str]] | None:

@@ -145,7 +145,7 @@ def _adapter(plan: Plan) -> Values:
 
 
 def _sft(plan: Plan, file: RowFile) -> Recipe:
-    batch, epochs, steps = schedule(file.rows, most=64, share=4, least_steps=20)
+    batch, epochs, steps = schedule(file.rows_for("sft"), most=64, share=4, least_steps=20)
     training = {
         "output_dir": str(plan.runs / "sft"),
         "num_train_epochs": epochs,
@@ -164,8 +164,9 @@ def _sft(plan: Plan, file: RowFile) -> Recipe:
 
 
 def _reward(plan: Plan, file: RowFile, captions: bool) -> Recipe:
-    kept = held_out(file.rows)
-    batch, epochs, steps = schedule(file.rows - kept, most=32, share=4, least_steps=20)
+    usable = file.rows_for("preference")
+    kept = held_out(usable)
+    batch, epochs, steps = schedule(usable - kept, most=32, share=4, least_steps=20)
     rows = {**_rows(plan, file, captions), "with_captions": captions}
     evaluation: Values = {"eval_strategy": "epoch", "per_device_eval_batch_size": 4} if kept else {}
     if kept:
@@ -191,9 +192,10 @@ def _reward(plan: Plan, file: RowFile, captions: bool) -> Recipe:
 
 
 def _ppo(plan: Plan, file: RowFile, after_sft: bool, captions: bool) -> Recipe:
-    kept = min(held_out(file.rows), 32)
-    batch, epochs, _ = schedule(file.rows - kept, most=128, share=2, least_steps=20)
-    steps = math.ceil(epochs * (file.rows - kept) / batch)
+    usable = file.rows_for("prompt")
+    kept = min(held_out(usable), 32)
+    batch, epochs, _ = schedule(usable - kept, most=128, share=2, least_steps=20)
+    steps = math.ceil(epochs * (usable - kept) / batch)
     start = {"sft_model_path": str(plan.runs / "sft")} if after_sft else _adapter(plan)
     precision = {key: value for key, value in plan.model.items() if key in ("dtype", "pad_to_square")}
     model = {**start, "reward_model_path": plan.reward_model or str(plan.runs / "reward"), **precision}

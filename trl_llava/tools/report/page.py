@@ -135,7 +135,7 @@ def _reward_and_length(stage: str, runs: Sequence[Run]) -> list[Chart]:
     names = {CURVES[stage].get("Reward"), CURVES[stage].get("Completion length (tokens)")} - {None}
     steps, samples = [], []
     for place, run in enumerate(runs):
-        logged = [entry for entry in run.log if len(names) == 2 and names <= entry.keys()]
+        logged = [entry for entry in run.log if len(names) == 2 and all(entry.get(name) is not None for name in names)]
         reward, length = CURVES[stage].get("Reward", ""), CURVES[stage].get("Completion length (tokens)", "")
         steps += [Series(run.name, [(entry[length], entry[reward]) for entry in logged], place)] * bool(logged)
         for step in sorted({sample.step for sample in run.samples})[-1:]:

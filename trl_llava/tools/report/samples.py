@@ -1,11 +1,13 @@
 """The completions that a run wrote at some of its steps, `completions/completions_STEP.parquet`."""
 
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from trl_llava.ppo.samples import FOLDER
 from trl_llava.prompts import message_text
@@ -42,7 +44,7 @@ def read_samples(run: Path, until: int | None = None) -> tuple[list[Sample], lis
         try:
             table = pd.read_parquet(file).rename(columns=_EARLIER_NAMES)
             samples += [_sample(int(match[1]), row) for row in table.to_dict("records")]
-        except (OSError, ValueError, KeyError) as error:  # cut short by a kill, or of another program
+        except (OSError, ValueError, KeyError, TypeError) as error:  # cut short by a kill, or of another program
             problems.append(f"{FOLDER}/{file.name} is left out: it cannot be read ({type(error).__name__})")
     return samples, problems
 
@@ -50,6 +52,8 @@ def read_samples(run: Path, until: int | None = None) -> tuple[list[Sample], lis
 def _sample(step: int, row: dict[str, Any]) -> Sample:
     scores = {name: float(value) for name, value in row.items() if isinstance(value, int | float) and name != "step"}
     images = _listed(row.get("images"))
+    for image in images:
+        Image.open(io.BytesIO(image["bytes"]))  # reads its head
     names = _listed(row.get("image_names")) or [image["path"] for image in images]
     return Sample(
         step=step,
