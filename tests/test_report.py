@@ -307,7 +307,9 @@ def test_a_run_of_an_earlier_version(folder: Path) -> None:
 
 def test_completions_that_trls_grpo_wrote(folder: Path) -> None:
     shown = plain(report(folder / "grpo"))
-    assert "what is it? Image: red.png Captions: red " in shown and "step 2" in shown and "advantage" in shown
+    # TRL 1.12 writes the prompt as the model reads it, later versions its messages.
+    assert re.search(r"what is it\?.{0,20} Image: red\.png Captions: red \d", shown)
+    assert "step 2" in shown and "advantage" in shown
     first, *_, last = [entry["reward"] for entry in history(folder / "grpo") if "reward" in entry]
     assert f"grpo: {charts.number(first)} → {charts.number(last)}" in shown
     assert "no images beside the completions" in shown
