@@ -132,11 +132,10 @@ def _curves(stage: str, runs: Sequence[Run]) -> list[Chart]:
 
 def _reward_and_length(stage: str, runs: Sequence[Run]) -> list[Chart]:
     """Whether longer completions score higher: over the training's steps, and among the last samples."""
-    names = {CURVES[stage].get("Reward"), CURVES[stage].get("Completion length (tokens)")} - {None}
+    reward, length = (CURVES[stage].get(title, "") for title in ("Reward", "Completion length (tokens)"))
     steps, samples = [], []
     for place, run in enumerate(runs):
-        logged = [entry for entry in run.log if len(names) == 2 and all(entry.get(name) is not None for name in names)]
-        reward, length = CURVES[stage].get("Reward", ""), CURVES[stage].get("Completion length (tokens)", "")
+        logged = [entry for entry in run.log if entry.get(reward) is not None and entry.get(length) is not None]
         steps += [Series(run.name, [(entry[length], entry[reward]) for entry in logged], place)] * bool(logged)
         for step in sorted({sample.step for sample in run.samples})[-1:]:
             table = [sample for sample in run.samples if sample.step == step and sample.scores]
