@@ -106,6 +106,7 @@ def test_a_log_is_read_by_the_names_of_its_trainer(stage: str, tmp_path: Path):
         ({"alarm_empty": 10}, "`alarm_empty` is a share from 0 to below 1, found 10"),
         ({"alarm_held_out": 0}, "`alarm_held_out`"),
         ({"alarm_kl": -1}, "`alarm_kl`"),
+        ({"alarm_held_out": float("nan")}, "`alarm_held_out` must be above 0, found nan"),
     ],
 )
 def test_bounds_that_make_no_sense_are_refused(fields: dict[str, Any], message: str, tmp_path: Path):

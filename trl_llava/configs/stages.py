@@ -57,7 +57,7 @@ def require_positive(config: Any, *names: str) -> None:
     """Raises for the first of these fields that is a number and not above zero; None and 'auto' pass."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, int | float) and value <= 0:
+        if isinstance(value, int | float) and not value > 0:  # nan is not
             raise ValueError(f"`{name}` must be above 0, found {value!r}.")
 
 
