@@ -243,6 +243,9 @@ def test_generate_writes_rows_that_are_read_again(adapter: Path, tmp_path: Path,
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     expected = complete(EvaluationModel.load(str(adapter)), load_rows(data, "prompt"))
     assert [line["completion"] for line in lines] == expected
+    before = data.read_bytes()
+    assert cli.main([*words, "--output", str(data)]) == 1
+    assert f"{data} is there already" in capsys.readouterr().err and data.read_bytes() == before
     assert lines[0]["prompt"] == "What is in the picture?"
     assert [line["images"] for line in lines] == [["red.png"], ["blue.png"], [], ["blue.png"]]
     assert lines[3]["captions"] == ["a blue circle"]

@@ -131,10 +131,11 @@ class Judge:
         self.verdicts.parent.mkdir(parents=True, exist_ok=True)
         if not self.verdicts.is_file():
             return {}
-        lines = self.verdicts.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: texts may hold other characters that end a line, as U+2028.
+        lines = self.verdicts.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         # The last line may be cut short where a run was killed; it is asked for anew.
         records = [json.loads(line) for line in lines if line.endswith("}")]
-        if lines and not lines[-1].endswith("}"):
+        if not lines[-1].endswith("}"):
             self.verdicts.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
         return {record["key"]: record["verdict"] for record in records}
 

@@ -4,6 +4,7 @@ import argparse
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
@@ -15,7 +16,7 @@ from trl_llava.data.contract import RowError
 from trl_llava.data.images import load_image
 from trl_llava.data.load import load_rows
 from trl_llava.data.sources import RawRows
-from trl_llava.errors import ExplainedError, InputError
+from trl_llava.errors import ExplainedError, InputError, OccupiedError
 from trl_llava.tools.evaluate.model import Decoding, EvaluationModel
 
 
@@ -50,8 +51,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Read a command line, `~/` expanded, and keep the libraries' bars off the terminal."""
+    """Read a command line, `~/` expanded, and keep the libraries' bars off the terminal.
+
+    An `--output` that is there already, perhaps the data themselves, is an `OccupiedError`.
+    """
     args = argparse.Namespace(**expand_home(vars(parser.parse_args(argv))))
+    if (output := getattr(args, "output", None)) is not None and Path(output).exists():
+        raise OccupiedError(f"{output} is there already, and stays: name another --output, or move it away.")
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     return args
