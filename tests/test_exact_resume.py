@@ -15,11 +15,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from trl_llava.configs.ppo import LlavaPPOConfig
 from trl_llava.configs.recipe import make_parser
 from trl_llava.run.output_dir import NOT_COMPARED, differences
+from trl_llava.stage_run import _keep_to_cpus
 
 TIMED = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 LORA = {"r": 4, "lora_dropout": 0.3, "target_modules": r".*language_model\..*\.(q_proj|v_proj|down_proj)"}
@@ -154,3 +155,12 @@ def test_what_does_change_a_result_is_refused() -> None:
     assert differences(before, now, now) == ["`learning_rate` (2.0 there, 1.0 now)"]
     chooses = {**now, "load_best_model_at_end": True}
     assert differences({**before, **chooses, "save_steps": 1}, chooses, chooses) == ["`save_steps` (1 there, 5 now)"]
+
+
+def test_no_more_loading_processes_than_cpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = TrainingArguments(str(tmp_path), dataloader_num_workers=10_000, use_cpu=True)
+    _keep_to_cpus(args)
+    assert 1 <= args.dataloader_num_workers < 10_000
+    assert f"dataloader_num_workers: {args.dataloader_num_workers} instead of the 10000" in capsys.readouterr().err
+    _keep_to_cpus(args)
+    assert not capsys.readouterr().err

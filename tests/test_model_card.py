@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from trl_llava.publish.card_plots import CURVES, plot_curves
-from trl_llava.publish.model_card import wilson_interval, write_card_of
+from trl_llava.publish.model_card import made_of, wilson_interval, write_card_of
 
 
 def card(folder: Path, stage: str, *, adapter: bool = True, **options: Any) -> tuple[dict[str, Any], str]:
@@ -115,3 +115,8 @@ def test_every_stage_has_curves(tmp_path: Path, stage: str) -> None:
     names = [name for panel in CURVES[stage].values() for name in (panel, f"eval_{panel}")]
     assert plot_curves(stage, [{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)], tmp_path / "a.png")
     assert not plot_curves(stage, [{"step": 1, "lr": 0.1}], tmp_path / "b.png") and not (tmp_path / "b.png").exists()
+
+
+def test_yes_no_is_named_only_where_its_term_is_on() -> None:
+    assert made_of({"yes_no": "both", "kl_coef": 0.1}) == {"kl_coef": 0.1}
+    assert made_of({"yes_no": "both", "correctness_coef": 2.0}) == {"yes_no": "both", "correctness_coef": 2.0}
