@@ -457,6 +457,11 @@ PAIR = {"prompt": ASKED, "chosen": SAID, "rejected": [said("assistant", "")]}
         ("prompt", {"prompt": [said("user", "Hi <audio>")]}, r"prompt\[0\] shows <audio>, which is not supported"),
         ("prompt", {**PROMPT, "photo": "A.JPG"}, "it has no image, but its column photo holds 'A.JPG'"),
         ("prompt", {**PROMPT, "picture": ["a.png"]}, "its column picture holds"),
+        ("prompt", {**PROMPT, "picture": "https://a.b/c.jpg?size=1"}, "its column picture holds"),
+        ("prompt", {**PROMPT, "extra": {"file": "a.heic"}}, "its column extra holds"),
+        ("prompt", {**PROMPT, "image_url": "https://a.b/c"}, "its column image_url holds"),
+        ("preference", {**PAIR, "chosen_image": "b.png"}, "its column chosen_image has images of one completion"),
+        ("sft", {"messages": [*ASKED, {**SAID[0], "masked": True}]}, "is not to be learned"),
         ("prompt", {**PROMPT, "history": [["Hi", "Ho"]]}, "its column history has earlier turns"),
         ("sft", {"messages": [said("user", [{**PICTURE, "text": "Hi"}]), *SAID], "image": "a.png"}, "holds the part"),
         ("prompt", {"prompt": [message("user", PICTURE, "Hi")]}, "messages show 1 image, but it has 0"),
@@ -478,6 +483,14 @@ def test_a_row_that_cannot_be_used_says_why(folder, stage, record, problem, capl
     with caplog.at_level(logging.WARNING, logger="trl_llava.data.load"):
         assert load_rows(path, stage, on_bad_row="skip")["row_name"][:] == ["train.json[0]"]
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("Skipped 1 of 2 rows of train.json: 1 ")
+
+
+def test_content_that_is_empty_is_none(folder):
+    empty = {"tools": "[]", "videos": [None], "audio": "", "history": "{}", "image_url": None}
+    path = written(folder, [{**PROMPT, **empty}, {**PROMPT, "messages": None}])
+    assert len(load_rows(path, "prompt")) == 2
+    rows = [{"messages": [*ASKED, {**SAID[0], "masked": False, "train": True}]}]
+    assert len(load_rows(written(folder, rows), "sft")) == 1
 
 
 def test_skipped_rows_are_counted_by_reason_in_one_line(folder, caplog):

@@ -62,7 +62,7 @@ def read_source(
         if name:
             raise InputError(f"{path} is a file, which has no configuration {name!r}: leave `dataset_config` out.")
         raw = _read_file(path, split)
-    elif path.suffix in (".json", ".jsonl", ".parquet") or str(source).startswith((".", "/", "~")):
+    elif path.suffix.lower() in (".json", ".jsonl", ".parquet") or str(source).startswith((".", "/", "~")):
         raise NotFoundError(f"The data set {source} does not exist. Expected a Hub ID, a file or a folder.")
     else:
         try:
@@ -172,9 +172,9 @@ def _read_folder(folder: Path, name: str | None, split: str) -> RawRows:
 
 
 def _read_file(path: Path, split: str) -> RawRows:
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl"):
         return _read_json(path, split, "train")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return RawRows(load_dataset("parquet", data_files={"train": str(path)}, split=split), path.name)
     raise InputError(f"{path} is no data set that can be read: expected .json, .jsonl or .parquet.")
 

@@ -12,7 +12,10 @@ UNSUPPORTED_COLUMNS = {
     "tools": "tools, which are not supported",
     "history": "earlier turns: write them into `messages`",
     "system_prompt": "the system message: call the column `system`",
-    **dict.fromkeys(("chosen_images", "rejected_images"), "images of one completion: both of a pair see the same"),
+    **dict.fromkeys(
+        ("chosen_image", "chosen_images", "rejected_image", "rejected_images"),
+        "images of one completion: both of a pair see the same",
+    ),
 }
 """Columns of content that no stage reads."""
 
@@ -20,14 +23,19 @@ _ALTERNATIVES = (("conversations", "messages"), ("conversations", "completion"),
 """Columns of which only one would be read."""
 
 _TURN_CONTENT = "image images video videos audio audios tool_calls function_call reasoning_content reasoning thinking"
-_TURN_WEIGHTS = ("weight", "loss", "loss_scale", "train")  # OpenAI's, ms-swift's, axolotl's: 0 is not to be learned
-_PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# OpenAI's, ms-swift's, axolotl's: 0 is not to be learned
+_TURN_WEIGHTS = ("weight", "loss", "loss_scale", "train", "training", "train_on_turn")
+_PICTURES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+)
+_PICTURE_COLUMNS = frozenset({"image_url", "image_urls", "image_path", "image_paths", "image_file"})
+"""Names under which a text is a picture, whatever it ends with."""
 
 
 def refuse_unread(record: dict[str, Any], stage: Stage, row_name: str) -> None:
     """Refuse columns, keys of turns and orders of images that would be passed over."""
     for name in UNSUPPORTED_COLUMNS:
-        if record.get(name):
+        if not _is_empty(record.get(name)):
             problem = f"its column {name} has {UNSUPPORTED_COLUMNS[name]}"
             raise RowError(row_name, problem, "Leave the row out, or drop the column", f"{name} not supported")
     for names in _ALTERNATIVES:
@@ -50,7 +58,8 @@ def refuse_unread(record: dict[str, Any], stage: Stage, row_name: str) -> None:
 def refuse_other_images(record: dict[str, Any], known: Container[str], row_name: str) -> None:
     """Refuse a row without images of which a column that nobody reads holds one."""
     for name, value in record.items():
-        if name not in known and name != "id" and _is_picture(value):
+        shown = _is_picture(value) or (name in _PICTURE_COLUMNS and not _is_empty(value))
+        if name not in known and name != "id" and shown:
             problem = f"it has no image, but its column {name} holds {abridged(value)}"
             raise RowError(row_name, problem, "Call the column `image`, or drop it", "image in another column")
 
@@ -61,8 +70,8 @@ def _check_turn(turn: dict[str, Any], stage: Stage, row_name: str, where: str) -
             problem = f"{where} has {key}, which is not read"
             fix = "Put images into the `images` column of the row, or leave it out"
             raise RowError(row_name, problem, fix, f"{key} in a turn")
-    for key in _TURN_WEIGHTS if stage == "sft" else ():
-        if turn.get(key) is not None and not turn[key]:
+    for key in (*_TURN_WEIGHTS, "masked") if stage == "sft" else ():
+        if turn.get(key) is not None and bool(turn[key]) == (key == "masked"):
             problem = f"{where} is not to be learned ({key}: {turn[key]!r}), which is not read"
             raise RowError(
                 row_name, problem, "Leave the row out, or drop the key to learn the turn", f"{key} in a turn"
@@ -76,9 +85,19 @@ def _image_parts(turn: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield part
 
 
+def _is_empty(value: Any) -> bool:
+    """Also a JSON text without anything in it, and a list of nothing."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return not value or (isinstance(value, list) and all(map(_is_empty, value)))
+
+
 def _is_picture(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_is_picture, value))
     if isinstance(value, dict):
-        return value.keys() == {"bytes", "path"} and any(value.values())
-    return isinstance(value, str) and len(value) < 256 and PurePath(value).suffix.lower() in _PICTURES
+        return (value.keys() == {"bytes", "path"} and any(value.values())) or any(map(_is_picture, value.values()))
+    if not isinstance(value, str) or len(value) >= 256:
+        return False
+    name = value.partition("?")[0].partition("#")[0] if "://" in value else value
+    return PurePath(name).suffix.lower() in _PICTURES

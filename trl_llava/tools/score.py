@@ -18,7 +18,7 @@ from trl_llava.data.sources import json_columns, read_source
 from trl_llava.errors import RecipeError
 from trl_llava.run.atomic_files import write_atomically
 from trl_llava.tools.evaluate.model import Row, question_row
-from trl_llava.tools.evaluate.options import add_data, add_loading, open_image, parse, positive, read_rows
+from trl_llava.tools.evaluate.options import add_data, add_loading, check_free, open_image, parse, positive, read_rows
 from trl_llava.tools.evaluate.scorers import Scorer, load_scorer, loading_config
 
 
@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Prints one number, or writes a line for each row."""
     args = parse(make_parser(), argv)
+    check_free(args.output)
     alone = [name for name in ("image", "question", "answer") if getattr(args, name) is not None]
     if (args.data is None) != (len(alone) == 3) or (args.data and (alone or args.caption)):
         raise RecipeError("score takes --image, --question and --answer for one completion, or --data for many.")

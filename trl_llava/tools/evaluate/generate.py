@@ -22,6 +22,7 @@ from trl_llava.tools.evaluate.options import (
     add_data,
     add_decoding,
     add_loading,
+    check_free,
     decoding_of,
     interruptible,
     limited,
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Writes one line for each row."""
     args = parse(make_parser(), argv)
+    check_free(args.output)
     rows = limited(read_rows(args, args.data), args.limit)
     source = Path(args.data)
     folder = Path(args.image_folder or (source if source.is_dir() else source.parent))

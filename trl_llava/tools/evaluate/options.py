@@ -51,16 +51,17 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Read a command line, `~/` expanded, and keep the libraries' bars off the terminal.
-
-    An `--output` that is there already, perhaps the data themselves, is an `OccupiedError`.
-    """
+    """Read a command line, `~/` expanded, and keep the libraries' bars off the terminal."""
     args = argparse.Namespace(**expand_home(vars(parser.parse_args(argv))))
-    if (output := getattr(args, "output", None)) is not None and Path(output).exists():
-        raise OccupiedError(f"{output} is there already, and stays: name another --output, or move it away.")
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     return args
+
+
+def check_free(output: str | None) -> None:
+    """A file to write that is there already, perhaps the data themselves, is an `OccupiedError`."""
+    if output is not None and Path(output).exists():
+        raise OccupiedError(f"{output} is there already, and stays: name another --output, or move it away.")
 
 
 class Interrupted(ExplainedError):

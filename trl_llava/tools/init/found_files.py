@@ -100,7 +100,7 @@ def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """All files, but for hidden ones and what `init` and the stages write; no link leads back up."""
     above |= {folder.resolve()}
     for path in folder.iterdir():
-        if path.name.startswith(".") or (path.is_dir() and path.name in OWN_FOLDERS):
+        if path.name.startswith(".") or (len(above) == 1 and path.is_dir() and path.name in OWN_FOLDERS):
             continue
         if not path.is_dir():
             yield path

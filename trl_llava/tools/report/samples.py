@@ -37,13 +37,13 @@ class Sample:
 def read_samples(run: Path, until: int | None = None) -> tuple[list[Sample], list[str]]:
     """The samples of a run up to a step, by step and row, and a line for each table that cannot be read."""
     samples, problems = [], []
-    for file in sorted((run / FOLDER).glob("*.parquet")):
-        match = _FILE.fullmatch(file.name)
-        if match is None or (until is not None and int(match[1]) > until):
+    found = [(_FILE.fullmatch(file.name), file) for file in (run / FOLDER).glob("*.parquet")]
+    for step, file in sorted((int(match[1]), file) for match, file in found if match is not None):
+        if until is not None and step > until:
             continue
         try:
             table = pd.read_parquet(file).rename(columns=_EARLIER_NAMES)
-            samples += [_sample(int(match[1]), row) for row in table.to_dict("records")]
+            samples += [_sample(step, row) for row in table.to_dict("records")]
         except (OSError, ValueError, KeyError, TypeError) as error:  # cut short by a kill, or of another program
             problems.append(f"{FOLDER}/{file.name} is left out: it cannot be read ({type(error).__name__})")
     return samples, problems
