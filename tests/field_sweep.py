@@ -101,6 +101,7 @@ class Sweep:
     def run(self) -> None:
         """Parse each value, then run those that the parser lets pass."""
         waiting = []
+        assert self._train({}) == ("ran", "")
         for name, value in self.tries():
             said = self._parse({name: value})
             if said is not None:
@@ -158,7 +159,7 @@ class Sweep:
         if self.stage == "ppo":
             recipe |= {"response_length": 4, "value_init": "policy", "num_sample_generations": 0}
         if self.stage in ("grpo", "rloo"):
-            recipe |= {"num_generations": 2, "max_completion_length": 4}
+            recipe |= {"num_generations": 2, "max_completion_length": 4, "dataset_train_split": "train[:2]"}
         return recipe
 
     def _parse(self, values: dict[str, Any]) -> tuple[str, str] | None:

@@ -493,6 +493,23 @@ def test_content_that_is_empty_is_none(folder):
     assert len(load_rows(written(folder, rows), "sft")) == 1
 
 
+@pytest.mark.parametrize(
+    ("stage", "record"),
+    [
+        ("sft", {**SFT, "image": "A" * 9000, "conversations": turns("<image>", "Ho")}),
+        ("sft", {"messages": [said("A" * 9000, "Hi")]}),
+        ("sft", {**SFT, "row_name": "A" * 9000, "conversations": "Hi"}),
+        ("sft", {"prompt": "Hi", **{f"column {i}": i for i in range(900)}}),
+        ("preference", preference(preference="A" * 9000)),
+        ("prompt", {**PROMPT, "answer_type": "A" * 9000}),
+    ],
+)
+def test_an_error_is_short_whatever_the_row_holds(folder, stage, record):
+    with pytest.raises(RowError) as caught:
+        load_rows(written(folder, [record]), stage)
+    assert len(str(caught.value)) < 1200
+
+
 def test_skipped_rows_are_counted_by_reason_in_one_line(folder, caplog):
     Image.effect_noise((64, 64), 90).save(folder / "cut.png")
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
@@ -544,6 +561,29 @@ def test_what_json_can_write_and_no_row_can_hold(folder, line, problem):
         load_rows(folder / "a.jsonl", "prompt")
     rows = load_rows(folder / "a.jsonl", "prompt", on_bad_row="skip")
     assert rows["id"][:] == [str(2**70)] and rows["smile"][:] == ["\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "indent"),
+    [
+        ("bom.json", "utf-8-sig", None),
+        ("bom.jsonl", "utf-8-sig", None),
+        ("windows.jsonl", "utf-16", None),
+        ("windows.json", "utf-16", 2),
+        ("pretty.jsonl", "utf-8", 2),
+        ("SHOUTED.JSON", "utf-8", 2),
+    ],
+)
+def test_files_as_other_programs_write_them(folder, name, encoding, indent):
+    records = [{"prompt": "Schön?\u2028 }{"}, {"prompt": "Ja?"}]
+    texts = [json.dumps(record, ensure_ascii=False, indent=indent) for record in records]
+    text = "\n".join(texts) if name.endswith("l") else f"[{','.join(texts)}]"
+    (folder / name).write_text(text, encoding=encoding)
+    asked = [row["prompt"][0]["content"][0]["text"] for row in load_rows(folder / name, "prompt")]
+    assert asked == ["Schön?\u2028 }{", "Ja?"]
+    if indent:
+        (folder / name).write_text(texts[0], encoding=encoding)  # one object alone
+        assert len(load_rows(folder / name, "prompt")) == 1
 
 
 def test_a_file_in_another_encoding_is_an_error(folder):

@@ -160,6 +160,8 @@ def _load_rewards(args: Any, model_args: LlavaModelConfig) -> list[RewardFunctio
             return length_term(completion_ids, response_length=limit, coef=coef, **columns)
 
         rewards.append(length)
+    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
+        raise RecipeError(f"`reward_weights` has {len(args.reward_weights)} entries for {len(rewards)} rewards.")
     if not rewards:
         raise RecipeError("nothing to learn from: set `reward_model_path`, `reward_funcs` or `length_coef`.")
     return rewards

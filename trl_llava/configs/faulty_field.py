@@ -55,4 +55,4 @@ def _quotes(text: str, value: Any) -> bool:
     if isinstance(value, (dict, list)):
         return any(_quotes(text, entry) for entry in value)
     telling = len(value) > 3 if isinstance(value, str) else isinstance(value, (int, float)) and value < 0
-    return telling and re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.])", text) is not None
+    return telling and re.search(rf"(?<![\w.]){re.escape(str(value))}(?!\w|\.\d)", text) is not None

@@ -6,7 +6,9 @@ from typing import Any
 _RANGES = {
     "be above 0": (
         lambda value: value > 0,
-        "adam_epsilon dataset_num_proc eval_accumulation_steps eval_steps logging_steps lora_alpha save_steps",
+        "adam_epsilon dataset_num_proc eval_accumulation_steps eval_steps generation_batch_size logging_steps "
+        "lora_alpha max_completion_length num_generations num_iterations repetition_penalty save_steps "
+        "steps_per_generation",
     ),
     "not be negative": (
         lambda value: value >= 0,
@@ -15,7 +17,7 @@ _RANGES = {
     ),
     "be from 0 to 1": (
         lambda value: 0 <= value <= 1,
-        "adam_beta1 adam_beta2 gamma label_smoothing_factor lam lora_dropout warmup_ratio",
+        "adam_beta1 adam_beta2 gamma label_smoothing_factor lam lora_dropout top_entropy_quantile warmup_ratio",
     ),
     "be from 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, "caption_seed data_seed seed"),  # as NumPy takes them
 }
@@ -38,6 +40,10 @@ def beyond_limits(values: Mapping[str, Any]) -> str | None:
             return f"`{name}` must be a mapping, found {value!r}"
     if any("=" not in part for part in (values.get("optim_args") or "=").replace(" ", "").split(",")):
         return f"`optim_args` must be like `name=value,name=value`, found {values['optim_args']!r}"
+    if values.get("num_generations", 2) is None:
+        return "`num_generations` must be a number of 2 or more"
+    if values.get("importance_sampling_level", "token") not in ("token", "sequence"):
+        return f"`importance_sampling_level` must be token or sequence, found {values['importance_sampling_level']!r}"
     if values.get("model_init_kwargs"):
         return "`model_init_kwargs` is not read: set `dtype`, `attn_implementation` and the like"
     return None

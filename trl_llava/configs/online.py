@@ -43,6 +43,9 @@ class OnlineArguments(AlarmOptions):
             "with images encoded before the update; `trl-llava ppo` has `use_vllm`"
         )
         refuse(self, {"use_vllm": (False, reason)})
+        for name in ("use_transformers_paged", "use_transformers_continuous_batching"):
+            if getattr(self, name, False):
+                raise ValueError(f"`{name}` must stay False: it generates without images.")
         split_fields(self, reward_model_path="reward_model_revision")
         require_positive(self, "reward_batch_size", "max_prompt_length", "dataset_num_proc")
         check_alarms(self)

@@ -69,13 +69,19 @@ class RowError(InputError):
                 raise TypeError("RowError needs a row's name, the problem and the fix")
             row_name, _, stated = text.removesuffix(".").partition(": ")
             problem, _, fix = stated.rpartition(". ")
-        self.row_name = row_name
-        self.problem = problem
+        self.row_name = _shortened(row_name, 200)
+        self.problem = _shortened(problem, 600)
         self.fix = fix
         self.reason = reason or problem
 
     def __str__(self) -> str:
         return f"{self.row_name}: {self.problem}. {self.fix}."
+
+
+def _shortened(text: str, most: int) -> str:
+    """A text without its middle where it is longer: whatever a row holds, a base64 image or a book, may be quoted."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def names_or_numbers(names: Sequence[str] | None, rows: int) -> list[str]:

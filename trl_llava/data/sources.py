@@ -195,13 +195,13 @@ def _read_json(path: Path, split: str, splitname: str) -> RawRows:
 
 def _json_texts(path: Path) -> Iterator[str]:
     """Yield the records of a JSON list or of JSON lines, whatever the file is called."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_encoding(path)) as file:
         start = file.read(1)
         while start.isspace():
             start = file.read(1)
         file.seek(0)
         if start != "[":
-            yield from (line for line in file if line.strip())
+            yield from _objects([line for line in file if line.strip()])
             return
         try:
             records = json.load(file)
@@ -209,6 +209,35 @@ def _json_texts(path: Path) -> Iterator[str]:
             expected = "Expected a list of records, or one on each line."
             raise InputError(f"{path} is not JSON ({error}). {expected}") from error
     yield from (json.dumps(record) for record in records)
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or what Windows writes with a mark at the front."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _objects(lines: list[str]) -> list[str]:
+    """The lines, or the objects that run over several of them; what is neither is said line by line."""
+    if not lines or _is_json(lines[0]):
+        return lines
+    text, found, at = "".join(lines).strip(), [], 0
+    while at < len(text):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return lines
+        found.append(text[at:end])
+        at = next((i for i in range(end, len(text)) if not text[i].isspace()), len(text))
+    return found
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _named_as_image(text: str) -> str:
