@@ -21,7 +21,10 @@ _RANGES = {
     ),
     "be from 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, "caption_seed data_seed seed"),  # as NumPy takes them
 }
-_MAPPINGS = "activation_checkpointing_kwargs gradient_checkpointing_kwargs lr_scheduler_kwargs generation_kwargs"
+_MAPPINGS = (
+    "activation_checkpointing_kwargs chat_template_kwargs generation_kwargs gradient_checkpointing_kwargs "
+    "lr_scheduler_kwargs"
+)
 
 
 def beyond_limits(values: Mapping[str, Any]) -> str | None:
