@@ -1,6 +1,7 @@
 """`from trl_llava import ...`: the public names, imported when they are first used."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -34,19 +35,13 @@ def test_a_name_that_is_not_there() -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the wheel holds."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(ROOT),
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(folder),
-    ]
-    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    source = folder / "source"  # a build leaves files in its tree, and takes what an earlier one has left
+    for name in ("trl_llava", "recipes", "accelerate_configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = ["pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", *build], check=True, capture_output=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
