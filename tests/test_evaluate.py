@@ -346,7 +346,7 @@ def test_the_table_says_of_how_many_questions_a_number_is_and_why_there_is_none(
     ("changes", "said"),
     [
         (["--tasks", "pop"], "there is no task 'pop'"),
-        (["--tasks", "pope"], "pope needs lmms-eval, which is not installed: `pip install trl-llava[eval]`"),
+        (["--tasks", "pope"], "pope needs lmms-eval, which is not installed: `pip install -e "),
         (["--tasks", "nowhere.jsonl"], "The data set nowhere.jsonl does not exist"),
         (["--model", "MODEL"], "a model is named twice"),
         (["--model", "EMPTY"], "holds no model"),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from trl_llava.configs.reward import LlavaRewardConfig
     from trl_llava.configs.sft import LlavaSFTConfig
     from trl_llava.data.load import load_rows
+    from trl_llava.data.trl_rows import as_trl_reads
     from trl_llava.ppo_trainer import LlavaPPOTrainer
     from trl_llava.reward_trainer import LlavaRewardTrainer
     from trl_llava.rewards.factual_reward import FactualReward
@@ -23,6 +24,7 @@ __all__ = [
     "LlavaRewardTrainer",
     "LlavaSFTConfig",
     "LlavaSFTTrainer",
+    "as_trl_reads",
     "load_rows",
 ]
 _HOMES = {
@@ -33,6 +35,7 @@ _HOMES = {
     "LlavaRewardTrainer": "trl_llava.reward_trainer",
     "LlavaSFTConfig": "trl_llava.configs.sft",
     "LlavaSFTTrainer": "trl_llava.sft_trainer",
+    "as_trl_reads": "trl_llava.data.trl_rows",
     "load_rows": "trl_llava.data.load",
 }
 

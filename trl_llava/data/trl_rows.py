@@ -18,10 +18,22 @@ def as_trl_reads(rows: Dataset, *, one_image: bool = False) -> Dataset:
     in one data set, which those trainers cannot encode in one batch, are a `RowError`; with `one_image` so is a row
     that has several.
 
-    >>> part = {"type": "image", "text": None}
-    >>> row = {"row_name": "a[0]", "images": [], "prompt": [{"role": "user", "content": [part]}]}
-    >>> as_trl_reads(Dataset.from_list([row]))[0]["prompt"]
-    [{'role': 'user', 'content': [{'type': 'image'}]}]
+    Args:
+        rows: What `load_rows(..., "prompt")` gives.
+        one_image: Refuse rows with several images.
+
+    Returns:
+        The rows with `prompt` as messages and `images` decoded, each when it is read.
+
+    Raises:
+        RowError: If the rows do not go together.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> part = {"type": "image", "text": None}
+        >>> row = {"row_name": "a[0]", "images": [], "prompt": [{"role": "user", "content": [part]}]}
+        >>> as_trl_reads(Dataset.from_list([row]))[0]["prompt"]
+        [{'role': 'user', 'content': [{'type': 'image'}]}]
     """
     has_images: bool | None = None
     start = 0

@@ -117,8 +117,8 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
 def _benchmark(args: argparse.Namespace, name: str) -> Task:
     if importlib.util.find_spec("lmms_eval") is None:
         raise MissingPackageError(
-            f"{name} needs lmms-eval, which is not installed: `pip install trl-llava[eval]`, in an environment of its "
-            "own (docs/evaluation.md)."
+            f'{name} needs lmms-eval, which is not installed: `pip install -e ".[eval]"` in a checkout, into an '
+            "environment of its own (docs/evaluation.md)."
         )
     from trl_llava.tools.evaluate.benchmarks import LmmsTask
 
