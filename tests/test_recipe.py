@@ -238,3 +238,9 @@ def test_a_field_that_upstream_does_not_name_is_found(tmp_path, fields, problem)
     with pytest.raises(RecipeError, match=re.escape(problem)) as caught:
         make_parser("sft").parse(["--config", str(write(tmp_path, use_cpu=True, bf16=False, **fields))])
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(RecipeError, match=r"photo\.png is no recipe: it is not text in UTF-8"):
+        make_parser("sft").check(["--config", str(tmp_path / "photo.png")])

@@ -264,6 +264,8 @@ def read_recipe(path: str) -> dict[str, Any]:
         recipe = yaml.load(find_shipped(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is no recipe: it is not text in UTF-8.") from error
     except (yaml.YAMLError, RecipeError) as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(recipe, dict):
