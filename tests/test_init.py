@@ -114,7 +114,7 @@ def test_links_that_lead_back_up_are_not_followed(tmp_path: Path, tiny_llava_dir
     for name in ("self", "again"):
         (tmp_path / "mine" / name).symlink_to(tmp_path / "mine")
     init(tmp_path / "mine", tiny_llava_dir)
-    assert "mine: 8 images, 1 files of rows" in capsys.readouterr().out
+    assert "mine: 8 images, 1 file of rows" in capsys.readouterr().out
 
 
 def test_sizes_count_the_rows_that_can_be_used(tmp_path: Path, tiny_llava_dir: Path) -> None:
@@ -125,6 +125,16 @@ def test_sizes_count_the_rows_that_can_be_used(tmp_path: Path, tiny_llava_dir: P
     recipe = init(tmp_path / "mine", tiny_llava_dir)["ppo"]
     assert "test_split_size" not in recipe
     assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 2
+
+
+def test_a_file_with_next_to_nothing_is_not_chosen_because_it_was_made_for_a_stage(
+    tmp_path: Path, tiny_llava_dir: Path
+) -> None:
+    records = photos(tmp_path / "mine", 24)
+    write(tmp_path / "mine" / "pairs.jsonl", records)
+    (answer,) = [{"images": row["images"], "prompt": "Hi", "completion": row["chosen"]} for row in records[:1]]
+    write(tmp_path / "mine" / "answers.jsonl", [answer, {**answer, "images": ["lost.jpg"]}])
+    assert init(tmp_path / "mine", tiny_llava_dir)["sft"]["dataset_name"] == str(tmp_path / "mine" / "pairs.jsonl")
 
 
 def test_without_preferences_it_says_what_is_missing(tmp_path: Path, tiny_llava_dir: Path, capsys: Any) -> None:

@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
             )
     found = look_into(options.folder)
     chosen = choose_rows(found)
+    if "reward" not in chosen and options.reward_model is None:
+        chosen.pop("ppo", None)
     _print_found(found, chosen)
     memory, hardware = _hardware(options.gpu_memory)
     values, processor, problem = model_values(options.base, memory is None)
@@ -114,28 +116,37 @@ def _drafted(recipes: Mapping[str, Recipe], values: Values, memory: float | None
     return said
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + "s" * (number != 1)
+
+
 def _print_found(found: Found, chosen: Mapping[str, RowFile]) -> None:
-    print(f"{found.folder}: {len(found.images)} images, {len(found.files)} files of rows")
+    print(f"{found.folder}: {_count(len(found.images), 'image')}, {_count(len(found.files), 'file')} of rows")
     used = {file.name: [stage for stage, other in chosen.items() if other is file] for file in found.files}
     for file in found.files:
         reads = ", ".join(text for stage, text in READ_AS.items() if stage in file.usable)
         captions = {"own": "; with captions", "joined": "; captions from the file", None: ""}[file.captions]
         images = f"; images of {file.image_folder.relative_to(found.folder)}" if file.image_folder is not None else ""
         into = ", ".join(used[file.name]) or "not used"
-        print(f"  {file.name}: {file.rows} rows: {reads}{captions}{images} -> {into}")
+        print(f"  {file.name}: {_count(file.rows, 'row')}: {reads}{captions}{images} -> {into}")
         looked_at = min(file.rows, LOOKED_AT)
+        problems: dict[str, list[str]] = {}
         for stage, usable in file.usable.items():
             if usable < looked_at and used[file.name]:
-                few = f"{looked_at - usable} of the first {looked_at} rows"
-                print(f"    {few} are no {READ_AS[stage]}: {file.problems[stage]}")
+                said = f"{looked_at - usable} of the first {looked_at} rows are no %s: {file.problems[stage]}"
+                problems.setdefault(said, []).append(READ_AS[stage])
+        for said, names in problems.items():
+            print(f"    {said % ', '.join(names)}")
     if found.captions_file is not None:
-        print(f"  {found.captions_file.relative_to(found.folder)}: captions of {found.captioned_images} images")
+        print(
+            f"  {found.captions_file.relative_to(found.folder)}: captions of {_count(found.captioned_images, 'image')}"
+        )
     for reason in found.left_out:
         print(f"  not used: {reason}")
 
 
 def _print_written(recipes: Mapping[str, Recipe], chosen: Mapping[str, RowFile], said: Sequence[str]) -> None:
-    for line in said:
+    for line in dict.fromkeys(said):
         print(f"- {line}")
     if "sft" not in chosen:
         print("- no completions, so no sft.yaml: PPO starts from the base itself")
@@ -147,7 +158,7 @@ def _print_written(recipes: Mapping[str, Recipe], chosen: Mapping[str, RowFile],
     for recipe in recipes.values():
         values = recipe.values
         step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-        print(f"wrote {recipe.path}: {recipe.steps} steps of {step} rows")
+        print(f"wrote {recipe.path}: {_count(recipe.steps, 'step')} of {_count(step, 'row')}")
     four_bit = any(recipe.values.get("load_in_4bit") for recipe in recipes.values())
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         print("4 bits need bitsandbytes: pip install 'trl-llava[qlora]'")

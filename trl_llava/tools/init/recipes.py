@@ -74,7 +74,16 @@ def choose_rows(found: Found) -> dict[str, RowFile]:
     pairs = [file for file in files if "preference" in file.usable]
     prompts = [file for file in files if "prompt" in file.usable]
     if sft:
-        chosen["sft"] = max(sft, key=lambda file: ("preference" not in file.usable, file.rows))
+        # A file without preferences was made for it, unless it has next to nothing that can be used.
+        most = max(file.rows_for("sft") for file in sft)
+        chosen["sft"] = max(
+            sft,
+            key=lambda file: (
+                10 * file.rows_for("sft") >= most,
+                "preference" not in file.usable,
+                file.rows_for("sft"),
+            ),
+        )
     if pairs:
         chosen["reward"] = max(pairs, key=lambda file: (file.captions is not None, file.rows))
     if prompts:

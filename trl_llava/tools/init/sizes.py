@@ -74,7 +74,8 @@ def measure(recipe: Recipe, model: Values, *, require_captions: bool) -> list[st
         check.require_captions = check.require_captions or require_captions
         report = check_source(check, check.sources[0])
     if check.failures:
-        raise InputError(f"{recipe.rows.name}: {check.failures[0]}")
+        first = next((f"; first {text}" for text in report.examples.values()), "")
+        raise InputError(f"{recipe.rows.name}: {check.failures[0]}{first}")
     said = []
     if bad := sum(report.reasons.values()):
         recipe.set(on_bad_row="skip")
