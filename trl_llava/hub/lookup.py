@@ -45,7 +45,7 @@ def not_found(field: str, name: str, revision: str | None, error: Exception) -> 
     """The message for a model that neither a folder nor the Hub nor the cache has."""
     if Path(name).is_dir():
         return f"{field}: cannot load '{name}'. The cause: {first_line(error)}"
-    if name.startswith(("/", "./", "../", "~")):
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:  # no ID on the Hub
         return f"{field}: cannot load '{name}': there is no such folder"
     at = f" (revision {revision})" if revision else ""
     return (
