@@ -7,8 +7,8 @@ _RANGES = {
     "be above 0": (
         lambda value: value > 0,
         "adam_epsilon dataset_num_proc eval_accumulation_steps eval_steps generation_batch_size logging_steps "
-        "lora_alpha max_completion_length num_generations num_iterations repetition_penalty save_steps "
-        "steps_per_generation",
+        "lora_alpha max_completion_length num_generations num_iterations per_device_train_batch_size "
+        "repetition_penalty save_steps steps_per_generation",
     ),
     "not be negative": (
         lambda value: value >= 0,
