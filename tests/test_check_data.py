@@ -149,7 +149,7 @@ def test_what_makes_a_run_fail(files: Published, reports: list[Any], capsys: pyt
 
     assert run(files.recipe("sft", max_length=120)) == 1
     assert 0 < reports[0].over_limit < 100
-    assert "more tokens than max_length=120" in capsys.readouterr().out
+    assert "are too long: max_length allows 120 tokens" in capsys.readouterr().out
     assert run(files.recipe("sft", max_length=120, overlong="drop")) == 0
     assert run(files.recipe("sft", max_length=20, overlong="drop")) == 1
     assert run(files.recipe("sft", dataset_name=f"{files.folder}/none.json")) == 1

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl_llava.data.token_kinds import kinds_name, kinds_of
 from trl_llava.data.trl_rows import as_trl_reads
 from trl_llava.errors import RecipeError
 from trl_llava.models.families import family_of_processor
+from trl_llava.models.longest_row import positions_of
 from trl_llava.models.model_inputs import COUNTS
 from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.ppo.generation import suppressed_tokens
@@ -107,12 +109,12 @@ def run_online(stage: str, trainer_class: type[Trainer], args: Sequence[str] | N
     one_image = _allows_one_image_only(processor, trainer_class)
     rewards = _load_rewards(training_args, model_args)
     collator = PromptCollator(processor, training_args.max_prompt_length)
-    splits = run.load_rows("prompt", require_captions=needs_captions(rewards))
+    room = training_args.max_completion_length or 0
+    positions = positions_of(model_args.model_name_or_path, room=room, revision=model_args.model_revision)
+    fit = partial(drop_overlong, collator=collator, overlong=training_args.overlong, positions=positions)
     train_rows, eval_rows = (
-        None
-        if rows is None
-        else as_trl_reads(drop_overlong(rows, collator, training_args.overlong), one_image=one_image)
-        for rows in splits
+        None if rows is None else as_trl_reads(fit(rows), one_image=one_image)
+        for rows in run.load_rows("prompt", require_captions=needs_captions(rewards))
     )
     set_seed(training_args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter
     model, peft_config = load_policy_start(model_args)

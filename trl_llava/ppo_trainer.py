@@ -38,6 +38,7 @@ from trl_llava.models.chunked_head import Sampling
 from trl_llava.models.families import family_of
 from trl_llava.models.gpu_kernels import apply_liger
 from trl_llava.models.image_features import encode_images, same_vision
+from trl_llava.models.longest_row import positions_of
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.models.own_processor import own_processor
 from trl_llava.models.vision_tower import trains_vision
@@ -166,9 +167,10 @@ class LlavaPPOTrainer(PPOCheckpoints, PushesSafely, _BaseTrainer):
         captions = needs_captions(self.scorer.reward_funcs)
         collator = data_collator or PromptCollator(processing_class, max_prompt_length=args.max_prompt_length)
         read = {"require_captions": captions, "captions_column": captions_column}
-        train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, **read)
+        positions = positions_of(model, room=args.response_length)
+        train_dataset = prompt_rows(train_dataset, "train_dataset", collator, args, positions, **read)
         if eval_dataset is not None:
-            eval_dataset = prompt_rows(eval_dataset, "eval_dataset", collator, args, **read)
+            eval_dataset = prompt_rows(eval_dataset, "eval_dataset", collator, args, positions, **read)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         if ref_model is None and not isinstance(model, PeftModel):

@@ -19,6 +19,7 @@ from trl_llava.health import FiniteSteps
 from trl_llava.models.base_model import base_of
 from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.gpu_kernels import check_liger_knows
+from trl_llava.models.longest_row import positions_of
 from trl_llava.models.own_processor import own_processor
 from trl_llava.models.sequence_classification import ImageTextForSequenceClassification
 from trl_llava.models.sharded_weights import shard_by_layers
@@ -103,6 +104,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
             judging_prompt = replace(said, with_captions=any(train_dataset["captions"])) if plain else said
         self.judging_prompt: JudgingPrompt | None = judging_prompt
         # TRL prepares the data sets from within its `__init__`, so the collator has to be there before.
+        self._positions = positions_of(model, revision=(args.model_init_kwargs or {}).get("revision"))
         self.preference_collator = kwargs.pop("data_collator", None) or PreferenceCollator(
             processing_class,
             max_length=args.max_length,
@@ -145,7 +147,7 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
         # TRL would tokenise the pairs here, without their images.
         shows_captions = self.judging_prompt is not None and self.judging_prompt.with_captions
         rows = rows_from(dataset, "preference", name=dataset_name, require_captions=shows_captions)
-        return drop_overlong(rows, self.preference_collator, args.overlong)
+        return drop_overlong(rows, self.preference_collator, args.overlong, positions=self._positions)
 
     def _set_signature_columns_if_needed(self) -> None:
         # `None` until transformers asks for the first time.

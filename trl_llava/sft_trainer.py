@@ -14,6 +14,7 @@ from trl_llava.data.load import rows_from
 from trl_llava.health import FiniteSteps
 from trl_llava.models.blank_image import encode_on_every_process
 from trl_llava.models.gpu_kernels import check_liger_knows
+from trl_llava.models.longest_row import positions_of
 from trl_llava.models.own_processor import own_processor
 from trl_llava.models.sharded_weights import shard_by_layers
 from trl_llava.publish.trainer import PushesSafely
@@ -80,8 +81,11 @@ class LlavaSFTTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, SFTTrainer):
         upstream_args = copy.copy(args)
         upstream_args.assistant_only_loss = False
 
+        positions = positions_of(model, revision=(args.model_init_kwargs or {}).get("revision"))
+
         def prepare(dataset: Dataset, name: str) -> Dataset:
-            return drop_overlong(rows_from(dataset, "sft", name=name, rating=rating), collator, args.overlong)
+            rows = rows_from(dataset, "sft", name=name, rating=rating)
+            return drop_overlong(rows, collator, args.overlong, positions=positions)
 
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset, f"eval_dataset[{name}]") for name, dataset in eval_dataset.items()}

@@ -13,6 +13,7 @@ from trl import DPOTrainer
 
 from trl_llava.data.lengths import drop_overlong
 from trl_llava.data.preference_collators import DPOCollator
+from trl_llava.models.longest_row import positions_of
 from trl_llava.models.starts import load_policy_start, load_recipe_processor
 from trl_llava.publish.trainer import PushesSafely
 from trl_llava.run.console import run_as_program
@@ -33,9 +34,10 @@ def main(args: Sequence[str] | None = None) -> DPOTrainer:
     training_args, model_args = run.training_args, run.model_args
     processor = load_recipe_processor(model_args, training_args.chat_template_path)
     collator = DPOCollator(processor, training_args.max_length, training_args.pad_to_multiple_of)
-    splits = run.load_rows("preference")
+    positions = positions_of(model_args.model_name_or_path, revision=model_args.model_revision)
     train_rows, eval_rows = (
-        None if rows is None else drop_overlong(rows, collator, training_args.overlong) for rows in splits
+        None if rows is None else drop_overlong(rows, collator, training_args.overlong, positions=positions)
+        for rows in run.load_rows("preference")
     )
     training_args.remove_unused_columns = False  # the collator names rows in its errors
     set_seed(training_args.seed)  # TRL seeds only after it has drawn the weights of a fresh adapter

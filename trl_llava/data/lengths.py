@@ -19,18 +19,24 @@ logger = logging.getLogger(__name__)
 
 
 def drop_overlong(
-    dataset: Dataset, collator: RowCollator | Any, overlong: Literal["error", "drop"], *, num_proc: int | None = None
+    dataset: Dataset,
+    collator: RowCollator | Any,
+    overlong: Literal["error", "drop"],
+    *,
+    positions: int | None = None,
+    num_proc: int | None = None,
 ) -> Dataset:
     """Refuse (`error`) or leave out (`drop`), with a word in the log, rows that are longer than the collator allows.
 
-    A collator of another kind checks its own limits, and the data set is returned as it is.
+    So are rows longer than `positions`, those that the model has for them. A collator of another kind checks its own
+    limits, and the data set is returned as it is.
     """
     if overlong not in ("error", "drop"):
         raise InputError(f"overlong is {overlong!r}, expected `error` or `drop`.")
     option = getattr(collator, "limit", "")
     if option:
         say_if_moved(dataset, collator.processor)
-    limit = getattr(collator, option, None) if option else None
+    limit, allowed = length_limit(collator, positions)
     if limit is None or not len(dataset):
         return dataset
     lengths = dataset.map(
@@ -49,14 +55,24 @@ def drop_overlong(
         return dataset
     if overlong == "error" or not kept:
         first = next(i for i, length in enumerate(lengths) if length > limit)
-        fix = f"Raise {option}" + (" or set overlong to `drop` to leave such rows out" if kept else "")
+        fix = "Leave the row out" if limit == positions else f"Raise {option}"
+        fix += " or set overlong to `drop` to leave such rows out" if kept else ""
         raise RowError(
             dataset[first]["row_name"],
-            f"it has {lengths[first]} tokens, {option} allows {limit} ({dropped} of {len(dataset)} rows are too long)",
+            f"it has {lengths[first]} tokens, {allowed} ({dropped} of {len(dataset)} rows are too long)",
             f"{fix}; rows are never cut",
         )
-    logger.warning("Dropped %d of %d rows: longer than %s=%d tokens.", dropped, len(dataset), option, limit)
+    logger.warning("Dropped %d of %d rows, which are too long: %s tokens.", dropped, len(dataset), allowed)
     return dataset.select(kept)
+
+
+def length_limit(collator: RowCollator | Any, positions: int | None) -> tuple[int | None, str]:
+    """Most tokens of a row, by the collator's own limit or the model's positions, and what says so."""
+    option = getattr(collator, "limit", "")
+    limit = getattr(collator, option, None) if option else None
+    if option and positions is not None and (limit is None or positions < limit):
+        return positions, f"the model has positions for {positions}"
+    return limit, f"{option} allows {limit}"
 
 
 class LengthMeter:

@@ -47,18 +47,21 @@ def sample_batch(rows: Sequence[dict[str, Any]], collator: PromptCollator) -> di
     return {**collator(rows), "image_names": [[image_name(ref) for ref in row["images"]] for row in rows]}
 
 
-def prompt_rows(dataset: Dataset, name: str, collator: PromptCollator, args: LlavaPPOConfig, **read: Any) -> Dataset:
+def prompt_rows(
+    dataset: Dataset, name: str, collator: PromptCollator, args: LlavaPPOConfig, positions: int | None, **read: Any
+) -> Dataset:
     """The rows that a run can train on, checked before its first step; `name` is what errors call the data set.
 
-    `read` are the options of `rows_from`. A row is refused that cannot be used, has no captions where a reward needs
-    them, or has images that vLLM, where it generates, would process otherwise than the policy does.
+    `positions` are those that the policy has for a prompt, `read` the options of `rows_from`. A row is refused that
+    cannot be used, is longer than them, has no captions where a reward needs them, or has images that vLLM, where it
+    generates, would process otherwise than the policy does.
     """
     rows = rows_from(dataset, "prompt", name=name, **read)
     if args.use_vllm and counts_images(collator.processor):
         # LLaVA-OneVision's processor cuts an image into tiles where it is the only one of its row; vLLM cuts up each.
         for row in rows.select_columns(["row_name", "images"]):
             check_one_image(row["images"], row["row_name"], "vLLM")
-    return drop_overlong(rows, collator, args.overlong)
+    return drop_overlong(rows, collator, args.overlong, positions=positions)
 
 
 def rollout_loader(

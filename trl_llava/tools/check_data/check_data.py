@@ -25,7 +25,7 @@ from trl_llava.data.collators import PromptCollator, SFTCollator
 from trl_llava.data.contract import NO_CAPTIONS, TIE, Stage
 from trl_llava.data.image_places import moves_images
 from trl_llava.data.images import set_limits
-from trl_llava.data.lengths import LengthMeter
+from trl_llava.data.lengths import LengthMeter, length_limit
 from trl_llava.data.preference_collators import DPOCollator, PreferenceCollator
 from trl_llava.data.row_maker import RowMaker
 from trl_llava.data.sources import RawRows, read_source
@@ -34,6 +34,7 @@ from trl_llava.errors import NotFoundError, RecipeError
 from trl_llava.hub.lookup import check_there
 from trl_llava.hub.names import split_revision
 from trl_llava.models.families import family_of_processor
+from trl_llava.models.longest_row import positions_of
 from trl_llava.models.model_inputs import counts_images
 from trl_llava.models.starts import load_recipe_processor
 from trl_llava.ppo.roles import load_policy_processor
@@ -62,6 +63,7 @@ class Check:
     sources: list[DatasetConfig]  # the one for evaluation last
     train_sources: int  # how many of them are trained on
     collator: Any  # makes the batches of the run; knows processor and limit
+    positions: int | None  # that the model has for a row, where its config says it
     require_captions: bool  # False also where the reward model is not there yet
     one_image_for: str | None  # who reads a row's images one by one, so that a run refuses rows with several
     test_split_size: float | None
@@ -145,6 +147,7 @@ def prepare(stage: str, words: list[str], processor_name: str | None = None, sam
         sources=[*sources, *([eval_source] if eval_source else [])],
         train_sources=len(sources),
         collator=_make_collator(stage, args, processor),
+        positions=_positions(processor_name, args, model_args),
         require_captions=_require_captions(stage, args),
         one_image_for=_one_image_for(stage, args, processor),
         test_split_size=mixture.test_split_size,
@@ -152,6 +155,13 @@ def prepare(stage: str, words: list[str], processor_name: str | None = None, sam
         failures=missing if processor_name is None else [],
         notes=missing if processor_name is not None else [],
     )
+
+
+def _positions(processor_name: str | None, args: Any, model_args: LlavaModelConfig) -> int | None:
+    name = processor_name or getattr(args, "sft_model_path", None) or model_args.model_name_or_path
+    room = getattr(args, "response_length", None) or getattr(args, "max_completion_length", None) or 0
+    revision = model_args.model_revision if name == model_args.model_name_or_path else None
+    return positions_of(name, room=room, revision=revision, trust=model_args.trust_remote_code)
 
 
 def _not_there_yet(args: Any, model_args: LlavaModelConfig) -> list[str]:
@@ -249,7 +259,7 @@ def check_source(check: Check, source: DatasetConfig) -> SourceReport:
 
 
 def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> None:
-    limit = getattr(check.collator, check.collator.limit)
+    limit, allowed = length_limit(check.collator, check.positions)
     bad = [i for i, reason in enumerate(found["reason"]) if reason]
     good = [i for i, reason in enumerate(found["reason"]) if not reason]
     report.rows, report.usable = len(found["reason"]), len(good)
@@ -275,8 +285,8 @@ def _count(check: Check, report: SourceReport, found: dict[str, list[Any]]) -> N
         check.failures.append(f"{len(unskipped)} rows of {report.name} cannot be encoded, first {first}")
     if report.over_limit and (check.args.overlong == "error" or report.over_limit == len(good)):
         check.failures.append(
-            f"{report.over_limit} of {report.rows} rows of {report.name} have more tokens than "
-            f"{check.collator.limit}={limit}, and overlong is `{check.args.overlong}`"
+            f"{report.over_limit} of {report.rows} rows of {report.name} are too long: {allowed} tokens, and "
+            f"overlong is `{check.args.overlong}`"
         )
 
 
