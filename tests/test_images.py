@@ -90,6 +90,13 @@ def test_of_an_animation_the_first_frame_is_taken(format):
     assert red > 240 and green < 10 and blue < 10
 
 
+@pytest.mark.parametrize(("mode", "value"), [("I", 200), ("F", 0.5)])
+def test_values_of_no_known_range_are_refused(mode, value, tmp_path):
+    Image.new(mode, (2, 2), value).save(tmp_path / "a.tif")
+    with pytest.raises(RowError, match="of no known range"):
+        load_image(str(tmp_path / "a.tif"), "a[0]")
+
+
 @pytest.mark.parametrize(("mode", "colour"), [("1", 1), ("L", 255), ("P", 0), ("LA", (255, 0)), ("RGBA", (255,) * 4)])
 def test_other_modes_become_rgb(mode, colour):
     assert load_image(encoded(Image.new(mode, (2, 2), colour)), "a[0]").mode == "RGB"

@@ -238,12 +238,15 @@ def _source(ref: str | os.PathLike[str] | bytes | dict[str, Any], row_name: str)
 def _to_rgb(image: Image.Image, row_name: str) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: `convert` would clip at 255 and make nearly everything white.
+        wide = image.mode == "I"
         image = image.convert("I")
         low, high = map(int, image.getextrema())  # type: ignore[arg-type]  # one band
         if low < 0 or high > 65535:
             raise _unknown_range(
                 row_name, f"the image has values from {low} to {high}, expected 8 or 16 bits a channel"
             )
+        if wide and 0 < high < 256:  # 32 bits that hold 8: as 16 they would be black
+            raise _unknown_range(row_name, f"the image has 32-bit values up to {high}, of no known range")
         image = image.point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode == "F":
         raise _unknown_range(row_name, "the image has floating-point pixels, of no known range")
