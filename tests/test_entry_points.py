@@ -227,7 +227,9 @@ def test_rows_are_named_once(work: Work) -> None:
 
 
 def test_ppo_looks_for_captions_before_it_loads_a_model(work: Work, reward_model: Path) -> None:
-    work.write("bare", [{"images": ["red.png"], "prompt": QUESTION, "captions": facts} for facts in (["a"], [])])
+    work.write(
+        "bare", [{"images": ["red.png"], "prompt": QUESTION, "captions": facts} for facts in (["a"], [], ["b"])]
+    )
     words = ["--model_name_or_path", "nobody/no-such-model", "--reward_model_path", str(reward_model)]
     with pytest.raises(RowError, match=r"bare.json\[1\]: it has no captions"):
         work.ppo("none", *words, rows="bare")

@@ -73,6 +73,8 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
 
     stage = "reward"
 
+    _mean_rows: float | None = None  # of the micro-batches of a step; None outside of one
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -172,7 +174,8 @@ class LlavaRewardTrainer(FiniteSteps, SafeCheckpoints, PushesSafely, RewardTrain
         "trl" is TRL's `c * mean((r1 + r0)^2)`; "paper" is `c * |mean(r1 + r0)|` with c = 0.001 by default. Each pair
         of a step weighs the same, also where its last micro-batch has fewer of them.
         """
-        share = len(inputs["input_ids"]) / self._mean_rows if self.model.training else 1.0
+        mean_rows = self._mean_rows if self.model.training else None
+        share = 1.0 if mean_rows is None else len(inputs["input_ids"]) / mean_rows
         loss, outputs = self._micro_batch_loss(model, inputs, num_items_in_batch)
         return (loss * share, outputs) if return_outputs else loss * share
 
