@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 from datasets import Dataset
@@ -125,8 +125,14 @@ def _trainer_of(job: Job, settings: Settings, model: nn.Module) -> Iterator[Trai
             args=args,
             train_dataset=rows,
             processing_class=processor,
-            data_collator=PreferenceCollator(processor),  # which makes no batch; the trainer sets its `share_prefix`
+            data_collator=_NoBatches(processor),
         )
+
+
+class _NoBatches(PreferenceCollator):
+    """A collator that makes no batch and has no limit to hold a row against; the trainer sets its `share_prefix`."""
+
+    limit: ClassVar[str] = ""
 
 
 class _Processor(ProcessorMixin):
