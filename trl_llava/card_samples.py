@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from trl_llava.data.collators import PromptCollator
 from trl_llava.data.images import load_image
+from trl_llava.data.thumbnails import made_small
 from trl_llava.models.model_inputs import ModelInputs
 from trl_llava.prompts import message_text
 from trl_llava.publish.shareable import SAMPLES
@@ -17,7 +17,6 @@ from trl_llava.rewards.factual_reward import FactualReward
 
 logger = logging.getLogger(__name__)
 
-LONGEST_SIDE = 256
 LONGEST_COMPLETION = 64
 
 
@@ -37,9 +36,7 @@ def write_samples(trainer: Any, count: int) -> None:
     folder = Path(trainer.args.output_dir) / SAMPLES
     folder.mkdir(exist_ok=True)
     for number, (row, sample) in enumerate(zip(rows, samples, strict=True), start=1):
-        image = load_image(row["images"][0], row["row_name"])
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-        image.save(folder / f"{number}.jpg", quality=85)
+        made_small(load_image(row["images"][0], row["row_name"])).save(folder / f"{number}.jpg", quality=85)
         user_turns = [message for message in row["prompt"] if message["role"] == "user"]
         sample |= {"image": f"{SAMPLES}/{number}.jpg", "prompt": message_text(user_turns[-1])}
     (folder / "samples.json").write_text(json.dumps(samples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

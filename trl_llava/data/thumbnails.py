@@ -1,5 +1,6 @@
-"""Images made small, with the names of their files, for tables of samples."""
+"""Images made small, with the names of their files, for tables of samples, cards and pages."""
 
+import base64
 import io
 import os
 from pathlib import PurePath
@@ -23,17 +24,22 @@ class Thumbnail(TypedDict):
 def thumbnail(image: Image.Image, name: str) -> Thumbnail:
     """A small copy of an RGB image with its name."""
     buffer = io.BytesIO()
-    made_small(image).save(
-        buffer, format="JPEG", quality=90, subsampling=0
-    )  # with subsampling, small drawings lose their colours
+    # With subsampling, small drawings lose their colours.
+    made_small(image).save(buffer, format="JPEG", quality=90, subsampling=0)
     return {"bytes": buffer.getvalue(), "path": name}
 
 
-def made_small(image: Image.Image) -> Image.Image:
-    """A copy of an image whose longest side is at most `SIDE`."""
+def made_small(image: Image.Image, side: int = SIDE) -> Image.Image:
+    """A copy of an image whose longest side is at most `side`."""
     small = image.copy()
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small
+
+
+def data_url(image: bytes) -> str:
+    """The file of a PNG or JPEG as a URL that holds it, for pages that load nothing."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
 
 
 def image_name(ref: ImageRef) -> str:

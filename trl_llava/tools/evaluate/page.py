@@ -1,15 +1,14 @@
 """An evaluation as one HTML page: measures, then images, questions and answers side by side."""
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from PIL import Image
 
 from trl_llava.data.images import ImageRef, load_image
+from trl_llava.data.thumbnails import data_url, made_small
 from trl_llava.run.atomic_files import write_atomically
 from trl_llava.tools.evaluate.files import missing_numbers, shown
 from trl_llava.tools.evaluate.results import Outcome, TaskResult
@@ -72,9 +71,6 @@ def pieces(outcome: Outcome) -> list[tuple[str, bool]]:
 def thumbnail(ref: ImageRef, row_name: str) -> str:
     """An image as a data URL: JPEG, or PNG where it is as small as it is, so that few pixels stay sharp."""
     image = load_image(ref, row_name)
-    small = max(image.size) <= SIDE
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG" if small else "JPEG", quality=80)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    made_small(image, SIDE).save(buffer, format="PNG" if max(image.size) <= SIDE else "JPEG", quality=80)
+    return data_url(buffer.getvalue())

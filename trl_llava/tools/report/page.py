@@ -1,6 +1,5 @@
 """The page: runs of one stage beside each other, curves overlaid, the same prompts side by side."""
 
-import base64
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from trl_llava.data.thumbnails import data_url
 from trl_llava.errors import OccupiedError
 from trl_llava.publish.card_plots import CURVES, curves_of
 from trl_llava.publish.model_card import TITLES
@@ -209,6 +209,4 @@ def _named(scores: dict[str, float]) -> str:
 
 def picture(image: bytes) -> dict[str, Any]:
     """An image's file as a data URL, and whether it is small."""
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    url = f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
-    return {"url": url, "small": max(Image.open(io.BytesIO(image)).size) <= SMALL}
+    return {"url": data_url(image), "small": max(Image.open(io.BytesIO(image)).size) <= SMALL}
