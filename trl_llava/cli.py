@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import trl_llava
-from trl_llava.configs.shipped import find_shipped
+from trl_llava.configs.shipped import recipe_path
 from trl_llava.errors import ExplainedError, RecipeError
 from trl_llava.run.launch import (
     COMMAND_VARIABLE,
@@ -155,10 +155,8 @@ def launch_stage(stage: str, words: Sequence[str]) -> int:
 
 def _check_recipe_is_there(words: Sequence[str]) -> None:
     """Miss a recipe at once: what reads it imports for seconds."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", nargs="?")
-    path = parser.parse_known_args(list(words))[0].config
-    if path is not None and not find_shipped(path).exists():
+    path = recipe_path(words)
+    if path is not None and not Path(path).exists():
         raise RecipeError(f"cannot read the recipe {path}: No such file or directory.")
 
 

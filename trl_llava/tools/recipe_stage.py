@@ -1,19 +1,10 @@
 """Which stage a recipe is for, where a command reads recipes of any."""
 
-import argparse
 from collections.abc import Sequence
 
 from trl_llava.configs.recipe import STAGES, read_recipe, stage_in_name, stages_with
-from trl_llava.configs.shipped import find_shipped
+from trl_llava.configs.shipped import recipe_path
 from trl_llava.errors import RecipeError
-
-
-def recipe_path(words: Sequence[str]) -> str | None:
-    """The file that a command line names with `--config`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    path = parser.parse_known_args(list(words))[0].config
-    return None if path is None else str(find_shipped(path))
 
 
 def find_stage(words: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from trl_llava.configs.shipped import recipe_path
 from trl_llava.errors import InputError, RecipeError
 from trl_llava.ppo.generation_batches import GIB
 from trl_llava.run.console import quiet_libraries
@@ -25,7 +26,7 @@ from trl_llava.tools.plan.processes import find_processes
 from trl_llava.tools.plan.report import Plan, as_dict, describe, print_fitting, print_need
 from trl_llava.tools.plan.starts import Sources, read_recipe
 from trl_llava.tools.plan.supervised import supervised_need
-from trl_llava.tools.recipe_stage import find_stage, recipe_path
+from trl_llava.tools.recipe_stage import find_stage
 
 STAGES = ("sft", "reward", "ppo")
 
